@@ -1,0 +1,42 @@
+package natsfeed
+
+// The subjects and streams of the fabric. docs/design/wire.md says who may use
+// which.
+const (
+	// LogStream holds the signed batches, all on LogSubject. Enforcers listen
+	// on LogSubject itself and read the stream by batched direct gets.
+	LogStream  = "INTERLOCK_LOG"
+	LogSubject = "interlock.v1.log"
+
+	// TrustStream holds the root-signed key sets, on TrustSubject.
+	TrustStream  = "INTERLOCK_TRUST"
+	TrustSubject = "interlock.v1.trust"
+
+	// BeatSubject carries heartbeats and rejections. They are not stored.
+	BeatSubject = "interlock.v1.beat"
+
+	// ReceiptStream holds receipts, each enforcer's on a subject of its own.
+	ReceiptStream   = "INTERLOCK_RECEIPTS"
+	ReceiptSubjects = "interlock.v1.receipt.*"
+
+	// ClockSubjects are where the writer answers nonces, each enforcer's on a
+	// subject of its own.
+	ClockSubjects = "interlock.v1.clock.*"
+
+	// ForwardSubject carries decisions from one authority to the writer. It is
+	// closed to enforcers.
+	ForwardSubject = "interlock.v1.forward"
+
+	// LeaseBucket is the key-value bucket of the writer's lease.
+	LeaseBucket = "INTERLOCK_LEASE"
+)
+
+// ReceiptSubject is where the enforcer of that name publishes receipts.
+func ReceiptSubject(enforcer string) string { return "interlock.v1.receipt." + enforcer }
+
+// ClockSubject is where the enforcer of that name asks for the writer's clock.
+func ClockSubject(enforcer string) string { return "interlock.v1.clock." + enforcer }
+
+// InboxPrefix is the prefix of the inboxes that the enforcer of that name may
+// listen on.
+func InboxPrefix(enforcer string) string { return "_INBOX_" + enforcer }

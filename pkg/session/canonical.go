@@ -1,0 +1,211 @@
+package session
+
+import (
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"net/url"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// MaxValueLen bounds a value in clear, in bytes: an issuer, a subject, a
+// session id, a tool name.
+const MaxValueLen = 1024
+
+// MaxIncidentLen bounds an incident id, in bytes.
+const MaxIncidentLen = 64
+
+// Canonical returns the form of value under which it is keyed, or an error
+// wrapping ErrInvalid that says what is wrong with it. Canonical is
+// idempotent. The rules per kind:
+//
+//   - every value is valid UTF-8 without control characters, at most
+//     MaxValueLen bytes and not empty. Text is never case-folded or
+//     Unicode-normalised: two values that an issuer keeps apart stay apart.
+//   - issuer, user, client, session, token, credential, blueprint, owner, role,
+//     capability: compared byte for byte (RFC 7519 §4.1.1, OpenID Connect Core
+//     §2: "iss" and "sub" are case-sensitive strings). A credential or owner
+//     that is a URI follows the rule for URIs.
+//   - agent, audience, and other URIs: see below; an agent that is not a URI is
+//     compared byte for byte within its issuer.
+//   - DID (`did:method:id`): the scheme and method are lower-cased, a path,
+//     query or fragment is dropped, since a DID URL names a part of the same
+//     subject (DID Core §3.2).
+//   - SPIFFE id (`spiffe://trust-domain/path`): scheme and trust domain are
+//     lower-cased, the path is kept, a trailing slash, port, user info, query
+//     or fragment is refused (SPIFFE-ID §2).
+//   - other hierarchical URIs: scheme and host are lower-cased, the default
+//     port of http and https is dropped, an empty http path becomes "/",
+//     a fragment is dropped (RFC 3986 §6.2.2.1, §6.2.3; RFC 8707 §2).
+//   - key: "jkt:" or "x5t#S256:" and 43 characters of base64url (RFC 9449 §6.1,
+//     RFC 8705 §3.1), or "apikey:" and the key's SHA-256 in lower-case hex.
+//   - digest: "code:", "model:" or "image:", then "sha256:" and lower-case hex.
+//   - tool: byte for byte, at most 256 bytes (MCP and A2A names are
+//     case-sensitive).
+//   - tenant: 1 to 64 of a-z, 0-9, "-", "_" and ".".
+//   - global takes no value.
+func Canonical(kind Kind, value string) (string, error) {
+	if kind == KindGlobal {
+		if value != "" {
+			return "", fmt.Errorf("%w: global takes no value", ErrInvalid)
+		}
+		return "", nil
+	}
+	if !kind.Valid() {
+		return "", fmt.Errorf("%w: %s", ErrInvalid, kind)
+	}
+	if err := checkText(kind.String(), value, MaxValueLen); err != nil {
+		return "", err
+	}
+	switch kind {
+	case KindTenant:
+		return value, checkTenantName(value)
+	case KindAgent, KindAudience, KindCredential, KindOwner:
+		if isURI(value) {
+			return canonicalURI(kind, value)
+		}
+	case KindKey:
+		return value, checkKeyValue(value)
+	case KindDigest:
+		return canonicalDigest(value)
+	case KindTool:
+		if len(value) > 256 {
+			return "", fmt.Errorf("%w: tool name is %d bytes, at most 256", ErrInvalid, len(value))
+		}
+	}
+	return value, nil
+}
+
+func checkText(what, value string, limit int) error {
+	switch {
+	case value == "":
+		return fmt.Errorf("%w: %s is empty", ErrInvalid, what)
+	case len(value) > limit:
+		return fmt.Errorf("%w: %s is %d bytes, at most %d", ErrInvalid, what, len(value), limit)
+	case !utf8.ValidString(value):
+		return fmt.Errorf("%w: %s is not valid UTF-8", ErrInvalid, what)
+	}
+	for _, r := range value {
+		if unicode.IsControl(r) {
+			return fmt.Errorf("%w: %s has a control character", ErrInvalid, what)
+		}
+	}
+	return nil
+}
+
+func checkTenantName(s string) error {
+	if s == "" || len(s) > 64 {
+		return fmt.Errorf("%w: a tenant name has 1 to 64 characters", ErrInvalid)
+	}
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' && c != '.' {
+			return fmt.Errorf("%w: a tenant name has only a-z, 0-9, \"-\", \"_\" and \".\"", ErrInvalid)
+		}
+	}
+	return nil
+}
+
+// isURI reports whether s starts like an absolute URI (RFC 3986 §3.1) of a
+// form that is globally unique by itself.
+func isURI(s string) bool {
+	scheme, rest, ok := strings.Cut(s, ":")
+	if !ok || scheme == "" || rest == "" {
+		return false
+	}
+	switch strings.ToLower(scheme) {
+	case "did", "urn", "tag":
+		return true
+	}
+	for i := 0; i < len(scheme); i++ {
+		c := scheme[i] | 0x20
+		if (c < 'a' || c > 'z') && (i == 0 || (scheme[i] < '0' || scheme[i] > '9') && scheme[i] != '+' && scheme[i] != '-' && scheme[i] != '.') {
+			return false
+		}
+	}
+	return strings.HasPrefix(rest, "//") && len(rest) > 2
+}
+
+func canonicalURI(kind Kind, value string) (string, error) {
+	scheme, rest, _ := strings.Cut(value, ":")
+	scheme = strings.ToLower(scheme)
+	switch scheme {
+	case "did":
+		method, id, ok := strings.Cut(rest, ":")
+		if i := strings.IndexAny(id, "/?#"); i >= 0 {
+			id = id[:i]
+		}
+		if !ok || method == "" || id == "" {
+			return "", fmt.Errorf("%w: %s: a DID is did:method:id", ErrInvalid, kind)
+		}
+		return "did:" + strings.ToLower(method) + ":" + id, nil
+	case "urn", "tag":
+		return scheme + ":" + rest, nil
+	}
+	u, err := url.Parse(value)
+	if err != nil || u.Host == "" {
+		return "", fmt.Errorf("%w: %s is not a URI with a host", ErrInvalid, kind)
+	}
+	authority, tail := rest[2:], ""
+	if i := strings.IndexAny(authority, "/?#"); i >= 0 {
+		authority, tail = authority[:i], authority[i:]
+	}
+	if i := strings.IndexByte(tail, '#'); i >= 0 {
+		if scheme == "spiffe" {
+			return "", fmt.Errorf("%w: %s: a SPIFFE id has no fragment", ErrInvalid, kind)
+		}
+		tail = tail[:i]
+	}
+	authority = strings.ToLower(authority)
+	switch scheme {
+	case "spiffe":
+		if strings.ContainsAny(authority, "@:") || strings.Contains(tail, "?") || strings.HasSuffix(tail, "/") {
+			return "", fmt.Errorf("%w: %s: a SPIFFE id is spiffe://trust-domain/path, with no port, user, query or trailing slash", ErrInvalid, kind)
+		}
+	case "http", "https":
+		if strings.Contains(authority, "@") {
+			return "", fmt.Errorf("%w: %s: user info in a URI is refused", ErrInvalid, kind)
+		}
+		if scheme == "http" {
+			authority = strings.TrimSuffix(authority, ":80")
+		} else {
+			authority = strings.TrimSuffix(authority, ":443")
+		}
+		if tail == "" || tail[0] == '?' {
+			tail = "/" + tail
+		}
+	}
+	return scheme + "://" + authority + tail, nil
+}
+
+func checkKeyValue(s string) error {
+	if v, ok := strings.CutPrefix(s, "apikey:"); ok {
+		if b, err := hex.DecodeString(v); err == nil && len(b) == 32 && strings.ToLower(v) == v {
+			return nil
+		}
+		return fmt.Errorf("%w: key: want apikey: and the SHA-256 in lower-case hex", ErrInvalid)
+	}
+	for _, prefix := range []string{"jkt:", "x5t#S256:"} {
+		if v, ok := strings.CutPrefix(s, prefix); ok {
+			if b, err := base64.RawURLEncoding.Strict().DecodeString(v); err == nil && len(b) == 32 {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("%w: key: want jkt: or x5t#S256: and 43 characters of base64url, or apikey: and a hash", ErrInvalid)
+}
+
+func canonicalDigest(s string) (string, error) {
+	of, hash, ok := strings.Cut(s, ":")
+	if ok && (of == "code" || of == "model" || of == "image") {
+		if v, ok := strings.CutPrefix(hash, "sha256:"); ok {
+			v = strings.ToLower(v)
+			if b, err := hex.DecodeString(v); err == nil && len(b) == 32 {
+				return of + ":sha256:" + v, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("%w: digest: want code:, model: or image:, then sha256: and 64 hex digits", ErrInvalid)
+}
