@@ -274,7 +274,7 @@ func (p *Prepared) Valid() bool { return p != nil && p.secret != nil }
 // keys. A tool or audience that has no canonical form is an error wrapping
 // ErrNoIdentity, since what cannot be named cannot be shown to be permitted.
 func (p *Prepared) CallKeys(buf []Key, call *Call, want ShapeSet) ([]Key, error) {
-	if want&perCallShapes == 0 {
+	if want&PerCallShapes == 0 {
 		return buf, nil
 	}
 	s := p.secret

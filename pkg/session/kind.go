@@ -177,17 +177,12 @@ func (s Shape) String() string {
 func (s Shape) Terminal() bool { return Kind(s).Terminal() }
 
 // PerCall reports whether the shape involves a value known only per call.
-func (s Shape) PerCall() bool { return perCallShapes.Has(s) }
+func (s Shape) PerCall() bool { return PerCallShapes.Has(s) }
 
-var perCallShapes = func() (set ShapeSet) {
-	for _, s := range []Shape{
-		Shape(KindTool), Shape(KindAudience), ShapeUserTool, ShapeAgentTool,
-		ShapeAgentAudience, ShapeSessionTool, ShapeUserAgentTool,
-	} {
-		set = set.With(s)
-	}
-	return set
-}()
+// PerCallShapes are the shapes that involve a tool or an audience, which only
+// a call names.
+const PerCallShapes ShapeSet = 1<<KindTool | 1<<KindAudience | 1<<ShapeUserTool | 1<<ShapeAgentTool |
+	1<<ShapeAgentAudience | 1<<ShapeSessionTool | 1<<ShapeUserAgentTool
 
 // shapeOf finds the conjunction of exactly these kinds, sorted.
 func shapeOf(kinds []Kind) (Shape, bool) {
