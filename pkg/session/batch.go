@@ -6,11 +6,21 @@ import (
 	"fmt"
 )
 
+var errUnnumbered = fmt.Errorf("%w: batch without epoch or number", ErrMalformed)
+
 // MarshalBody returns the body of the batch's frame. It fails when the batch is
 // one that UnmarshalBatch would refuse.
 func (b *Batch) MarshalBody() ([]byte, error) {
-	if len(b.Entries) > MaxBatchEntries {
-		return nil, fmt.Errorf("%w: %d entries, at most %d", ErrMalformed, len(b.Entries), MaxBatchEntries)
+	switch {
+	case b.Epoch == 0 || b.Number == 0:
+		return nil, errUnnumbered
+	case len(b.Entries) > MaxBatchEntries || len(b.Decisions) > MaxBatchEntries:
+		return nil, fmt.Errorf("%w: %d decisions, %d entries, at most %d", ErrMalformed, len(b.Decisions), len(b.Entries), MaxBatchEntries)
+	case b.Time < 0 || b.Deadline < 0 || b.Horizon < 0:
+		return nil, fmt.Errorf("%w: negative time", ErrMalformed)
+	}
+	if err := checkUnknown(b.Unknown); err != nil {
+		return nil, err
 	}
 	w := writer{b: make([]byte, 0, 96+18*len(b.Decisions)+64*len(b.Entries))}
 	w.u64(b.Epoch)
@@ -71,12 +81,12 @@ func UnmarshalBatch(body []byte) (*Batch, error) {
 		}
 		b.Entries = append(b.Entries, e)
 	}
-	b.Unknown = r.fields(func(uint8, *reader) bool { return false })
+	b.Unknown = r.fields(refuseAll)
 	if err := r.end(); err != nil {
 		return nil, err
 	}
 	if b.Epoch == 0 || b.Number == 0 {
-		return nil, fmt.Errorf("%w: batch without epoch or number", ErrMalformed)
+		return nil, errUnnumbered
 	}
 	return b, nil
 }
@@ -144,6 +154,10 @@ func (r *reader) entry() (e Entry) {
 			}
 		case tagDrill:
 			e.Drill = true
+		case tagIncident | critical, tagACR | critical, tagExcept &^ critical, tagShare &^ critical, tagDrill &^ critical:
+			// Read as unknown, an exemption or a share that is not marked
+			// critical would be kept and ignored.
+			v.fail("tag %#02x has the wrong criticality", tag)
 		default:
 			return false
 		}

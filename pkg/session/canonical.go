@@ -4,7 +4,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
-	"net/url"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -33,12 +32,18 @@ const MaxIncidentLen = 64
 //   - DID (`did:method:id`): the scheme and method are lower-cased, a path,
 //     query or fragment is dropped, since a DID URL names a part of the same
 //     subject (DID Core §3.2).
+//   - URN (`urn:nid:nss`): scheme and namespace are lower-cased, and the whole
+//     of a urn:uuid; r-, q- and f-components are dropped (RFC 8141 §3.1).
 //   - SPIFFE id (`spiffe://trust-domain/path`): scheme and trust domain are
-//     lower-cased, the path is kept, a trailing slash, port, user info, query
-//     or fragment is refused (SPIFFE-ID §2).
-//   - other hierarchical URIs: scheme and host are lower-cased, the default
-//     port of http and https is dropped, an empty http path becomes "/",
-//     a fragment is dropped (RFC 3986 §6.2.2.1, §6.2.3; RFC 8707 §2).
+//     lower-cased, the path is kept; a trailing slash, port, user info, query,
+//     fragment or other character than SPIFFE permits is refused (SPIFFE-ID §2).
+//   - other hierarchical URIs: scheme and host are lower-cased (A to Z alone),
+//     an empty port and the default port of http and https are dropped, an
+//     empty http path becomes "/", a fragment is dropped, user info is refused
+//     (RFC 3986 §6.2.2.1, §6.2.3; RFC 8707 §2). Percent-encoding and dot
+//     segments stay as they are.
+//   - a credential keeps path, query and fragment, whatever its scheme: one
+//     document names many credentials by fragment.
 //   - key: "jkt:" or "x5t#S256:" and 43 characters of base64url (RFC 9449 §6.1,
 //     RFC 8705 §3.1), or "apikey:" and the key's SHA-256 in lower-case hex.
 //   - digest: "code:", "model:" or "image:", then "sha256:" and lower-case hex.
@@ -115,7 +120,7 @@ func isURI(s string) bool {
 	if !ok || scheme == "" || rest == "" {
 		return false
 	}
-	switch strings.ToLower(scheme) {
+	switch lowerASCII(scheme) {
 	case "did", "urn", "tag":
 		return true
 	}
@@ -128,61 +133,156 @@ func isURI(s string) bool {
 	return strings.HasPrefix(rest, "//") && len(rest) > 2
 }
 
+// lowerASCII folds A to Z alone: Unicode folding would make one value of two
+// that differ (a Kelvin sign is not a k).
+func lowerASCII(s string) string {
+	for i := 0; i < len(s); i++ {
+		if 'A' <= s[i] && s[i] <= 'Z' {
+			b := []byte(s)
+			for ; i < len(b); i++ {
+				if 'A' <= b[i] && b[i] <= 'Z' {
+					b[i] |= 0x20
+				}
+			}
+			return string(b)
+		}
+	}
+	return s
+}
+
+// canonicalURI does not use net/url, which would allocate for an audience that
+// is canonical already, on the path of a check.
 func canonicalURI(kind Kind, value string) (string, error) {
+	bad := func(what string) (string, error) { return "", fmt.Errorf("%w: %s: %s", ErrInvalid, kind, what) }
 	scheme, rest, _ := strings.Cut(value, ":")
-	scheme = strings.ToLower(scheme)
+	scheme = lowerASCII(scheme)
 	switch scheme {
 	case "did":
 		method, id, ok := strings.Cut(rest, ":")
-		if i := strings.IndexAny(id, "/?#"); i >= 0 {
+		if !ok || method == "" || id == "" || strings.ContainsAny(id[:1], "/?#") || strings.ContainsAny(method, "/?#") {
+			return bad("a DID is did:method:id")
+		}
+		if i := strings.IndexAny(id, "/?#"); i >= 0 && kind != KindCredential {
 			id = id[:i]
 		}
-		if !ok || method == "" || id == "" {
-			return "", fmt.Errorf("%w: %s: a DID is did:method:id", ErrInvalid, kind)
+		return "did:" + lowerASCII(method) + ":" + id, nil
+	case "urn":
+		nid, nss, ok := strings.Cut(rest, ":")
+		if i := strings.IndexAny(nss, "?#"); i >= 0 && kind != KindCredential {
+			nss = nss[:i]
 		}
-		return "did:" + strings.ToLower(method) + ":" + id, nil
-	case "urn", "tag":
-		return scheme + ":" + rest, nil
-	}
-	u, err := url.Parse(value)
-	if err != nil || u.Host == "" {
-		return "", fmt.Errorf("%w: %s is not a URI with a host", ErrInvalid, kind)
+		if !ok || nid == "" || nss == "" {
+			return bad("a URN is urn:namespace:name")
+		}
+		if nid = lowerASCII(nid); nid == "uuid" {
+			nss = lowerASCII(nss)
+		}
+		return "urn:" + nid + ":" + nss, nil
+	case "tag":
+		return "tag:" + rest, nil
 	}
 	authority, tail := rest[2:], ""
 	if i := strings.IndexAny(authority, "/?#"); i >= 0 {
 		authority, tail = authority[:i], authority[i:]
 	}
-	if i := strings.IndexByte(tail, '#'); i >= 0 {
-		if scheme == "spiffe" {
-			return "", fmt.Errorf("%w: %s: a SPIFFE id has no fragment", ErrInvalid, kind)
+	if strings.Contains(authority, "@") {
+		return bad("user info in a URI is refused")
+	}
+	authority = lowerASCII(authority)
+	if scheme == "spiffe" {
+		if !validSPIFFE(authority, tail) {
+			return bad("a SPIFFE id is spiffe://trust-domain/path, of letters, digits, \".\", \"-\" and \"_\", with no port, user, query, fragment, empty or dot segment")
 		}
+		return rebuild(value, scheme, authority, tail), nil
+	}
+	host, port, ok := splitPort(authority)
+	if !ok {
+		return bad("not a URI with a host")
+	}
+	if port == "" || scheme == "http" && port == "80" || scheme == "https" && port == "443" {
+		authority = host
+	}
+	if i := strings.IndexByte(tail, '#'); i >= 0 && kind != KindCredential {
 		tail = tail[:i]
 	}
-	authority = strings.ToLower(authority)
-	switch scheme {
-	case "spiffe":
-		if strings.ContainsAny(authority, "@:") || strings.Contains(tail, "?") || strings.HasSuffix(tail, "/") {
-			return "", fmt.Errorf("%w: %s: a SPIFFE id is spiffe://trust-domain/path, with no port, user, query or trailing slash", ErrInvalid, kind)
-		}
-	case "http", "https":
-		if strings.Contains(authority, "@") {
-			return "", fmt.Errorf("%w: %s: user info in a URI is refused", ErrInvalid, kind)
-		}
-		if scheme == "http" {
-			authority = strings.TrimSuffix(authority, ":80")
-		} else {
-			authority = strings.TrimSuffix(authority, ":443")
-		}
-		if tail == "" || tail[0] == '?' {
-			tail = "/" + tail
+	if (scheme == "http" || scheme == "https") && (tail == "" || tail[0] != '/') {
+		tail = "/" + tail
+	}
+	out := rebuild(value, scheme, authority, tail)
+	if len(out) > MaxValueLen {
+		return bad("too long")
+	}
+	return out, nil
+}
+
+// rebuild puts a URI together, without allocating when it is value itself.
+func rebuild(value, scheme, authority, tail string) string {
+	if rest, ok := strings.CutPrefix(value, scheme); ok {
+		if rest, ok = strings.CutPrefix(rest, "://"); ok {
+			if rest, ok = strings.CutPrefix(rest, authority); ok && rest == tail {
+				return value
+			}
 		}
 	}
-	return scheme + "://" + authority + tail, nil
+	return scheme + "://" + authority + tail
+}
+
+// splitPort takes an authority without user info apart. An IP literal keeps its
+// brackets.
+func splitPort(authority string) (host, port string, ok bool) {
+	host, port = authority, ""
+	end := 0
+	if strings.HasPrefix(authority, "[") {
+		end = strings.IndexByte(authority, ']') + 1
+		if end < 4 || strings.ContainsAny(authority[1:end-1], "[ \"<>\\^`{|}") {
+			return "", "", false
+		}
+	}
+	if i := strings.IndexByte(authority[end:], ':'); i >= 0 {
+		host, port = authority[:end+i], authority[end+i+1:]
+	}
+	if end > 0 && len(host) != end || end == 0 && strings.ContainsAny(host, " \"<>\\^`{|}[]") || host == "" {
+		return "", "", false
+	}
+	for i := 0; i < len(port); i++ {
+		if port[i] < '0' || port[i] > '9' {
+			return "", "", false
+		}
+	}
+	return host, port, true
+}
+
+// validSPIFFE reports whether a lower-case trust domain and a path make a
+// SPIFFE id (SPIFFE-ID §2.1, §2.2).
+func validSPIFFE(domain, path string) bool {
+	label := func(s string, upper bool) bool {
+		for i := 0; i < len(s); i++ {
+			c := s[i]
+			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-' && c != '_' && (!upper || c < 'A' || c > 'Z') {
+				return false
+			}
+		}
+		return s != ""
+	}
+	if !label(domain, false) {
+		return false
+	}
+	for path != "" {
+		if path[0] != '/' {
+			return false
+		}
+		segment, _, _ := strings.Cut(path[1:], "/")
+		if !label(segment, true) || segment == "." || segment == ".." {
+			return false
+		}
+		path = path[1+len(segment):]
+	}
+	return true
 }
 
 func checkKeyValue(s string) error {
 	if v, ok := strings.CutPrefix(s, "apikey:"); ok {
-		if b, err := hex.DecodeString(v); err == nil && len(b) == 32 && strings.ToLower(v) == v {
+		if b, err := hex.DecodeString(v); err == nil && len(b) == 32 && lowerASCII(v) == v {
 			return nil
 		}
 		return fmt.Errorf("%w: key: want apikey: and the SHA-256 in lower-case hex", ErrInvalid)
@@ -201,7 +301,7 @@ func canonicalDigest(s string) (string, error) {
 	of, hash, ok := strings.Cut(s, ":")
 	if ok && (of == "code" || of == "model" || of == "image") {
 		if v, ok := strings.CutPrefix(hash, "sha256:"); ok {
-			v = strings.ToLower(v)
+			v = lowerASCII(v)
 			if b, err := hex.DecodeString(v); err == nil && len(b) == 32 {
 				return of + ":sha256:" + v, nil
 			}

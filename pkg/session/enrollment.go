@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 )
@@ -30,13 +31,20 @@ type Enrollment struct {
 	tenantKeys map[TenantID][]byte
 }
 
-// NATSAccess is an enforcer's way onto the bus.
+// NATSAccess is an enforcer's way onto the bus. It prints, and marshals to
+// JSON, without its seed.
 type NATSAccess struct {
 	URLs []string `json:"urls"`
 	// NKeySeed is the enforcer's NKey seed ("SU…"). Secret.
-	NKeySeed string `json:"nkey_seed"`
+	NKeySeed string `json:"-"`
 	// CAs, in PEM, verify the server; empty uses the system's.
 	CAs string `json:"ca_pem,omitempty"`
+}
+
+type natsAccessJSON struct {
+	URLs     []string `json:"urls"`
+	NKeySeed string   `json:"nkey_seed"`
+	CAs      string   `json:"ca_pem,omitempty"`
 }
 
 // String never shows the seed.
@@ -46,16 +54,16 @@ func (n NATSAccess) String() string { return fmt.Sprint(n.URLs) }
 func (n NATSAccess) GoString() string { return n.String() }
 
 // String shows the name alone.
-func (e *Enrollment) String() string { return "enforcer " + e.Enforcer }
+func (e Enrollment) String() string { return "enforcer " + e.Enforcer }
 
 // GoString shows the name alone.
-func (e *Enrollment) GoString() string { return e.String() }
+func (e Enrollment) GoString() string { return e.String() }
 
 type enrollmentJSON struct {
 	Version    int                `json:"version"`
 	Enforcer   string             `json:"enforcer"`
 	Root       []byte             `json:"root"`
-	NATS       NATSAccess         `json:"nats"`
+	NATS       natsAccessJSON     `json:"nats"`
 	ReceiptKey []byte             `json:"receipt_key"`
 	Tenants    []tenantSecretJSON `json:"tenants"`
 }
@@ -72,8 +80,10 @@ func (e *Enrollment) AddTenant(id TenantID, name string, key []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, ok := e.tenantKeys[id]; ok {
-		return fmt.Errorf("%w: tenant %d is enrolled twice", ErrInvalid, id)
+	for _, have := range e.Tenants {
+		if have.id == id || have.name == name {
+			return fmt.Errorf("%w: tenant %d, %s, is enrolled twice", ErrInvalid, id, name)
+		}
 	}
 	if e.tenantKeys == nil {
 		e.tenantKeys = map[TenantID][]byte{}
@@ -84,20 +94,31 @@ func (e *Enrollment) AddTenant(id TenantID, name string, key []byte) error {
 }
 
 // MarshalSecret returns the enrolment as JSON, secrets included: write it to a
-// file that only the enforcer can read. There is no MarshalJSON, so that an
-// enrolment that strays into a log or an answer shows nothing.
+// file that only the enforcer can read. It fails for what ParseEnrollment would
+// refuse. MarshalJSON is not it, so that an enrolment that strays into a log or
+// an answer shows nothing.
 func (e *Enrollment) MarshalSecret() ([]byte, error) {
+	if len(e.ReceiptKey) != ed25519.PrivateKeySize {
+		return nil, fmt.Errorf("%w: enrolment has no receipt key", ErrInvalid)
+	}
 	out := enrollmentJSON{
-		Version: 1, Enforcer: e.Enforcer, Root: e.Root, NATS: e.NATS, ReceiptKey: e.ReceiptKey.Seed(),
+		Version: 1, Enforcer: e.Enforcer, Root: e.Root, NATS: natsAccessJSON(e.NATS), ReceiptKey: e.ReceiptKey.Seed(),
 	}
 	for _, t := range e.Tenants {
 		out.Tenants = append(out.Tenants, tenantSecretJSON{ID: t.id, Name: t.name, Key: e.tenantKeys[t.id]})
 	}
-	return json.MarshalIndent(out, "", "  ")
+	b, err := json.MarshalIndent(out, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("%w: enrolment: %w", ErrInvalid, err)
+	}
+	if _, err := ParseEnrollment(b); err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // MarshalJSON shows the name alone.
-func (e *Enrollment) MarshalJSON() ([]byte, error) {
+func (e Enrollment) MarshalJSON() ([]byte, error) {
 	return json.Marshal(map[string]string{"enforcer": e.Enforcer})
 }
 
@@ -113,6 +134,9 @@ func ParseEnrollment(b []byte) (*Enrollment, error) {
 	if err := d.Decode(&in); err != nil {
 		return nil, fmt.Errorf("%w: enrolment: %v", ErrInvalid, err)
 	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, fmt.Errorf("%w: enrolment: something follows it", ErrInvalid)
+	}
 	switch {
 	case in.Version != 1:
 		return nil, fmt.Errorf("%w: enrolment version %d, this is version 1", ErrInvalid, in.Version)
@@ -126,7 +150,7 @@ func ParseEnrollment(b []byte) (*Enrollment, error) {
 		return nil, fmt.Errorf("%w: enrolment has %d tenants", ErrInvalid, len(in.Tenants))
 	}
 	e := &Enrollment{
-		Enforcer: in.Enforcer, Root: in.Root, NATS: in.NATS,
+		Enforcer: in.Enforcer, Root: in.Root, NATS: NATSAccess(in.NATS),
 		ReceiptKey: ed25519.NewKeyFromSeed(in.ReceiptKey),
 	}
 	for _, t := range in.Tenants {
@@ -140,7 +164,13 @@ func ParseEnrollment(b []byte) (*Enrollment, error) {
 // LoadEnrollment reads an enrolment file. A file that others can read is
 // refused: its secrets must be taken for known.
 func LoadEnrollment(path string) (*Enrollment, error) {
-	info, err := os.Stat(path)
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	// What was opened is examined, not what the path may name by now.
+	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
@@ -148,7 +178,7 @@ func LoadEnrollment(path string) (*Enrollment, error) {
 		return nil, fmt.Errorf("%w: %s can be read by others: chmod 600 it, and enrol the enforcer anew if anybody else has used this machine",
 			fs.ErrPermission, path)
 	}
-	b, err := os.ReadFile(path)
+	b, err := io.ReadAll(io.LimitReader(f, maxEnrollmentLen+1))
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,8 @@
 package session
 
 import (
+	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"fmt"
 	"slices"
@@ -55,7 +57,9 @@ type Entry struct {
 	Unknown []Field
 }
 
-// Field is a field that this version does not know and that is not critical.
+// Field is a field that this version does not know and that is not critical. A
+// record's Unknown is what parsing found, in ascending order of tags; at most 16
+// of them are kept, of 4096 bytes with their headers.
 type Field struct {
 	Tag   uint8
 	Value []byte
@@ -136,7 +140,7 @@ func (e *Entry) Validate() error {
 	case e.Effect == EffectRevoked && e.Expires != 0 && !e.mayExpire():
 		return bad("a revoked %s stands until lifted: what future credentials can match must not expire", e.Key.Shape)
 	}
-	return nil
+	return checkUnknown(e.Unknown, tagIncident, tagACR, tagExcept, tagShare, tagDrill)
 }
 
 func (e *Entry) mayExpire() bool {
@@ -151,13 +155,7 @@ func (e *Entry) mayExpire() bool {
 }
 
 func compareKeys(a, b Key) int {
-	if a.Tenant != b.Tenant {
-		return int(int64(a.Tenant) - int64(b.Tenant))
-	}
-	if a.Shape != b.Shape {
-		return int(a.Shape) - int(b.Shape)
-	}
-	return slices.Compare(a.Digest[:], b.Digest[:])
+	return cmp.Or(cmp.Compare(a.Tenant, b.Tenant), cmp.Compare(a.Shape, b.Shape), bytes.Compare(a.Digest[:], b.Digest[:]))
 }
 
 // SortKeys puts exemptions into the one order that the wire accepts and drops

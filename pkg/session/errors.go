@@ -87,18 +87,24 @@ type DeniedError struct {
 	Detail string
 }
 
-// Unwrap returns the sentinel.
-func (e *DeniedError) Unwrap() error { return e.Err }
+// Unwrap returns the sentinel, ErrDenied when there is none.
+func (e *DeniedError) Unwrap() error {
+	if e.Err == nil {
+		return ErrDenied
+	}
+	return e.Err
+}
 
 // Error says what, why, and which incident.
 func (e *DeniedError) Error() string {
+	s := e.Unwrap().Error()
 	if e.Effect == 0 {
 		if e.Detail != "" {
-			return e.Err.Error() + ": " + e.Detail
+			return s + ": " + e.Detail
 		}
-		return e.Err.Error()
+		return s
 	}
-	s := e.Err.Error() + ": " + e.Reason.String()
+	s += ": " + e.Reason.String()
 	if e.Incident != "" {
 		return fmt.Sprintf("%s (seq %d, %s)", s, e.Seq, e.Incident)
 	}

@@ -65,8 +65,12 @@ const (
 //	"ILK" | version | type | key id (8) | len(body) (4) | body | Ed25519 signature (64)
 //
 // The signature is over "interlock frame 1\0" and everything before it. Seal
-// fails when the frame would be longer than MaxFrameLen.
+// fails when the frame would be longer than MaxFrameLen, or key is not a whole
+// key.
 func Seal(t FrameType, body []byte, key ed25519.PrivateKey) ([]byte, error) {
+	if len(key) != ed25519.PrivateKeySize {
+		return nil, fmt.Errorf("%w: a signing key has %d bytes, not %d", ErrInvalid, len(key), ed25519.PrivateKeySize)
+	}
 	n := frameHeader + len(body) + ed25519.SignatureSize
 	if n > MaxFrameLen {
 		return nil, fmt.Errorf("%w: frame of %d bytes, at most %d", ErrMalformed, n, MaxFrameLen)

@@ -3,6 +3,7 @@ package session
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -133,13 +134,13 @@ func (s *TenantSecret) prepare(id Identity) (*Prepared, error) {
 	p.user = b.add(KindUser, id.Issuer, id.User)
 	client := b.add(KindClient, id.Issuer, id.Client)
 	for _, ref := range append([]SessionRef{id.Session}, id.Ancestors...) {
-		if d := b.add(KindSession, or(ref.Issuer, id.Issuer), ref.ID); d != (Digest{}) {
+		if d := b.add(KindSession, or(ref.Issuer, id.Issuer), ref.ID); d != (Digest{}) && !slices.Contains(p.sessions, d) {
 			p.sessions = append(p.sessions, d)
 		}
 		p.noteOrigin(ref.Start)
 	}
 	for _, a := range id.Actors {
-		if d := b.add(KindAgent, or(a.Issuer, id.Issuer), a.ID); d != (Digest{}) {
+		if d := b.add(KindAgent, or(a.Issuer, id.Issuer), a.ID); d != (Digest{}) && !slices.Contains(p.agents, d) {
 			p.agents = append(p.agents, d)
 		}
 	}
@@ -184,10 +185,19 @@ func (s *TenantSecret) prepare(id Identity) (*Prepared, error) {
 	}
 	p.auth, p.expires = InstantOf(id.AuthTime), InstantOf(id.Expires)
 	// Sessions are spread evenly by the digest of the outermost one, so that a
-	// delegation tree is restored as a whole.
-	root := p.keys[0].Digest
-	if n := len(p.sessions); n > 0 {
-		root = p.sessions[n-1]
+	// delegation tree is restored as a whole. Without a session, what the next
+	// token will name again comes before the token, and the issuer, which all
+	// share, comes last.
+	root := p.keys[len(p.keys)-1].Digest
+	switch {
+	case len(p.sessions) > 0:
+		root = p.sessions[len(p.sessions)-1]
+	case p.user != Digest{}:
+		root = p.user
+	case client != Digest{}:
+		root = client
+	case len(p.agents) > 0:
+		root = p.agents[len(p.agents)-1]
 	}
 	p.bucket = uint16(binary.BigEndian.Uint64(root[:8]) % ShareUnit)
 	return p, nil
@@ -234,10 +244,8 @@ func (b *keyBuilder) join(shape Shape, d ...Digest) {
 
 func (p *Prepared) push(shape Shape, d Digest) {
 	k := Key{Tenant: p.secret.id, Shape: shape, Digest: d}
-	for _, have := range p.keys {
-		if have == k {
-			return
-		}
+	if slices.Contains(p.keys, k) {
+		return
 	}
 	p.keys = append(p.keys, k)
 	p.shapes = p.shapes.With(shape)
@@ -270,10 +278,13 @@ func (p *Prepared) Expires() Instant { return p.expires }
 func (p *Prepared) Valid() bool { return p != nil && p.secret != nil }
 
 // CallKeys appends to buf the keys that this call adds, for the shapes in want,
-// and returns the result. It allocates nothing when buf has room for MaxProbes
-// keys. A tool or audience that has no canonical form is an error wrapping
+// and returns the result. call must not be nil. It allocates nothing when buf
+// has room for MaxProbes keys and an audience is in canonical form. A tool or audience that has no canonical form is an error wrapping
 // ErrNoIdentity, since what cannot be named cannot be shown to be permitted.
 func (p *Prepared) CallKeys(buf []Key, call *Call, want ShapeSet) ([]Key, error) {
+	if !p.Valid() {
+		return buf, &DeniedError{Err: ErrNoIdentity}
+	}
 	if want&PerCallShapes == 0 {
 		return buf, nil
 	}

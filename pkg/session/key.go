@@ -58,8 +58,8 @@ const secretLen = 32
 
 // TenantSecret is a tenant's digest key. Whoever holds it can recognise values
 // that it can guess, so it is handed only to enrolled enforcers. It is safe for
-// concurrent use; its zero value derives nothing and Valid reports false. It
-// prints as its tenant alone.
+// concurrent use; its zero value prepares no identity and derives no key but the
+// global one. It prints as its tenant alone.
 type TenantSecret struct {
 	id           TenantID
 	name         string
@@ -96,10 +96,10 @@ func (s *TenantSecret) ID() TenantID { return s.id }
 func (s *TenantSecret) Name() string { return s.name }
 
 // String never shows the key.
-func (s *TenantSecret) String() string { return "tenant " + s.name }
+func (s TenantSecret) String() string { return "tenant " + s.name }
 
 // GoString never shows the key.
-func (s *TenantSecret) GoString() string { return s.String() }
+func (s TenantSecret) GoString() string { return s.String() }
 
 // maxDigestInput bounds what mac hashes: the label, a kind, and two values
 // with their lengths.

@@ -31,7 +31,8 @@ type Heartbeat struct {
 // WriterID identifies one run of a writer.
 type WriterID [16]byte
 
-// MarshalBody returns the body of the heartbeat's frame.
+// MarshalBody returns the body of the heartbeat's frame. What UnmarshalHeartbeat
+// would refuse, such as a negative duration, it would refuse at the other end.
 func (h *Heartbeat) MarshalBody() []byte {
 	var w writer
 	w.u64(h.Epoch)
@@ -47,7 +48,7 @@ func (h *Heartbeat) MarshalBody() []byte {
 	return w.b
 }
 
-// UnmarshalHeartbeat parses a body.
+// UnmarshalHeartbeat parses a body. Errors wrap ErrMalformed or ErrCritical.
 func UnmarshalHeartbeat(body []byte) (Heartbeat, error) {
 	r := reader{b: body}
 	h := Heartbeat{Epoch: r.u64(), Number: r.u64()}
@@ -92,7 +93,7 @@ func (c *Clock) MarshalBody() []byte {
 	return w.b
 }
 
-// UnmarshalClock parses a body.
+// UnmarshalClock parses a body. Errors wrap ErrMalformed or ErrCritical.
 func UnmarshalClock(body []byte) (Clock, error) {
 	r := reader{b: body}
 	var c Clock
@@ -123,7 +124,7 @@ func (x *Rejection) MarshalBody() []byte {
 	return w.b
 }
 
-// UnmarshalRejection parses a body.
+// UnmarshalRejection parses a body. Errors wrap ErrMalformed or ErrCritical.
 func UnmarshalRejection(body []byte) (Rejection, error) {
 	r := reader{b: body}
 	x := Rejection{Epoch: r.u64(), Number: r.u64()}
@@ -232,13 +233,21 @@ type Receipt struct {
 	Unknown []Field
 }
 
-// MarshalBody returns the body of the receipt's frame.
+var errNameless = fmt.Errorf("%w: receipt without the name of an enforcer", ErrMalformed)
+
+// MarshalBody returns the body of the receipt's frame. It fails for a receipt
+// that UnmarshalReceipt would refuse.
 func (c *Receipt) MarshalBody() ([]byte, error) {
-	if err := checkText("enforcer", c.Enforcer, 128); err != nil {
-		return nil, err
-	}
-	if len(c.Batches) > MaxApplied {
+	switch {
+	case !ValidEnforcerName(c.Enforcer):
+		return nil, errNameless
+	case len(c.Batches) > MaxApplied:
 		return nil, fmt.Errorf("%w: receipt of %d batches", ErrMalformed, len(c.Batches))
+	case c.Mode > ModeShadow || c.Error < 0 || c.MaxStale < 0 || c.Age < 0:
+		return nil, fmt.Errorf("%w: receipt with %s or a negative duration", ErrMalformed, c.Mode)
+	}
+	if err := checkUnknown(c.Unknown); err != nil {
+		return nil, err
 	}
 	var w writer
 	w.text(c.Enforcer)
@@ -271,10 +280,10 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	return w.b, nil
 }
 
-// UnmarshalReceipt parses a body.
+// UnmarshalReceipt parses a body. Errors wrap ErrMalformed or ErrCritical.
 func UnmarshalReceipt(body []byte) (*Receipt, error) {
 	r := reader{b: body}
-	c := &Receipt{Enforcer: r.text("enforcer", 128)}
+	c := &Receipt{Enforcer: r.text("enforcer", 64)}
 	copy(c.Boot[:], r.take(len(c.Boot)))
 	c.Count, c.Epoch, c.Number = r.u64(), r.u64(), r.u64()
 	copy(c.Head[:], r.take(len(c.Head)))
@@ -299,8 +308,11 @@ func UnmarshalReceipt(body []byte) (*Receipt, error) {
 		*p = r.u64()
 	}
 	c.Unknown = r.fields(refuseAll)
-	if c.Enforcer == "" {
-		r.fail("receipt without enforcer")
+	if err := r.end(); err != nil {
+		return nil, err
 	}
-	return c, r.end()
+	if !ValidEnforcerName(c.Enforcer) {
+		return nil, errNameless
+	}
+	return c, nil
 }

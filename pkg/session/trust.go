@@ -101,7 +101,7 @@ func (ks *KeySet) validate() error {
 	switch {
 	case ks.Version == 0 || ks.Epoch == 0:
 		return bad("without version or epoch")
-	case ks.NotAfter <= ks.Issued:
+	case ks.Issued < 0 || ks.NotAfter <= ks.Issued:
 		return bad("ends before it begins")
 	case len(ks.Tenants) > MaxTenants || len(ks.Keys) > MaxKeys:
 		return bad("%d tenants, %d keys", len(ks.Tenants), len(ks.Keys))
@@ -126,14 +126,21 @@ func (ks *KeySet) validate() error {
 		} else {
 			ids[id] = true
 		}
-		if len(k.Tenants) > MaxTenants || !slices.IsSorted(k.Tenants) || slices.Contains(k.Tenants, 0) {
-			return bad("tenants of a key")
+		if len(k.Tenants) > MaxTenants {
+			return bad("%d tenants of a key", len(k.Tenants))
+		}
+		last := TenantID(0)
+		for _, id := range k.Tenants {
+			if id <= last {
+				return bad("tenants of a key are not in order, or repeated")
+			}
+			last = id
 		}
 		if !k.Withdrawn && (k.LastEpoch != 0 || k.LastNumber != 0) {
 			return bad("a last number on a key that is not withdrawn")
 		}
 	}
-	return nil
+	return checkUnknown(ks.Unknown)
 }
 
 // MarshalBody returns the body of the key set's frame.
@@ -179,7 +186,7 @@ func (ks *KeySet) MarshalBody() ([]byte, error) {
 	return w.b, nil
 }
 
-// UnmarshalKeySet parses a body.
+// UnmarshalKeySet parses a body. Errors wrap ErrMalformed or ErrCritical.
 func UnmarshalKeySet(body []byte) (*KeySet, error) {
 	r := reader{b: body}
 	ks := &KeySet{Version: r.u64(), Epoch: r.u64()}
@@ -209,7 +216,10 @@ func UnmarshalKeySet(body []byte) (*KeySet, error) {
 	if err := r.end(); err != nil {
 		return nil, err
 	}
-	return ks, ks.validate()
+	if err := ks.validate(); err != nil {
+		return nil, err
+	}
+	return ks, nil
 }
 
 // Trust decides which frames to believe: a pinned root and the newest key set
@@ -222,6 +232,7 @@ type Trust struct {
 
 type trusted struct {
 	set  *KeySet
+	hash Hash
 	keys map[KeyID]*SigningKey
 }
 
@@ -273,18 +284,23 @@ func (t *Trust) Update(frame []byte, now Instant) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	if c := t.current.Load(); c != nil {
+		have := c.set
+		switch {
+		case ks.Version == have.Version && f.Hash() != c.hash:
+			return false, fmt.Errorf("%w: key set %d is held already, with other content", ErrUntrusted, ks.Version)
+		case ks.Version <= have.Version:
+			return false, nil
+		case ks.Epoch < have.Epoch:
+			return false, fmt.Errorf("%w: key set %d goes back to epoch %d", ErrUntrusted, ks.Version, ks.Epoch)
+		case ks.Epoch == have.Epoch && ks.Salt != have.Salt:
+			return false, fmt.Errorf("%w: key set %d changes the salt of epoch %d", ErrUntrusted, ks.Version, ks.Epoch)
+		}
+	}
 	if now >= ks.NotAfter {
 		return false, fmt.Errorf("%w: key set %d ended at %s", ErrUntrusted, ks.Version, ks.NotAfter)
 	}
-	if have := t.KeySet(); have != nil {
-		if ks.Version <= have.Version {
-			return false, nil
-		}
-		if ks.Epoch < have.Epoch {
-			return false, fmt.Errorf("%w: key set %d goes back to epoch %d", ErrUntrusted, ks.Version, ks.Epoch)
-		}
-	}
-	next := &trusted{set: ks, keys: make(map[KeyID]*SigningKey, len(ks.Keys))}
+	next := &trusted{set: ks, hash: f.Hash(), keys: make(map[KeyID]*SigningKey, len(ks.Keys))}
 	for i := range ks.Keys {
 		next.keys[KeyIDOf(ks.Keys[i].Public)] = &ks.Keys[i]
 	}

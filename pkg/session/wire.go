@@ -24,8 +24,8 @@ func (w *writer) key(k Key) {
 	w.raw(k.Digest[:])
 }
 
-// fields writes the tagged fields of a record, in the order of their tags. Each
-// known one is written by its function only if it is present.
+// fields writes the tagged fields of a record that are present, in the order of
+// their tags.
 func (w *writer) fields(known []Field, unknown []Field) {
 	all := known
 	if len(unknown) > 0 {
@@ -40,6 +40,29 @@ func (w *writer) fields(known []Field, unknown []Field) {
 		w.raw(f.Value)
 	}
 	binary.BigEndian.PutUint16(w.b[at:], uint16(len(w.b)-at-2))
+}
+
+// checkUnknown reports, wrapping ErrMalformed, unknown fields that could not
+// have been parsed. known are the tags that the record has fields for.
+func checkUnknown(unknown []Field, known ...uint8) error {
+	size := 0
+	for i, f := range unknown {
+		size += 3 + len(f.Value)
+		switch {
+		case i >= maxUnknown || size > maxUnknownLen:
+			return fmt.Errorf("%w: unknown fields: %d, %d bytes", ErrMalformed, len(unknown), size)
+		case f.Tag&critical != 0:
+			return fmt.Errorf("%w: tag %#02x", ErrCritical, f.Tag)
+		case i > 0 && unknown[i-1].Tag >= f.Tag:
+			return fmt.Errorf("%w: unknown fields out of order", ErrMalformed)
+		}
+		for _, k := range known {
+			if f.Tag == k&^critical {
+				return fmt.Errorf("%w: tag %d is not an unknown one", ErrMalformed, f.Tag)
+			}
+		}
+	}
+	return nil
 }
 
 // reader consumes the wire form. The first error sticks; every read after it
@@ -143,15 +166,19 @@ func (r *reader) count(n, limit, size int) int {
 	return n
 }
 
-// maxUnknown bounds the fields of later versions that a record may carry.
-const maxUnknown = 16
+// Bounds of the fields of later versions that a record may carry: how many, and
+// how long with their headers.
+const (
+	maxUnknown    = 16
+	maxUnknownLen = 4096
+)
 
 // fields reads tagged fields in ascending order. known is called for each and
 // reports whether it took it; one that it does not take is refused when
 // critical, and kept otherwise.
 func (r *reader) fields(known func(tag uint8, r *reader) bool) (unknown []Field) {
 	sub := reader{b: r.take(int(r.u16())), err: r.err}
-	last := -1
+	last, size := -1, 0
 	for len(sub.b) > 0 && sub.err == nil {
 		tag := sub.u8()
 		value := reader{b: sub.take(int(sub.u16())), err: sub.err}
@@ -171,9 +198,10 @@ func (r *reader) fields(known func(tag uint8, r *reader) bool) (unknown []Field)
 			}
 		case tag&critical != 0:
 			sub.err = fmt.Errorf("%w: tag %#02x", ErrCritical, tag)
-		case len(unknown) >= maxUnknown:
+		case len(unknown) >= maxUnknown || size+3+len(raw) > maxUnknownLen:
 			sub.fail("too many unknown fields")
 		default:
+			size += 3 + len(raw)
 			unknown = append(unknown, Field{Tag: tag, Value: slices.Clone(raw)})
 		}
 	}
