@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -220,11 +219,13 @@ func (b *Broker) start() error {
 	srv.SetLoggerV2(log, false, false, false)
 	b.srv = srv
 	srv.Start()
-	if !srv.ReadyForConnections(startTimeout) {
+	for deadline := time.Now().Add(startTimeout); !srv.ReadyForConnections(100 * time.Millisecond); {
 		if why := log.failure(); why != "" {
 			return fmt.Errorf("broker: %s", why)
 		}
-		return fmt.Errorf("broker: not ready after %s", startTimeout)
+		if time.Now().After(deadline) {
+			return fmt.Errorf("broker: not ready after %s", startTimeout)
+		}
 	}
 	if !srv.JetStreamEnabled() {
 		return fmt.Errorf("broker: JetStream did not start: %s", log.failure())
@@ -247,7 +248,6 @@ func (b *Broker) serverOptions(list []Enforcer) (*server.Options, error) {
 		JetStream:              true,
 		StoreDir:               o.Dir,
 		SyncAlways:             !o.RelaxedSync,
-		Nkeys:                  users(o.Authority, list),
 	}
 	if o.Listen == "" {
 		so.DontListen = true
@@ -278,6 +278,9 @@ func (b *Broker) serverOptions(list []Enforcer) (*server.Options, error) {
 		for _, r := range c.Routes {
 			so.Routes = append(so.Routes, &url.URL{Scheme: "nats", Host: r, User: url.UserPassword("route", c.Secret)})
 		}
+	}
+	if err := so.ProcessConfigString(accountsConfig(o.Authority, list)); err != nil {
+		return nil, fmt.Errorf("broker: accounts: %w", err)
 	}
 	return so, nil
 }
@@ -340,12 +343,16 @@ func (b *Broker) SetEnforcers(list []Enforcer) error {
 	if b.closed {
 		return ErrClosed
 	}
-	so, err := b.serverOptions(slices.Clone(list))
-	if err != nil {
-		return err
-	}
-	if err := b.srv.ReloadOptions(so); err != nil {
-		return fmt.Errorf("broker: set enforcers: %w", err)
+	// nats-server 2.15 activates the service imports of an account only in the
+	// reload after the one that brings the account.
+	for range 2 {
+		so, err := b.serverOptions(list)
+		if err != nil {
+			return err
+		}
+		if err := b.srv.ReloadOptions(so); err != nil {
+			return fmt.Errorf("broker: set enforcers: %w", err)
+		}
 	}
 	return nil
 }

@@ -1,60 +1,137 @@
 package broker
 
 import (
-	"time"
+	"fmt"
+	"strconv"
+	"strings"
 
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
-	"github.com/nats-io/nats-server/v2/server"
 )
 
-// clockReplyTTL bounds how late the writer may answer a clock request.
-const clockReplyTTL = 10 * time.Second
+// Account is the account of the authorities and of the streams. Each enforcer
+// has an account of its own beside it.
+const Account = "INTERLOCK"
+
+// responseThreshold is how long the server remembers where the answer to an
+// enforcer's request goes. It bounds what requests without an answer cost.
+const responseThreshold = "10s"
+
+// Permissions are the subjects that a user of the bus may publish and subscribe
+// to; nothing else is allowed.
+type Permissions struct {
+	Publish   []string
+	Subscribe []string
+	// Respond permits one answer to each request received.
+	Respond bool
+}
 
 // EnforcerPermissions returns all that the enforcer of that name may do on the
-// bus.
-func EnforcerPermissions(name string) *server.Permissions {
-	return &server.Permissions{
-		Publish: &server.SubjectPermission{Allow: []string{
+// bus. They are half of the fence: the server itself sends to whatever reply
+// subject a request names, past all permissions, so an enforcer that shared the
+// authority's account could have an answer, empty or not, delivered to the log
+// or to the API that purges a stream. Hence an account for each, into which
+// these very subjects are imported, and out of which no reply subject leads.
+func EnforcerPermissions(name string) Permissions {
+	return Permissions{
+		Publish: []string{
 			natsfeed.ReceiptSubject(name),
 			natsfeed.ClockSubject(name),
-			"$JS.API.DIRECT.GET." + natsfeed.LogStream,
-			"$JS.API.DIRECT.GET." + natsfeed.TrustStream,
-		}},
-		Subscribe: &server.SubjectPermission{Allow: []string{
+			directGet + natsfeed.LogStream,
+			directGet + natsfeed.TrustStream,
+		},
+		Subscribe: []string{
 			natsfeed.LogSubject,
 			natsfeed.BeatSubject,
 			natsfeed.TrustSubject,
 			natsfeed.InboxPrefix(name) + ".>",
-		}},
+		},
 	}
 }
+
+const directGet = "$JS.API.DIRECT.GET."
 
 // AuthorityPermissions returns all that an authority may do on the bus: its own
 // subjects, JetStream, the lease, and one answer to each request that it gets.
-func AuthorityPermissions() *server.Permissions {
+func AuthorityPermissions() Permissions {
 	own := []string{
-		natsfeed.LogSubject,
-		natsfeed.BeatSubject,
-		natsfeed.TrustSubject,
-		natsfeed.ForwardSubject,
-		natsfeed.ReceiptSubjects,
-		natsfeed.ClockSubjects,
+		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
+		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ClockSubjects,
 	}
-	return &server.Permissions{
-		Publish: &server.SubjectPermission{Allow: append([]string{
-			"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV." + natsfeed.LeaseBucket + ".>",
-		}, own...)},
-		Subscribe: &server.SubjectPermission{Allow: append([]string{
-			"_INBOX.>", "$KV." + natsfeed.LeaseBucket + ".>",
-		}, own...)},
-		Response: &server.ResponsePermission{MaxMsgs: 1, Expires: clockReplyTTL},
+	lease := "$KV." + natsfeed.LeaseBucket + ".>"
+	return Permissions{
+		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", lease}, own...),
+		Subscribe: append([]string{"_INBOX.>", lease}, own...),
+		Respond:   true,
 	}
 }
 
-func users(authority string, list []Enforcer) []*server.NkeyUser {
-	out := []*server.NkeyUser{{Nkey: authority, Permissions: AuthorityPermissions()}}
-	for _, e := range list {
-		out = append(out, &server.NkeyUser{Nkey: e.PublicNKey, Permissions: EnforcerPermissions(e.Name)})
+// ServerConfig returns the accounts block of a nats-server configuration that
+// gives the authority and the enforcers their rights. The embedded server reads
+// this same text. The operator of an external cluster puts it on every server,
+// with a listener, TLS and `jetstream { sync_interval: always }` of their own,
+// and reloads the servers when it changes. Errors are those of a bad name or key.
+func ServerConfig(authority string, list []Enforcer) (string, error) {
+	if err := validateEnforcers(authority, list); err != nil {
+		return "", err
 	}
-	return out
+	return accountsConfig(authority, list), nil
+}
+
+func accountsConfig(authority string, list []Enforcer) string {
+	var w strings.Builder
+	line := func(format string, a ...any) { fmt.Fprintf(&w, format+"\n", a...) }
+	line("accounts {")
+	line("  %s {", Account)
+	line("    jetstream: enabled")
+	line("    users: [%s]", userConfig(authority, AuthorityPermissions()))
+	line("    exports: [")
+	for _, s := range []string{natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject} {
+		line("      {stream: %q}", s)
+	}
+	for _, s := range []string{natsfeed.ReceiptSubjects, natsfeed.ClockSubjects} {
+		line("      {service: %q, response_type: singleton, response_threshold: %q}", s, responseThreshold)
+	}
+	for _, s := range []string{natsfeed.LogStream, natsfeed.TrustStream} {
+		line("      {service: %q, response_type: stream, response_threshold: %q}", directGet+s, responseThreshold)
+	}
+	line("    ]")
+	line("  }")
+	for _, e := range list {
+		p := EnforcerPermissions(e.Name)
+		line("  %q {", AccountOf(e.Name))
+		line("    users: [%s]", userConfig(e.PublicNKey, p))
+		line("    imports: [")
+		for _, s := range p.Subscribe {
+			if s != natsfeed.InboxPrefix(e.Name)+".>" {
+				line("      {stream: {account: %s, subject: %q}}", Account, s)
+			}
+		}
+		for _, s := range p.Publish {
+			line("      {service: {account: %s, subject: %q}}", Account, s)
+		}
+		line("    ]")
+		line("  }")
+	}
+	line("}")
+	return w.String()
+}
+
+// AccountOf is the account of the enforcer of that name.
+func AccountOf(enforcer string) string { return "ENFORCER_" + enforcer }
+
+func userConfig(nkey string, p Permissions) string {
+	respond := ""
+	if p.Respond {
+		respond = fmt.Sprintf(", allow_responses: {max: 1, expires: %q}", responseThreshold)
+	}
+	return fmt.Sprintf("{nkey: %s, permissions: {publish: {allow: %s}, subscribe: {allow: %s}%s}}",
+		nkey, subjectList(p.Publish), subjectList(p.Subscribe), respond)
+}
+
+func subjectList(subjects []string) string {
+	quoted := make([]string, len(subjects))
+	for i, s := range subjects {
+		quoted[i] = strconv.Quote(s)
+	}
+	return "[" + strings.Join(quoted, ", ") + "]"
 }
