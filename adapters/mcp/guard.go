@@ -1,0 +1,274 @@
+package mcpguard
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/modelcontextprotocol/go-sdk/auth"
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Enforcer decides. Every error that it returns denies, and should wrap
+// session.ErrDenied; a *session.DeniedError says why. All methods are called
+// concurrently.
+type Enforcer interface {
+	// Prepare derives what Check and Bind need from an identity.
+	Prepare(session.Identity) (*session.Prepared, error)
+	// Check decides without waiting for anything.
+	Check(*session.Prepared, session.Call) error
+	// Bind ties work to the caller: the context that it returns is cancelled,
+	// with a *session.DeniedError as its cause, when the work must stop. It
+	// checks again after registering. The CancelFunc releases it.
+	Bind(context.Context, *session.Prepared, session.Call) (context.Context, context.CancelFunc, error)
+}
+
+// Verifier finds out who is calling. The error's text reaches the caller and
+// must say nothing that the caller should not know. An error that wraps
+// session.ErrStale means that it could not be found out now.
+type Verifier interface {
+	VerifyRequest(*http.Request) (session.Identity, error)
+}
+
+// Options configures a Guard. The zero value is useful over HTTP.
+type Options struct {
+	// Resource is the URI of this server, the audience of every call.
+	Resource string
+	// ResourceMetadata is the URL of the protected resource metadata (RFC
+	// 9728), named in every challenge.
+	ResourceMetadata string
+	// Scopes are those that a caller must hold to use this server at all. They
+	// are looked for among the identity's capabilities and named in challenges.
+	Scopes []string
+	// Identity is who calls over a transport that carries no credentials, such
+	// as stdio. It is never used for a request that came over HTTP.
+	Identity *session.Identity
+	// Classify says of an operation whether it is low-risk, how fresh the state
+	// must be, and whether it is strict. name is the tool, prompt or resource,
+	// where there is one; Tool and Audience of the result are ignored. Nil
+	// leaves what runs host code as high-risk, and holds connecting, listing
+	// and pinging to be low-risk, as it is for methods without a name when
+	// Classify is set too.
+	Classify func(method, name string) session.Call
+	// RetryAfter is what a suspended caller is told to wait when the suspension
+	// has no end; zero is 30 s.
+	RetryAfter time.Duration
+	// FlushTimeout bounds how long the error of a cut call may take to reach
+	// its client before the session is closed over it; zero is 1 s.
+	FlushTimeout time.Duration
+	// CloseTimeout bounds how long Close waits for tools that ignore their
+	// context; zero is 5 s.
+	CloseTimeout time.Duration
+	// Logger hears of what the guard could not do. Nil is silent. Denials are
+	// not logged: the enforcer counts them.
+	Logger *slog.Logger
+}
+
+// Guard guards MCP servers. It is made by New and is safe for concurrent use.
+// The zero Guard denies everything.
+type Guard struct {
+	enforcer Enforcer
+	verifier Verifier
+	static   *caller
+	opts     Options
+	logger   *slog.Logger
+
+	mu       sync.Mutex
+	closed   bool
+	sessions map[any]*tracked // by sessionKey
+	wg       sync.WaitGroup
+	work     int // goroutines in wg
+}
+
+// New makes a guard. verifier may be nil where Options.Identity is set, and
+// then every HTTP request is denied. Errors wrap session.ErrInvalid, or
+// session.ErrDenied when Identity cannot be prepared.
+func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
+	g := &Guard{enforcer: enforcer, verifier: verifier, sessions: make(map[any]*tracked)}
+	if opts != nil {
+		g.opts = *opts
+	}
+	bad := func(format string, a ...any) error {
+		return fmt.Errorf("%w: mcpguard: %s", session.ErrInvalid, fmt.Sprintf(format, a...))
+	}
+	if enforcer == nil {
+		return nil, bad("no enforcer")
+	}
+	if verifier == nil && g.opts.Identity == nil {
+		return nil, bad("neither a verifier nor an identity: nobody could ever call")
+	}
+	if g.opts.Resource != "" {
+		if _, err := session.Canonical(session.KindAudience, g.opts.Resource); err != nil {
+			return nil, bad("resource: %v", err)
+		}
+	}
+	for _, s := range append([]string{g.opts.ResourceMetadata}, g.opts.Scopes...) {
+		if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == '"' || r == '\\' || r > '~' }) {
+			return nil, bad("%q does not fit in a challenge", s)
+		}
+	}
+	g.opts.RetryAfter = orDefault(g.opts.RetryAfter, 30*time.Second)
+	g.opts.FlushTimeout = orDefault(g.opts.FlushTimeout, time.Second)
+	g.opts.CloseTimeout = orDefault(g.opts.CloseTimeout, 5*time.Second)
+	g.logger = g.opts.Logger
+	if g.logger == nil {
+		g.logger = slog.New(slog.DiscardHandler)
+	}
+	if id := g.opts.Identity; id != nil {
+		p, err := enforcer.Prepare(*id)
+		if err != nil {
+			return nil, fmt.Errorf("mcpguard: identity: %w", err)
+		}
+		g.static = &caller{prepared: p}
+	}
+	return g, nil
+}
+
+func orDefault(d, def time.Duration) time.Duration {
+	if d <= 0 {
+		return def
+	}
+	return d
+}
+
+// Close denies everything from now on, closes the sessions that the guard
+// knows, since nobody would guard them, and joins every goroutine. It waits for
+// tools that are still running, at most Options.CloseTimeout, and its error
+// says how many were left behind. It is idempotent.
+func (g *Guard) Close() error {
+	g.mu.Lock()
+	g.closed = true
+	for _, t := range g.sessions {
+		t.closeLocked()
+	}
+	g.mu.Unlock()
+
+	done := make(chan struct{})
+	go func() { // ends with the goroutines that it waits for
+		g.wg.Wait()
+		close(done)
+	}()
+	timer := time.NewTimer(g.opts.CloseTimeout)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-timer.C:
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return fmt.Errorf("mcpguard: %d tools or sessions have not ended", g.work)
+}
+
+// errClosed is what a closed guard, or one that was not made by New, answers.
+func errClosed() error { return &session.DeniedError{Err: session.ErrClosed} }
+
+// goLocked runs f as a goroutine that Close joins. g.mu must be held.
+func (g *Guard) goLocked(f func()) {
+	g.work++
+	g.wg.Go(func() {
+		f()
+		g.mu.Lock()
+		g.work--
+		g.mu.Unlock()
+	})
+}
+
+// caller is a verified identity on its way through the SDK.
+type caller struct {
+	prepared *session.Prepared
+}
+
+// callerKey is where auth.TokenInfo.Extra carries the caller. Only this process
+// writes it: nothing of it comes from the token.
+const callerKey = "interlock.caller"
+
+// IdentityOf returns the verified identity behind a request, for the tools of a
+// guarded server. Its slices must not be changed.
+func IdentityOf(req mcp.Request) (session.Identity, bool) {
+	if c := callerOf(req); c != nil {
+		return c.prepared.Identity(), true
+	}
+	return session.Identity{}, false
+}
+
+func callerOf(req mcp.Request) *caller {
+	extra := req.GetExtra()
+	if extra == nil || extra.TokenInfo == nil {
+		return nil
+	}
+	c, _ := extra.TokenInfo.Extra[callerKey].(*caller)
+	return c
+}
+
+// identify returns the caller of a request, from the credentials that the HTTP
+// handler verified, or from the configuration where the transport has none.
+func (g *Guard) identify(req mcp.Request) (*caller, error) {
+	if g.enforcer == nil {
+		return nil, errClosed()
+	}
+	if c := callerOf(req); c != nil {
+		return c, nil
+	}
+	if extra := req.GetExtra(); g.static != nil && (extra == nil || extra.Header == nil && extra.TokenInfo == nil) {
+		return g.static, nil
+	}
+	return nil, &session.DeniedError{Err: session.ErrNoIdentity}
+}
+
+// tokenInfo is what the SDK and the tools see of a caller. The SDK refuses a
+// request to a session whose UserID is another, so it must name the caller and
+// not the token, which is renewed.
+func tokenInfo(c *caller) *auth.TokenInfo {
+	id := c.prepared.Identity()
+	return &auth.TokenInfo{
+		Scopes: id.Capabilities, Expiration: id.Expires, UserID: ownerOf(&id),
+		Extra: map[string]any{callerKey: c},
+	}
+}
+
+// ownerOf condenses who a session belongs to.
+func ownerOf(id *session.Identity) string {
+	h := sha256.New()
+	put := func(s string) {
+		_ = binary.Write(h, binary.BigEndian, uint32(len(s)))
+		h.Write([]byte(s))
+	}
+	put(id.Tenant)
+	put(id.Issuer)
+	put(id.User)
+	put(id.Client)
+	put(id.Session.ID)
+	for _, a := range id.Actors {
+		put(a.Issuer)
+		put(a.ID)
+	}
+	if id.User == "" && id.Client == "" && id.Session.ID == "" && len(id.Actors) == 0 {
+		// Nothing outlives the credential, so it is the caller.
+		put(id.Token)
+		for _, k := range id.Keys {
+			put(k)
+		}
+	}
+	return base64.RawURLEncoding.EncodeToString(h.Sum(nil))
+}
+
+// denied returns the denial that a bound context was cut with, or nil when it
+// ended for another reason.
+func denied(ctx context.Context) *session.DeniedError {
+	var d *session.DeniedError
+	if ctx.Err() != nil && errors.As(context.Cause(ctx), &d) {
+		return d
+	}
+	return nil
+}

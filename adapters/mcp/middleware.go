@@ -1,0 +1,120 @@
+package mcpguard
+
+import (
+	"context"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// housekeeping are the methods that run no host code worth cutting: they end by
+// themselves, and a caller with reduced rights needs them to find out what it
+// may still do. Everything else is bound for as long as it runs, methods that
+// this code has never heard of included.
+var housekeeping = map[string]bool{
+	"initialize": true, "ping": true, "server/discover": true, "logging/setLevel": true,
+	"tools/list": true, "prompts/list": true, "resources/list": true, "resources/templates/list": true,
+	"notifications/initialized": true, "notifications/cancelled": true,
+	"notifications/progress": true, "notifications/roots/list_changed": true,
+}
+
+// Middleware checks every method that a server receives, binds what runs to its
+// caller, and cuts it. Add it with mcp.Server.AddReceivingMiddleware, after all
+// others, unless Serve does.
+func (g *Guard) Middleware(next mcp.MethodHandler) mcp.MethodHandler {
+	return func(ctx context.Context, method string, req mcp.Request) (mcp.Result, error) {
+		c, err := g.identify(req)
+		if err != nil {
+			return nil, g.rpcError(err)
+		}
+		if ss, ok := req.GetSession().(*mcp.ServerSession); ok {
+			if err := g.track(ss, req, c); err != nil {
+				return nil, g.rpcError(err)
+			}
+		}
+		call := g.call(method, req)
+		if housekeeping[method] {
+			if err := g.enforcer.Check(c.prepared, call); err != nil {
+				return nil, g.rpcError(err)
+			}
+			return next(ctx, method, req)
+		}
+		return g.run(ctx, c, call, func(ctx context.Context) (mcp.Result, error) {
+			return next(ctx, method, req)
+		})
+	}
+}
+
+// call says what a request asks for.
+func (g *Guard) call(method string, req mcp.Request) session.Call {
+	name := ""
+	switch p := req.GetParams().(type) {
+	case *mcp.CallToolParamsRaw:
+		name = p.Name
+	case *mcp.GetPromptParams:
+		name = p.Name
+	case *mcp.ReadResourceParams:
+		name = p.URI
+	}
+	var call session.Call
+	if g.opts.Classify != nil {
+		call = g.opts.Classify(method, name)
+	}
+	call.Tool, call.Audience = "", g.opts.Resource
+	if method == "tools/call" {
+		call.Tool = name
+	}
+	call.LowRisk = call.LowRisk || housekeeping[method]
+	return call
+}
+
+type outcome struct {
+	result mcp.Result
+	err    error
+}
+
+// run runs work until it returns or its caller must stop, whichever is first.
+func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func(context.Context) (mcp.Result, error)) (mcp.Result, error) {
+	// The binding outlives a cancellation by the client: work that ignores it
+	// goes on, and so must our watch over it.
+	bound, release, err := g.enforcer.Bind(context.WithoutCancel(ctx), c.prepared, call)
+	if err != nil {
+		return nil, g.rpcError(err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	unlink := context.AfterFunc(bound, func() { cancel(context.Cause(bound)) })
+
+	done := make(chan outcome, 1)
+	g.mu.Lock()
+	if g.closed {
+		g.mu.Unlock()
+		unlink()
+		cancel(nil)
+		release()
+		return nil, g.rpcError(errClosed())
+	}
+	g.goLocked(func() {
+		defer release()
+		defer cancel(nil)
+		defer unlink()
+		result, err := work(ctx)
+		done <- outcome{result, err}
+	})
+	g.mu.Unlock()
+
+	select {
+	case <-bound.Done():
+		// Released before the outcome could be taken: the work is over.
+		if d := denied(bound); d == nil {
+			out := <-done
+			return out.result, out.err
+		}
+	case out := <-done:
+		// A tool that was cut reports that as a result of its own making.
+		if d := denied(bound); d == nil {
+			return out.result, out.err
+		}
+	}
+	return nil, g.rpcError(denied(bound))
+}

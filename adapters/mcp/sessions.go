@@ -1,0 +1,189 @@
+package mcpguard
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// tracked is a session that outlives its requests: a legacy one over HTTP, or
+// any over stdio. It is bound to its caller for as long as it lives, so that it
+// is closed when the caller is revoked, even with nothing running.
+type tracked struct {
+	g  *Guard
+	ss *mcp.ServerSession
+
+	// All below is guarded by g.mu.
+
+	owner   *session.Prepared // whom the session is bound to now
+	release context.CancelFunc
+	posts   int           // HTTP requests whose answers may still be on their way
+	idle    chan struct{} // closed when posts falls to zero, while somebody waits
+	closing bool
+}
+
+// sessionKey finds a session again from an HTTP request, which knows its id
+// alone. Over stdio there is no id, and one session.
+func sessionKey(ss *mcp.ServerSession) any {
+	if id := ss.ID(); id != "" {
+		return id
+	}
+	return ss
+}
+
+// track binds a session to the caller of its latest request. Sessions that end
+// with their request need none of this.
+func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
+	if extra := req.GetExtra(); ss.ID() == "" && extra != nil && extra.Header != nil {
+		return nil
+	}
+	key := sessionKey(ss)
+	g.mu.Lock()
+	t := g.sessions[key]
+	current := t != nil && t.owner == c.prepared
+	closed := g.closed || t != nil && t.closing
+	g.mu.Unlock()
+	if closed {
+		return errClosed()
+	}
+	if current || t != nil && t.sameCredential(c.prepared) {
+		return nil
+	}
+
+	// Bound outside the lock: the enforcer may call back at once.
+	bound, release, err := g.enforcer.Bind(context.Background(), c.prepared, g.connect())
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		release()
+		return errClosed()
+	}
+	if t = g.sessions[key]; t == nil {
+		t = &tracked{g: g, ss: ss}
+		g.sessions[key] = t
+		g.goLocked(func() { t.await(key) })
+	}
+	if t.release != nil {
+		t.release()
+	}
+	t.owner, t.release = c.prepared, release
+	context.AfterFunc(bound, func() { t.cut(c.prepared, denied(bound)) })
+	return nil
+}
+
+// sameCredential reports whether the session is bound to this credential
+// already, prepared for another request.
+func (t *tracked) sameCredential(p *session.Prepared) bool {
+	t.g.mu.Lock()
+	defer t.g.mu.Unlock()
+	if t.owner == nil {
+		return false
+	}
+	a, b := t.owner.Identity(), p.Identity()
+	return a.Token == b.Token && a.Token != "" && a.Issuer == b.Issuer && a.Tenant == b.Tenant
+}
+
+// await forgets the session when it ends, by whomever.
+func (t *tracked) await(key any) {
+	_ = t.ss.Wait() // how it ended is the SDK's to report
+	t.g.mu.Lock()
+	defer t.g.mu.Unlock()
+	delete(t.g.sessions, key)
+	t.closing = true
+	if t.release != nil {
+		t.release()
+	}
+}
+
+// cut runs when the binding to owner has ended.
+func (t *tracked) cut(owner *session.Prepared, why *session.DeniedError) {
+	t.g.mu.Lock()
+	defer t.g.mu.Unlock()
+	if why == nil || t.owner != owner || t.closing {
+		return
+	}
+	// Bind anew at the next request that is let through. Only a revocation
+	// closes: a suspension may be lifted, a token renewed, a bus come back.
+	t.release()
+	t.owner, t.release = nil, nil
+	if errors.Is(why, session.ErrRevoked) && !t.g.closed {
+		t.closing = true
+		idle := t.idleLocked()
+		t.g.goLocked(func() { t.closeAfter(idle) })
+	}
+}
+
+// closeAfter closes the session once the errors of what it had running are out.
+// Closing first would lose them, since the SDK writes nothing more on a
+// session that is closing.
+func (t *tracked) closeAfter(idle <-chan struct{}) {
+	timer := time.NewTimer(t.g.opts.FlushTimeout)
+	defer timer.Stop()
+	select {
+	case <-idle:
+	case <-timer.C:
+	}
+	t.close()
+}
+
+// closeLocked closes the session from Guard.Close.
+func (t *tracked) closeLocked() {
+	if !t.closing {
+		t.closing = true
+		t.g.goLocked(t.close)
+	}
+}
+
+func (t *tracked) close() {
+	if err := t.ss.Close(); err != nil {
+		t.g.logger.Debug("closing a revoked session", "error", err)
+	}
+}
+
+// idleLocked returns a channel that is closed once no answer is on its way.
+// Without HTTP that cannot be seen, and the channel is nil.
+func (t *tracked) idleLocked() <-chan struct{} {
+	if t.ss.ID() == "" {
+		return nil
+	}
+	t.idle = make(chan struct{})
+	if t.posts == 0 {
+		close(t.idle)
+	}
+	return t.idle
+}
+
+func (g *Guard) trackedByID(id string) *tracked {
+	if id == "" {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.sessions[id]
+}
+
+// begin and end count the HTTP requests of a session.
+func (t *tracked) begin() {
+	t.g.mu.Lock()
+	t.posts++
+	t.g.mu.Unlock()
+}
+
+func (t *tracked) end() {
+	t.g.mu.Lock()
+	defer t.g.mu.Unlock()
+	if t.posts--; t.posts == 0 && t.idle != nil {
+		select {
+		case <-t.idle:
+		default:
+			close(t.idle)
+		}
+	}
+}

@@ -1,0 +1,43 @@
+// Package credential turns the bearer token of a request into the
+// session.Identity that an enforcer checks: a signed JWT (RFC 7519, RFC 9068),
+// verified against keys that the deployment configured for its issuer.
+//
+//	v, err := credential.New(credential.Options{
+//		Audiences: []string{"https://tools.example/mcp"},
+//		Issuers: []credential.Issuer{{
+//			URL:    "https://id.example",
+//			Tenant: "acme",
+//			JWKS:   "https://id.example/jwks.json",
+//		}},
+//	})
+//	if err != nil {
+//		return err
+//	}
+//	defer v.Close()
+//	id, err := v.VerifyRequest(r)
+//
+// # Guarantees
+//
+// The algorithms are pinned per issuer; "none" and the HMAC family are never
+// accepted, whatever the configuration. The issuer decides the tenant, and
+// nothing in the token can. `iss`, `aud`, `exp`, `nbf`, `iat` and `typ` are
+// checked, and a claim that the mapping uses but whose type is wrong makes the
+// token refused: to skip it would make its bearer exempt from decisions on that
+// value. A token is at most MaxTokenLen bytes, and neither its header nor its
+// claims may name a member twice.
+//
+// Keys from a JWKS are fetched with a bound on size and time, refreshed when a
+// token names a key that is not there, at most once per RefreshInterval for all
+// callers together, and used no longer than KeysMaxAge after they were fetched:
+// an issuer that cannot be reached does not vouch for ever.
+//
+// # Limits
+//
+// Proof of possession is not checked here. A token that is bound to a key
+// (`cnf`) is accepted as a bearer token unless Options.Possession says
+// otherwise; its key is in the identity either way, so that it can be revoked.
+// Opaque tokens and encrypted ones are refused.
+//
+// How claims become an identity is written down in docs/claims.md and on
+// Claims.
+package credential

@@ -1,0 +1,418 @@
+package credential
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Bounds of what comes from outside.
+const (
+	// MaxTokenLen bounds a token, in bytes.
+	MaxTokenLen = 16 << 10
+	// MaxActors bounds the delegation chain.
+	MaxActors = 8
+	// MaxAncestors bounds the sessions that a session descends from.
+	MaxAncestors = 16
+	// maxValues bounds every other list in a token. What a decision can look
+	// up is bounded further by session.MaxProbes.
+	maxValues = session.MaxProbes
+	// maxSkew bounds how far an issuer's clock is let be off.
+	maxSkew = 5 * time.Minute
+)
+
+// Options configures a Verifier. Issuers and Audiences are required.
+type Options struct {
+	Issuers []Issuer
+	// Audiences are the values of `aud` that stand for this resource: a token
+	// must carry one of them (RFC 8707 §2, RFC 9068 §4). They are compared in
+	// the form that session.Canonical gives them.
+	Audiences []string
+	// Clock is the local clock; nil is time.Now.
+	Clock func() time.Time
+	// HTTP fetches key sets; nil is a client of the verifier's own, which
+	// follows no redirect.
+	HTTP *http.Client
+	// Possession is asked about every token that verified and is bound to a
+	// key (`cnf`), with the request that presented it, or nil when there is
+	// none. An error refuses the token. Nil accepts it as a bearer token.
+	Possession func(r *http.Request, token string, id session.Identity) error
+}
+
+// Issuer is one token issuer that the deployment trusts.
+type Issuer struct {
+	// URL is the issuer identifier: `iss`, byte for byte.
+	URL string
+	// Tenant is the tenant of every identity from this issuer.
+	Tenant string
+	// Keys are static verification keys. JWKS is where to fetch them. Exactly
+	// one of the two is set.
+	Keys jose.JSONWebKeySet
+	// JWKS is an https URL, or an http one on a loopback address.
+	JWKS string
+	// Algorithms pins the signature algorithms; nil is ES256, EdDSA, RS256 and
+	// PS256. "none" and HMAC are refused here too.
+	Algorithms []jose.SignatureAlgorithm
+	// Types are the accepted values of the header's `typ`, without
+	// "application/", in any case; nil is "at+jwt" and "JWT". An empty string
+	// in it accepts a token without one.
+	Types []string
+	// Skew is how far the issuer's clock may be off; zero is 30 s, at most
+	// 5 min.
+	Skew time.Duration
+	// FixedIssue states that tokens of this issuer can be neither refreshed nor
+	// exchanged, so that `iat` counts for issued-before.
+	FixedIssue bool
+	// RefreshInterval is the least time between two fetches of the JWKS; zero
+	// is 15 s.
+	RefreshInterval time.Duration
+	// KeysMaxAge is how long fetched keys are used while the JWKS cannot be
+	// fetched again; zero is 1 h. They are fetched anew after half of it.
+	KeysMaxAge time.Duration
+	// Claims overrides which claims the identity is taken from.
+	Claims Claims
+}
+
+// Verifier verifies tokens. It is made by New, is safe for concurrent use, and
+// refuses every token once closed, as does its zero value.
+type Verifier struct {
+	issuers    map[string]*issuer
+	audiences  []string
+	algorithms []jose.SignatureAlgorithm
+	clock      func() time.Time
+	possession func(*http.Request, string, session.Identity) error
+	closing    context.CancelFunc
+}
+
+type issuer struct {
+	Issuer
+	claims *mapping
+	keys   keySource
+}
+
+// keySource finds the keys that may have signed a token. The error is one of
+// this package's.
+type keySource interface {
+	find(ctx context.Context, kid string, alg jose.SignatureAlgorithm) ([]jose.JSONWebKey, error)
+	close()
+}
+
+var (
+	defaultAlgorithms = []jose.SignatureAlgorithm{jose.ES256, jose.EdDSA, jose.RS256, jose.PS256}
+	// everAccepted is what an issuer may pin at all.
+	everAccepted = []jose.SignatureAlgorithm{
+		jose.ES256, jose.ES384, jose.ES512, jose.EdDSA,
+		jose.RS256, jose.RS384, jose.RS512, jose.PS256, jose.PS384, jose.PS512,
+	}
+	defaultTypes = []string{"at+jwt", "JWT"}
+)
+
+// New checks the options and makes a verifier. It does no I/O: the first token
+// of an issuer fetches its keys. Errors wrap session.ErrInvalid and say which
+// option to mend.
+func New(opts Options) (*Verifier, error) {
+	bad := func(format string, a ...any) error {
+		return fmt.Errorf("%w: credential: %s", session.ErrInvalid, fmt.Sprintf(format, a...))
+	}
+	if len(opts.Issuers) == 0 {
+		return nil, bad("no issuers")
+	}
+	if len(opts.Audiences) == 0 {
+		return nil, bad("no audiences: a token for any resource would be accepted")
+	}
+	v := &Verifier{
+		issuers: make(map[string]*issuer), clock: opts.Clock, possession: opts.Possession,
+	}
+	if v.clock == nil {
+		v.clock = time.Now
+	}
+	for _, a := range opts.Audiences {
+		a, err := session.Canonical(session.KindAudience, a)
+		if err != nil {
+			return nil, bad("audience: %v", err)
+		}
+		v.audiences = append(v.audiences, a)
+	}
+	client := opts.HTTP
+	if client == nil {
+		client = newClient()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	v.closing = cancel
+	for _, iss := range opts.Issuers {
+		i := &issuer{Issuer: iss}
+		if iss.URL == "" || v.issuers[iss.URL] != nil {
+			cancel()
+			return nil, bad("issuer %q is empty or there twice", iss.URL)
+		}
+		if err := i.complete(ctx, client, v.clock); err != nil {
+			cancel()
+			return nil, bad("issuer %s: %v", iss.URL, err)
+		}
+		v.issuers[iss.URL] = i
+		for _, alg := range i.Algorithms {
+			if !slices.Contains(v.algorithms, alg) {
+				v.algorithms = append(v.algorithms, alg)
+			}
+		}
+	}
+	return v, nil
+}
+
+func (i *issuer) complete(ctx context.Context, client *http.Client, clock func() time.Time) (err error) {
+	if _, err := session.Canonical(session.KindIssuer, i.URL); err != nil {
+		return err
+	}
+	if _, err := session.Canonical(session.KindTenant, i.Tenant); err != nil {
+		return err
+	}
+	if i.Algorithms == nil {
+		i.Algorithms = defaultAlgorithms
+	}
+	if len(i.Algorithms) == 0 {
+		return errors.New("no algorithms")
+	}
+	for _, alg := range i.Algorithms {
+		if !slices.Contains(everAccepted, alg) {
+			return fmt.Errorf("algorithm %q is never accepted", alg)
+		}
+	}
+	if i.Types == nil {
+		i.Types = defaultTypes
+	}
+	if i.Skew == 0 {
+		i.Skew = 30 * time.Second
+	}
+	if i.Skew < 0 || i.Skew > maxSkew {
+		return fmt.Errorf("skew %s: want at most %s", i.Skew, maxSkew)
+	}
+	if i.RefreshInterval <= 0 {
+		i.RefreshInterval = 15 * time.Second
+	}
+	if i.KeysMaxAge <= 0 {
+		i.KeysMaxAge = time.Hour
+	}
+	if i.claims, err = i.Claims.compile(); err != nil {
+		return err
+	}
+	static := len(i.Issuer.Keys.Keys) > 0
+	switch {
+	case static == (i.JWKS != ""):
+		return errors.New("want either Keys or JWKS")
+	case static:
+		if i.keys, err = newStaticKeys(i.Issuer.Keys); err != nil {
+			return err
+		}
+		return nil
+	}
+	i.keys, err = newRemoteKeys(ctx, client, clock, &i.Issuer)
+	return err
+}
+
+// Close ends fetches that are under way and joins their goroutines. It is
+// idempotent.
+func (v *Verifier) Close() {
+	if v.closing == nil {
+		return
+	}
+	v.closing()
+	for _, i := range v.issuers {
+		i.keys.close()
+	}
+}
+
+// VerifyRequest verifies the bearer token in the request's Authorization
+// header (RFC 6750 §2.1); a token anywhere else is not looked at. It is Verify
+// otherwise.
+func (v *Verifier) VerifyRequest(r *http.Request) (session.Identity, error) {
+	values := r.Header.Values("Authorization")
+	if len(values) == 0 {
+		return session.Identity{}, ErrTokenMissing
+	}
+	scheme, token, ok := strings.Cut(values[0], " ")
+	if len(values) > 1 || !ok || !strings.EqualFold(scheme, "Bearer") {
+		return session.Identity{}, ErrTokenMalformed.because("want one Authorization header with a Bearer token")
+	}
+	return v.verify(r.Context(), strings.TrimLeft(token, " "), r)
+}
+
+// Verify verifies a token that arrived by another way than a request, such as
+// an environment variable. It waits only where the issuer's keys have to be
+// fetched, no longer than ctx allows. The error wraps ErrToken.
+func (v *Verifier) Verify(ctx context.Context, token string) (session.Identity, error) {
+	return v.verify(ctx, token, nil)
+}
+
+func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (session.Identity, error) {
+	if token == "" {
+		return session.Identity{}, ErrTokenMissing
+	}
+	if len(token) > MaxTokenLen {
+		return session.Identity{}, ErrTokenMalformed.because("too long")
+	}
+	if v.issuers == nil {
+		return session.Identity{}, ErrTokenIssuer
+	}
+	jws, err := jose.ParseSignedCompact(token, v.algorithms)
+	if err != nil {
+		var alg *jose.ErrUnexpectedSignatureAlgorithm
+		if errors.As(err, &alg) {
+			return session.Identity{}, ErrTokenAlgorithm
+		}
+		return session.Identity{}, ErrTokenMalformed
+	}
+	header := jws.Signatures[0].Protected
+	// The claims are read before the signature is verified only to find out
+	// whose keys to verify with.
+	claims, err := parseClaims(jws.UnsafePayloadWithoutVerification())
+	if err != nil {
+		return session.Identity{}, err
+	}
+	iss, err := claims.text("iss")
+	if err != nil {
+		return session.Identity{}, err
+	}
+	i := v.issuers[iss]
+	if i == nil {
+		return session.Identity{}, ErrTokenIssuer
+	}
+	alg := jose.SignatureAlgorithm(header.Algorithm)
+	if !slices.Contains(i.Algorithms, alg) {
+		return session.Identity{}, ErrTokenAlgorithm
+	}
+	if !i.accepts(header.ExtraHeaders[jose.HeaderType]) {
+		return session.Identity{}, ErrTokenType
+	}
+	// An unencoded payload (RFC 7797) has no place in a JWT (§7).
+	if _, ok := header.ExtraHeaders["b64"]; ok {
+		return session.Identity{}, ErrTokenMalformed.because("unencoded payload")
+	}
+	keys, err := i.keys.find(ctx, header.KeyID, alg)
+	if err != nil {
+		return session.Identity{}, err
+	}
+	if !slices.ContainsFunc(keys, func(k jose.JSONWebKey) bool {
+		_, err := jws.Verify(k.Key)
+		return err == nil
+	}) {
+		return session.Identity{}, ErrTokenSignature
+	}
+
+	if err := v.valid(claims, i); err != nil {
+		return session.Identity{}, err
+	}
+	id, err := i.claims.identity(claims)
+	if err != nil {
+		return session.Identity{}, err
+	}
+	id.Tenant, id.Issuer, id.FixedIssue, id.Skew = i.Tenant, i.URL, i.FixedIssue, i.Skew
+	jti, err := claims.text("jti")
+	if err != nil {
+		return session.Identity{}, err
+	}
+	id.Token = session.TokenValue(jti, []byte(token[:strings.LastIndexByte(token, '.')]))
+	if _, bound := claims["cnf"]; bound && v.possession != nil {
+		if err := v.possession(r, token, id); err != nil {
+			return session.Identity{}, errors.Join(ErrTokenPossession, err)
+		}
+	}
+	return id, nil
+}
+
+// valid checks what RFC 9068 §4 and RFC 7519 §4.1 ask of every token.
+func (v *Verifier) valid(c claims, i *issuer) error {
+	audiences, err := c.list("aud")
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(audiences, func(a string) bool {
+		a, err := session.Canonical(session.KindAudience, a)
+		return err == nil && slices.Contains(v.audiences, a)
+	}) {
+		return ErrTokenAudience
+	}
+	now := v.clock()
+	exp, err := c.time("exp")
+	switch {
+	case err != nil:
+		return err
+	case exp.IsZero():
+		return ErrTokenClaims.because("exp is missing")
+	case !now.Before(exp.Add(i.Skew)):
+		return ErrTokenExpired
+	}
+	for _, name := range []string{"nbf", "iat"} {
+		t, err := c.time(name)
+		if err != nil {
+			return err
+		}
+		if t.After(now.Add(i.Skew)) {
+			return ErrTokenNotYet
+		}
+	}
+	return nil
+}
+
+func (i *issuer) accepts(typ any) bool {
+	if typ == nil {
+		return slices.Contains(i.Types, "")
+	}
+	s, ok := typ.(string)
+	if len(s) > len("application/") && strings.EqualFold(s[:len("application/")], "application/") {
+		s = s[len("application/"):]
+	}
+	return ok && s != "" && slices.ContainsFunc(i.Types, func(t string) bool { return strings.EqualFold(t, s) })
+}
+
+// fits reports whether a key may verify this algorithm: its type and curve, and
+// what it says of itself. It keeps a public key from ever being tried as
+// another algorithm's.
+func fits(k *jose.JSONWebKey, alg jose.SignatureAlgorithm) bool {
+	if k.Use != "" && k.Use != "sig" || k.Algorithm != "" && k.Algorithm != string(alg) {
+		return false
+	}
+	switch key := k.Key.(type) {
+	case *ecdsa.PublicKey:
+		switch alg {
+		case jose.ES256:
+			return key.Params().BitSize == 256
+		case jose.ES384:
+			return key.Params().BitSize == 384
+		case jose.ES512:
+			return key.Params().BitSize == 521
+		}
+	case ed25519.PublicKey:
+		return alg == jose.EdDSA
+	case *rsa.PublicKey:
+		return strings.HasPrefix(string(alg), "RS") || strings.HasPrefix(string(alg), "PS")
+	}
+	return false
+}
+
+// usable reports why a key must not be in a set of verification keys.
+func usable(k *jose.JSONWebKey) error {
+	switch key := k.Key.(type) {
+	case *ecdsa.PublicKey, ed25519.PublicKey:
+	case *rsa.PublicKey:
+		if key.N.BitLen() < 2048 {
+			return errors.New("an RSA key of less than 2048 bits")
+		}
+	default:
+		return errors.New("a key that is not the public half of a signing key")
+	}
+	if !k.Valid() {
+		return errors.New("an invalid key")
+	}
+	return nil
+}
