@@ -203,3 +203,11 @@ func (d *StateDigest) combine(s StateDigest, f func(a, b uint64) uint64) {
 		binary.BigEndian.PutUint64(d[i:], v)
 	}
 }
+
+// PeekBatch reads the epoch and number of a batch's body, unverified, so that
+// one that is known already need not be verified again.
+func PeekBatch(body []byte) (epoch, number uint64, err error) {
+	r := reader{b: body}
+	epoch, number = r.u64(), r.u64()
+	return epoch, number, r.err
+}

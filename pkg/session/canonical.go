@@ -64,21 +64,25 @@ func Canonical(kind Kind, value string) (string, error) {
 	if err := checkText(kind.String(), value, MaxValueLen); err != nil {
 		return "", err
 	}
+	var err error
 	switch kind {
 	case KindTenant:
-		return value, checkTenantName(value)
+		err = checkTenantName(value)
 	case KindAgent, KindAudience, KindCredential, KindOwner:
 		if isURI(value) {
 			return canonicalURI(kind, value)
 		}
 	case KindKey:
-		return value, checkKeyValue(value)
+		err = checkKeyValue(value)
 	case KindDigest:
 		return canonicalDigest(value)
 	case KindTool:
 		if len(value) > 256 {
-			return "", fmt.Errorf("%w: tool name is %d bytes, at most 256", ErrInvalid, len(value))
+			err = fmt.Errorf("%w: tool name is %d bytes, at most 256", ErrInvalid, len(value))
 		}
+	}
+	if err != nil {
+		return "", err
 	}
 	return value, nil
 }

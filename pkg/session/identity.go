@@ -339,3 +339,9 @@ var (
 			With(ShapeAgentTool).With(ShapeSessionTool).With(ShapeUserAgentTool)
 	audienceShapes = ShapeSet(0).With(Shape(KindAudience)).With(ShapeAgentAudience)
 )
+
+// By reports whether p was prepared under this secret.
+func (p *Prepared) By(s *TenantSecret) bool { return p.secret == s }
+
+// Skew returns how far the issuer's clock may be off.
+func (p *Prepared) Skew() time.Duration { return p.skew }
