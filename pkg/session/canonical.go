@@ -169,7 +169,7 @@ func canonicalURI(kind Kind, value string) (string, error) {
 		if i := strings.IndexAny(id, "/?#"); i >= 0 && kind != KindCredential {
 			id = id[:i]
 		}
-		return "did:" + lowerASCII(method) + ":" + id, nil
+		return join(value, "did:", lowerASCII(method), ":", id), nil
 	case "urn":
 		nid, nss, ok := strings.Cut(rest, ":")
 		if i := strings.IndexAny(nss, "?#"); i >= 0 && kind != KindCredential {
@@ -181,9 +181,9 @@ func canonicalURI(kind Kind, value string) (string, error) {
 		if nid = lowerASCII(nid); nid == "uuid" {
 			nss = lowerASCII(nss)
 		}
-		return "urn:" + nid + ":" + nss, nil
+		return join(value, "urn:", nid, ":", nss), nil
 	case "tag":
-		return "tag:" + rest, nil
+		return join(value, "tag:", rest), nil
 	}
 	authority, tail := rest[2:], ""
 	if i := strings.IndexAny(authority, "/?#"); i >= 0 {
@@ -197,7 +197,7 @@ func canonicalURI(kind Kind, value string) (string, error) {
 		if !validSPIFFE(authority, tail) {
 			return bad("a SPIFFE id is spiffe://trust-domain/path, of letters, digits, \".\", \"-\" and \"_\", with no port, user, query, fragment, empty or dot segment")
 		}
-		return rebuild(value, scheme, authority, tail), nil
+		return join(value, scheme, "://", authority, tail), nil
 	}
 	host, port, ok := splitPort(authority)
 	if !ok {
@@ -212,23 +212,26 @@ func canonicalURI(kind Kind, value string) (string, error) {
 	if (scheme == "http" || scheme == "https") && (tail == "" || tail[0] != '/') {
 		tail = "/" + tail
 	}
-	out := rebuild(value, scheme, authority, tail)
+	out := join(value, scheme, "://", authority, tail)
 	if len(out) > MaxValueLen {
 		return bad("too long")
 	}
 	return out, nil
 }
 
-// rebuild puts a URI together, without allocating when it is value itself.
-func rebuild(value, scheme, authority, tail string) string {
-	if rest, ok := strings.CutPrefix(value, scheme); ok {
-		if rest, ok = strings.CutPrefix(rest, "://"); ok {
-			if rest, ok = strings.CutPrefix(rest, authority); ok && rest == tail {
-				return value
-			}
+// join puts the parts of a URI together, without allocating when they are value
+// itself.
+func join(value string, parts ...string) string {
+	rest, same := value, true
+	for _, p := range parts {
+		if rest, same = strings.CutPrefix(rest, p); !same {
+			return strings.Join(parts, "")
 		}
 	}
-	return scheme + "://" + authority + tail
+	if rest != "" {
+		return strings.Join(parts, "")
+	}
+	return value
 }
 
 // splitPort takes an authority without user info apart. An IP literal keeps its

@@ -1,0 +1,434 @@
+package enforce
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/filter"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Bounds and defaults of Options.
+const (
+	// DefaultMaxStale is how old the state may be before requests are denied.
+	DefaultMaxStale = 15 * time.Second
+	// MinMaxStale is the least that can be asked for: below it, a lost
+	// heartbeat or two would deny everyone.
+	MinMaxStale = 2 * time.Second
+	// DefaultMaxBound is how much running work may be bound at once.
+	DefaultMaxBound = 1 << 17
+)
+
+// Options configures an Enforcer. Only Enrollment is required; every zero value
+// is the safe choice.
+type Options struct {
+	// Enrollment says whom to trust and which tenants to serve.
+	Enrollment *session.Enrollment
+	// Mode is how to act on verdicts; the zero value denies whenever it should.
+	Mode session.Mode
+	// MaxStale is how old the state may be before requests are denied; zero is
+	// DefaultMaxStale, the least is MinMaxStale.
+	MaxStale time.Duration
+	// MaxStaleRunning is the same for work that is running already; zero is
+	// MaxStale.
+	MaxStaleRunning time.Duration
+	// StateDir keeps what must survive a restart: the newest head that was in
+	// force, so that a log that was rolled back meanwhile is refused. Empty
+	// keeps nothing: a rollback while the enforcer is down goes unnoticed.
+	StateDir string
+	// MaxBound bounds the running work that may be bound at once; beyond it Bind
+	// denies. Zero is DefaultMaxBound.
+	MaxBound int
+	// Logger hears of what an operator should know; nil is silent. Nothing is
+	// logged per request.
+	Logger *slog.Logger
+
+	// clock replaces the operating system's clocks in tests.
+	clock func() reading
+}
+
+func (o Options) validate() (Options, error) {
+	bad := func(format string, a ...any) (Options, error) {
+		return o, fmt.Errorf("%w: %s", session.ErrInvalid, fmt.Sprintf(format, a...))
+	}
+	e := o.Enrollment
+	switch {
+	case e == nil:
+		return bad("no enrolment: load the file that `session-authority enroll` wrote")
+	case len(e.Root) != ed25519.PublicKeySize:
+		return bad("the enrolment pins no root key")
+	case len(e.ReceiptKey) != ed25519.PrivateKeySize:
+		return bad("the enrolment has no receipt key")
+	case !session.ValidEnforcerName(e.Enforcer):
+		return bad("the enrolment names no enforcer")
+	case len(e.Tenants) == 0:
+		return bad("the enrolment has no tenant")
+	case o.Mode > session.ModeShadow:
+		return bad("%s", o.Mode)
+	}
+	if o.MaxStale == 0 {
+		o.MaxStale = DefaultMaxStale
+	}
+	if o.MaxStale < MinMaxStale {
+		return bad("MaxStale is %v, the least is %v", o.MaxStale, MinMaxStale)
+	}
+	if o.MaxStaleRunning == 0 {
+		o.MaxStaleRunning = o.MaxStale
+	}
+	if o.MaxStaleRunning < MinMaxStale {
+		return bad("MaxStaleRunning is %v, the least is %v", o.MaxStaleRunning, MinMaxStale)
+	}
+	if o.MaxBound == 0 {
+		o.MaxBound = DefaultMaxBound
+	}
+	if o.MaxBound < 0 {
+		return bad("MaxBound is %d", o.MaxBound)
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.clock == nil {
+		o.clock = localClock()
+	}
+	return o, nil
+}
+
+// Enforcer answers, for each request, whether the caller may go on, and ends
+// work that is running when the answer changes. All methods are safe for
+// concurrent use. The zero Enforcer, and a nil one, deny everything.
+type Enforcer struct {
+	opts Options
+	// view is what Check reads: replaced whole by the follower, never changed.
+	view   atomic.Pointer[view]
+	bound  registry
+	count  counters
+	ready  chan struct{}
+	once   sync.Once
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+	feed   Feed
+	closed atomic.Bool
+	boot   session.WriterID
+}
+
+// view is one immutable state of affairs.
+type view struct {
+	set, overlay, inherited *filter.Set
+	// origin is the local moment at which the state was surely current.
+	origin time.Duration
+	// skew is wall minus monotonic clock when the clocks were last anchored.
+	skew int64
+	// authority, added to the monotonic clock, is the least that the
+	// authority's wall clock can show, in nanoseconds.
+	authority int64
+	// unusable, when not empty, says why nothing may be allowed by this state.
+	unusable string
+
+	epoch, number, confirmed uint64
+	head                     session.Hash
+	keySet                   uint64
+	anchored                 bool
+}
+
+// counters are totals since the start.
+type counters struct {
+	denied, wouldDeny, drills, exposed, cut     atomic.Uint64
+	refused, replayed, foreign, lost, orphans   atomic.Uint64
+	repairs, diverged, rolledBack, jumps, beats atomic.Uint64
+}
+
+// Start begins to follow the feed and returns at once. Until the first verified
+// state is there, every request is denied; WaitReady waits for it. The Enforcer
+// owns the feed from here on, also when Start fails. Close ends it.
+func Start(feed Feed, o *Options) (*Enforcer, error) {
+	if o == nil {
+		o = &Options{}
+	}
+	opts, err := o.validate()
+	if err == nil && feed == nil {
+		err = fmt.Errorf("%w: no feed", session.ErrInvalid)
+	}
+	var f floor
+	if err == nil {
+		f, err = loadFloor(opts.StateDir)
+	}
+	if err != nil {
+		if feed != nil {
+			err = errors.Join(err, feed.Close())
+		}
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	e := &Enforcer{opts: opts, ready: make(chan struct{}), cancel: cancel, feed: feed}
+	_, _ = rand.Read(e.boot[:]) // never fails (crypto/rand)
+	fw, err := newFollower(e, f)
+	if err != nil {
+		cancel()
+		return nil, errors.Join(err, feed.Close())
+	}
+	e.view.Store(&view{unusable: "no verified state yet"})
+	e.done.Go(func() { fw.run(ctx) })
+	return e, nil
+}
+
+// Open is Start and WaitReady: it returns once a verified state is in force, or
+// with the error of ctx joined with what was missing. ctx bounds the opening
+// only.
+func Open(ctx context.Context, feed Feed, o *Options) (*Enforcer, error) {
+	e, err := Start(feed, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.WaitReady(ctx); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
+	return e, nil
+}
+
+// WaitReady waits until a verified, fresh state has been in force once. The
+// error says what was still missing when ctx ended.
+func (e *Enforcer) WaitReady(ctx context.Context) error {
+	if e == nil || e.ready == nil {
+		return session.ErrClosed
+	}
+	select {
+	case <-e.ready:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("enforcer %s has no verified state: %s: %w", e.opts.Enrollment.Enforcer, e.view.Load().unusable, ctx.Err())
+	}
+}
+
+// Close stops following, cuts the bound work, closes the feed and waits for
+// every goroutine. Everything is denied from then on. It may be called more than
+// once.
+func (e *Enforcer) Close() error {
+	if e == nil || e.cancel == nil {
+		return nil
+	}
+	var err error
+	e.once.Do(func() {
+		e.closed.Store(true)
+		e.cancel()
+		err = e.feed.Close()
+		e.done.Wait()
+		e.view.Store(&view{unusable: "closed"})
+		e.bound.close(&session.DeniedError{Err: session.ErrClosed})
+	})
+	e.done.Wait()
+	return err
+}
+
+// Prepare derives an identity's keys, once per credential. The error wraps
+// session.ErrNoIdentity when the tenant is not one that this enforcer serves or
+// the identity is malformed or needs more than session.MaxProbes keys.
+func (e *Enforcer) Prepare(id session.Identity) (*session.Prepared, error) {
+	if e != nil && e.opts.Enrollment != nil {
+		for _, t := range e.opts.Enrollment.Tenants {
+			if t.Name() == id.Tenant {
+				return t.Prepare(id)
+			}
+		}
+	}
+	return nil, &session.DeniedError{Err: session.ErrNoIdentity, Detail: "the tenant is not served here"}
+}
+
+// Check reports whether p may make the call now: nil, or a *session.DeniedError
+// that says why not. It reads the clock once and the state in memory; it takes
+// no lock, does no I/O, logs nothing, and when it allows it allocates nothing.
+// A credential whose issuer, audience or proof of possession does not hold must
+// not come this far: Check answers for revocation, expiry and freshness.
+func (e *Enforcer) Check(p *session.Prepared, call session.Call) error {
+	if e == nil {
+		return denyZero()
+	}
+	v := e.view.Load()
+	if v == nil {
+		return denyZero()
+	}
+	if d := e.judge(v, p, &call, e.opts.clock(), e.opts.MaxStale); d != nil {
+		return e.denied(d)
+	}
+	return nil
+}
+
+func denyZero() error {
+	return &session.DeniedError{Err: session.ErrStale, Detail: "no verified state yet"}
+}
+
+// denied counts a denial and gives it the effect that the mode asks for.
+func (e *Enforcer) denied(d *session.DeniedError) error {
+	if e.opts.Mode == session.ModeShadow && !e.closed.Load() {
+		e.count.wouldDeny.Add(1)
+		return nil
+	}
+	e.count.denied.Add(1)
+	return d
+}
+
+// judge is the verdict, before the mode has its say on anything but staleness.
+// limit is how old the state may be.
+func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now reading, limit time.Duration) *session.DeniedError {
+	if !p.Valid() || !e.serves(p) {
+		return &session.DeniedError{Err: session.ErrNoIdentity}
+	}
+	m := session.Moment{Authority: session.Instant((int64(now.mono) + v.authority) / int64(time.Millisecond))}
+	if exp := p.Expires(); exp != 0 {
+		// By the later of the two clocks: a host whose clock was set back must
+		// not bring a token back to life.
+		later := max(session.Instant(now.wall/int64(time.Millisecond)), m.Authority)
+		if later >= exp.Add(p.Skew()) {
+			return &session.DeniedError{Err: session.ErrExpired}
+		}
+	}
+	match, err := v.set.Decide(p, call, m)
+	if err == nil && v.overlay != nil {
+		var o filter.Match
+		o, err = v.overlay.Decide(p, call, m)
+		if o.Record != nil && (match.Record == nil || o.Record.Effect > match.Record.Effect) {
+			match = match.Stronger(o)
+			return deny(match, true)
+		}
+	}
+	if err == nil && v.inherited != nil {
+		var o filter.Match
+		o, err = v.inherited.Decide(p, call, m)
+		match = match.Stronger(o)
+	}
+	if match.Record != nil {
+		return deny(match, false)
+	}
+	if err != nil {
+		var d *session.DeniedError
+		if !errors.As(err, &d) {
+			d = &session.DeniedError{Err: session.ErrNoIdentity}
+		}
+		return d
+	}
+	if d := e.stale(v, call, now, limit); d != nil {
+		return d
+	}
+	if match.Drill != nil {
+		e.count.drills.Add(1)
+	}
+	return nil
+}
+
+func deny(m filter.Match, provisional bool) *session.DeniedError {
+	d := m.Record.Denial(m.Shape, provisional)
+	return &session.DeniedError{Denial: d, Err: d.Effect.Sentinel()}
+}
+
+func (e *Enforcer) serves(p *session.Prepared) bool {
+	for _, t := range e.opts.Enrollment.Tenants {
+		if p.By(t) {
+			return true
+		}
+	}
+	return false
+}
+
+// stale reports why the state is too old for the call, or cannot be told to be
+// recent enough. With ModeBestEffort, calls that are not strict go on; closing
+// ends them all the same.
+func (e *Enforcer) stale(v *view, call *session.Call, now reading, limit time.Duration) *session.DeniedError {
+	if call.MaxStale > 0 {
+		limit = min(limit, call.MaxStale)
+	}
+	age := now.mono - v.origin
+	d := now.wall - int64(now.mono) - v.skew
+	jumped := d > int64(jumpLimit) || d < -int64(jumpLimit)
+	if v.unusable == "" && age <= limit && !jumped {
+		return nil
+	}
+	if e.opts.Mode == session.ModeBestEffort && !call.Strict && !e.closed.Load() {
+		e.count.exposed.Add(1)
+		return nil
+	}
+	out := &session.DeniedError{Err: session.ErrStale, Age: age}
+	switch {
+	case v.unusable != "":
+		out.Age, out.Detail = 0, v.unusable
+	case jumped:
+		out.Detail = "the clock jumped"
+	default:
+		out.Detail = "no sign of life from the authority"
+	}
+	return out
+}
+
+// Status is what an operator sees of an enforcer.
+type Status struct {
+	Enforcer string        `json:"enforcer"`
+	Mode     string        `json:"mode"`
+	Ready    bool          `json:"ready"`
+	Fresh    bool          `json:"fresh"`
+	Why      string        `json:"why,omitempty"` // why not fresh
+	Age      time.Duration `json:"age_ns"`
+	MaxStale time.Duration `json:"max_stale_ns"`
+
+	Epoch     uint64 `json:"epoch"`
+	Applied   uint64 `json:"applied"`   // newest in force, provisional ones included
+	Confirmed uint64 `json:"confirmed"` // newest known to be in the log
+	Entries   int    `json:"entries"`
+	Inherited int    `json:"inherited"` // kept from earlier epochs
+	Digest    string `json:"digest"`
+	KeySet    uint64 `json:"key_set"`
+	Running   int    `json:"running"`
+
+	Denied     uint64 `json:"denied"`
+	WouldDeny  uint64 `json:"would_deny"` // in shadow mode
+	Drills     uint64 `json:"drills"`
+	Exposed    uint64 `json:"exposed"` // allowed on stale state, in best-effort mode
+	Cut        uint64 `json:"cut"`
+	Refused    uint64 `json:"refused"`  // frames that were not believed
+	Replayed   uint64 `json:"replayed"` // frames that came too late or again
+	Orphans    uint64 `json:"orphans"`  // batches heard that the log did not have
+	Foreign    uint64 `json:"foreign"`  // entries whose signer had no right to the tenant
+	Lost       uint64 `json:"lost"`     // frames that the queue had no room for
+	Repairs    uint64 `json:"repairs"`
+	Diverged   uint64 `json:"diverged"`
+	RolledBack uint64 `json:"rolled_back"`
+	Jumps      uint64 `json:"clock_jumps"`
+}
+
+// Status reports the state of affairs. It takes no lock that Check or the
+// follower waits for.
+func (e *Enforcer) Status() Status {
+	if e == nil || e.ready == nil {
+		return Status{Why: "not opened"}
+	}
+	v, now := e.view.Load(), e.opts.clock()
+	c := &e.count
+	s := Status{
+		Enforcer: e.opts.Enrollment.Enforcer, Mode: e.opts.Mode.String(), MaxStale: e.opts.MaxStale,
+		Epoch: v.epoch, Applied: v.number, Confirmed: v.confirmed,
+		Entries: v.set.Len(), Inherited: v.inherited.Len(), KeySet: v.keySet, Running: e.bound.len(),
+		Denied: c.denied.Load(), WouldDeny: c.wouldDeny.Load(), Drills: c.drills.Load(), Exposed: c.exposed.Load(),
+		Cut: c.cut.Load(), Refused: c.refused.Load(), Replayed: c.replayed.Load(), Orphans: c.orphans.Load(),
+		Foreign: c.foreign.Load(), Lost: c.lost.Load(), Repairs: c.repairs.Load(), Diverged: c.diverged.Load(),
+		RolledBack: c.rolledBack.Load(), Jumps: c.jumps.Load(),
+	}
+	select {
+	case <-e.ready:
+		s.Ready = true
+		s.Age = now.mono - v.origin
+	default:
+	}
+	digest := v.set.Digest()
+	s.Digest = fmt.Sprintf("%x", digest[:])
+	strict := session.Call{Strict: true}
+	if d := e.stale(v, &strict, now, e.opts.MaxStale); d != nil {
+		s.Why = d.Detail
+	} else {
+		s.Fresh = true
+	}
+	return s
+}

@@ -1,0 +1,394 @@
+package enforce
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/filter"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// bus is an authority and the bus it speaks on, in memory, under the test's
+// control: what the writer publishes reaches the enforcers unless the test drops
+// it, and the test can deliver whatever it likes. It runs inside a synctest
+// bubble. The signatures are real.
+type bus struct {
+	t    *testing.T
+	root ed25519.PrivateKey
+	keys map[string]ed25519.PrivateKey
+
+	mu      sync.Mutex
+	feeds   []*busFeed
+	log     [][]byte
+	keySets [][]byte
+	dead    bool // nothing gets through in either direction
+	mute    bool // live messages are lost; the log can be read
+	noLog   bool
+	delayed time.Duration
+
+	set    session.KeySet
+	signer ed25519.PrivateKey
+	writer session.WriterID
+	born   time.Time
+	wall   time.Duration // the authority's wall clock against the test's
+	epoch  uint64
+	number uint64
+	head   session.Hash
+	state  *filter.Set
+	quiet  chan struct{}
+	proven time.Duration
+	done   sync.WaitGroup
+}
+
+type busFeed struct {
+	b        *bus
+	sink     Sink
+	closed   bool
+	receipts []*session.Receipt
+}
+
+func key(t *testing.T) ed25519.PrivateKey {
+	_, k, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func newBus(t *testing.T) *bus {
+	b := &bus{t: t, root: key(t), keys: map[string]ed25519.PrivateKey{"a": key(t)}, epoch: 1}
+	b.signer = b.keys["a"]
+	b.writer[0], b.born = 1, time.Now()
+	b.set = session.KeySet{
+		Version: 1, Epoch: 1, Issued: session.InstantOf(time.Now()), NotAfter: session.InstantOf(time.Now().AddDate(1, 0, 0)),
+		Tenants: []session.Tenant{{ID: 1, Name: "acme"}, {ID: 2, Name: "globex"}},
+		Keys:    []session.SigningKey{{Public: b.pub("a"), Use: session.UseWriter}},
+	}
+	b.publishKeySet()
+	return b
+}
+
+func (b *bus) pub(name string) ed25519.PublicKey { return b.keys[name].Public().(ed25519.PublicKey) }
+
+// publishKeySet signs and publishes b.set as it is.
+func (b *bus) publishKeySet() []byte {
+	body, err := b.set.MarshalBody()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	frame := b.seal(session.TypeKeySet, body, b.root)
+	if b.set.Epoch != b.epoch || b.number == 0 {
+		b.epoch, b.number, b.state = b.set.Epoch, 0, nil
+		b.head = b.set.Origin(b.root.Public().(ed25519.PublicKey))
+	}
+	b.mu.Lock()
+	b.keySets = append(b.keySets, frame)
+	b.mu.Unlock()
+	b.each(func(s Sink) { s.KeySet(frame) })
+	return frame
+}
+
+func (b *bus) seal(t session.FrameType, body []byte, k ed25519.PrivateKey) []byte {
+	f, err := session.Seal(t, body, k)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return f
+}
+
+func (b *bus) each(fn func(Sink)) {
+	b.mu.Lock()
+	var to []Sink
+	for _, f := range b.feeds {
+		if f.sink != nil && !f.closed {
+			to = append(to, f.sink)
+		}
+	}
+	lost := b.dead || b.mute
+	b.mu.Unlock()
+	if lost {
+		return
+	}
+	for _, s := range to {
+		fn(s)
+	}
+}
+
+func (b *bus) now() session.Instant { return session.InstantOf(time.Now().Add(b.wall)) }
+
+// batch makes the next batch, without sending or storing it.
+func (b *bus) batch(entries ...session.Entry) ([]byte, *session.Batch) {
+	x := &session.Batch{
+		Epoch: b.epoch, Number: b.number + 1, Prev: b.head, Time: b.now(),
+		Deadline: b.now().Add(session.BatchTTL), Entries: entries,
+	}
+	body, err := x.MarshalBody()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return b.seal(session.TypeBatch, body, b.signer), x
+}
+
+// accept makes a batch the head of the log.
+func (b *bus) accept(frame []byte) {
+	f, err := session.ParseFrame(frame)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	x, err := session.UnmarshalBatch(f.Body)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.number, b.head = x.Number, f.Hash()
+	var signer *session.SigningKey
+	for i := range b.set.Keys {
+		if session.KeyIDOf(b.set.Keys[i].Public) == f.Key {
+			signer = &b.set.Keys[i]
+		}
+	}
+	b.state = b.state.Apply(x, func(e *session.Entry) bool { return signer.May(e.Key) })
+	b.mu.Lock()
+	b.log = append(b.log, frame)
+	b.mu.Unlock()
+}
+
+// decide publishes, stores, and vouches for a batch.
+func (b *bus) decide(entries ...session.Entry) uint64 {
+	frame, _ := b.batch(entries...)
+	b.say(frame)
+	b.accept(frame)
+	b.beat()
+	return b.number
+}
+
+// say publishes a frame on the log's subject.
+func (b *bus) say(frame []byte) { b.each(func(s Sink) { s.Batch(frame) }) }
+
+func (b *bus) heartbeat() session.Heartbeat {
+	return session.Heartbeat{
+		Epoch: b.epoch, Number: b.number, Head: b.head, State: b.state.Digest(), Writer: b.writer,
+		Mono: time.Since(b.born), Proven: b.proven, Time: b.now(), KeySet: b.set.Version,
+	}
+}
+
+func (b *bus) beat() []byte {
+	// A heartbeat that follows at once must differ in its clock.
+	time.Sleep(time.Microsecond)
+	h := b.heartbeat()
+	frame := b.seal(session.TypeHeartbeat, h.MarshalBody(), b.signer)
+	b.each(func(s Sink) { s.Beat(frame) })
+	return frame
+}
+
+// run sends heartbeats until stop is called.
+func (b *bus) run() (stop func()) {
+	quit := make(chan struct{})
+	b.done.Go(func() {
+		tick := time.NewTicker(500 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+				b.beat()
+			}
+		}
+	})
+	var once sync.Once
+	return func() { once.Do(func() { close(quit); b.done.Wait() }) }
+}
+
+func (b *bus) feed() *busFeed {
+	f := &busFeed{b: b}
+	b.mu.Lock()
+	b.feeds = append(b.feeds, f)
+	b.mu.Unlock()
+	return f
+}
+
+var errDead = errors.New("the bus is dead")
+
+func (f *busFeed) up() error {
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	if f.b.dead || f.closed {
+		return errDead
+	}
+	return nil
+}
+
+func (f *busFeed) Start(_ context.Context, s Sink) error {
+	if err := f.up(); err != nil {
+		return err
+	}
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	f.sink = s
+	return nil
+}
+
+func (f *busFeed) Log(_ context.Context, from uint64, fn func(uint64, []byte) error) (uint64, error) {
+	if err := f.up(); err != nil {
+		return 0, err
+	}
+	f.b.mu.Lock()
+	log, no := f.b.log, f.b.noLog
+	f.b.mu.Unlock()
+	if no {
+		return 0, errDead
+	}
+	if from == 0 {
+		from = 1
+	}
+	for pos := from; pos <= uint64(len(log)); pos++ {
+		if err := fn(pos, log[pos-1]); err != nil {
+			return pos, err
+		}
+	}
+	return max(from, uint64(len(log))+1), nil
+}
+
+func (f *busFeed) KeySets(context.Context) ([][]byte, error) {
+	if err := f.up(); err != nil {
+		return nil, err
+	}
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	return append([][]byte(nil), f.b.keySets...), nil
+}
+
+func (f *busFeed) Clock(_ context.Context, nonce [32]byte) ([]byte, error) {
+	if err := f.up(); err != nil {
+		return nil, err
+	}
+	time.Sleep(f.b.delayed + time.Millisecond)
+	c := session.Clock{Nonce: nonce, Writer: f.b.writer, Mono: time.Since(f.b.born), Time: f.b.now()}
+	time.Sleep(time.Millisecond)
+	return f.b.seal(session.TypeClock, c.MarshalBody(), f.b.signer), nil
+}
+
+func (f *busFeed) Receipt(_ context.Context, frame []byte) error {
+	if err := f.up(); err != nil {
+		return err
+	}
+	p, err := session.ParseFrame(frame)
+	if err != nil {
+		return err
+	}
+	r, err := session.UnmarshalReceipt(p.Body)
+	if err != nil {
+		return err
+	}
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	f.receipts = append(f.receipts, r)
+	return nil
+}
+
+func (f *busFeed) Close() error {
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	f.closed = true
+	return nil
+}
+
+// enrol makes what an enforcer of both tenants needs.
+func (b *bus) enrol(name string) *session.Enrollment {
+	e := &session.Enrollment{Enforcer: name, Root: b.root.Public().(ed25519.PublicKey), ReceiptKey: key(b.t)}
+	for _, t := range b.set.Tenants {
+		k := make([]byte, 32)
+		k[0] = byte(t.ID)
+		if err := e.AddTenant(t.ID, t.Name, k); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	return e
+}
+
+// start makes an enforcer on the bus; mod may change its options.
+func (b *bus) start(mod func(*Options)) (*Enforcer, *busFeed) {
+	b.t.Helper()
+	f := b.feed()
+	o := &Options{Enrollment: b.enrol("e1")}
+	if mod != nil {
+		mod(o)
+	}
+	e, err := Start(f, o)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return e, f
+}
+
+// open is start, with a state.
+func (b *bus) open(mod func(*Options)) (*Enforcer, *busFeed) {
+	b.t.Helper()
+	e, f := b.start(mod)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := e.WaitReady(ctx); err != nil {
+		b.t.Fatal(err)
+	}
+	return e, f
+}
+
+// target returns the key of a target in a tenant.
+func (b *bus) target(tenant string, terms ...session.Term) session.Key {
+	b.t.Helper()
+	for _, s := range b.enrol("k").Tenants {
+		if s.Name() == tenant {
+			k, err := s.Key(session.Target{Tenant: tenant, Terms: terms})
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			return k
+		}
+	}
+	b.t.Fatalf("no tenant %s", tenant)
+	return session.Key{}
+}
+
+const iss = "https://issuer.example"
+
+func (b *bus) session(id string) session.Key {
+	return b.target("acme", session.Term{Kind: session.KindSession, Issuer: iss, Value: id})
+}
+
+func (b *bus) user(id string) session.Key {
+	return b.target("acme", session.Term{Kind: session.KindUser, Issuer: iss, Value: id})
+}
+
+func revoke(k session.Key) session.Entry {
+	return session.Entry{Op: session.OpSet, Effect: session.EffectRevoked, Reason: session.ReasonStolenToken, Key: k, Incident: "INC-1"}
+}
+
+func set(effect session.Effect, k session.Key) session.Entry {
+	return session.Entry{Op: session.OpSet, Effect: effect, Reason: session.ReasonAnomaly, Key: k}
+}
+
+func lift(effect session.Effect, k session.Key) session.Entry {
+	return session.Entry{Op: session.OpLift, Effect: effect, Reason: session.ReasonRestored, Key: k}
+}
+
+// caller is an identity with the given session.
+func caller(id string) session.Identity {
+	return session.Identity{
+		Tenant: "acme", Issuer: iss, Token: "jti-" + id, User: "alice",
+		Session: session.SessionRef{ID: id}, Client: "cli",
+		Actors: []session.Actor{{ID: "spiffe://acme/agent/" + id}},
+	}
+}
+
+func prepare(t *testing.T, e *Enforcer, id session.Identity) *session.Prepared {
+	t.Helper()
+	p, err := e.Prepare(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
