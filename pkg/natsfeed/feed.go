@@ -1,0 +1,302 @@
+package natsfeed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/interlock-fabric/interlock/pkg/enforce"
+	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/nats-io/nats.go"
+)
+
+// MaxReceiptLen bounds a receipt's frame.
+const MaxReceiptLen = 60 << 10
+
+var (
+	// ErrClosed: the feed has been closed.
+	ErrClosed = errors.New("natsfeed: closed")
+	// ErrDisconnected: there is no connection to the bus at the moment.
+	ErrDisconnected = errors.New("natsfeed: not connected to the bus")
+	// ErrNoWriter: the bus is there, but no authority answers on it.
+	ErrNoWriter = errors.New("natsfeed: no authority answers")
+	// ErrRights: the bus refuses the feed its subjects. The connection is not
+	// that of the enforcer named.
+	ErrRights = errors.New("natsfeed: the connection has not the rights of the enforcer")
+)
+
+// Feed follows the bus for one enforcer. It implements enforce.Feed. Make it with
+// Dial or New. Its methods may be called concurrently.
+type Feed struct {
+	nc    *nats.Conn
+	name  string
+	owned bool // nc is closed with the feed
+
+	done chan struct{} // closed first of all by Close
+	end  sync.Once
+
+	mu     sync.Mutex // held by Start and Close, never while a sink is called
+	subs   []*nats.Subscription
+	status chan nats.Status
+	watch  sync.WaitGroup
+	closed bool
+
+	// gate is held for reading while the sink is called, so that Close can wait
+	// until nobody calls it any more. open is under it.
+	gate sync.RWMutex
+	open bool
+
+	oversize   atomic.Uint64
+	overflowed atomic.Uint64 // of subscriptions that are gone
+	reconnects atomic.Uint64
+	requests   atomic.Uint64
+}
+
+var _ enforce.Feed = (*Feed)(nil)
+
+// New returns a feed over a connection that the host owns: Close leaves it open.
+// The connection must be authenticated as the enforcer of that name. Its ping
+// interval and reconnect wait decide how soon a dead server is noticed: see Dial
+// for good ones. Errors of the name show in Start.
+func New(nc *nats.Conn, enforcer string) *Feed {
+	return &Feed{nc: nc, name: enforcer, done: make(chan struct{})}
+}
+
+// Stats are totals since the feed was made.
+type Stats struct {
+	// Overflowed counts messages dropped because the sink was too slow. They
+	// are found again in the log.
+	Overflowed uint64
+	// Oversize counts messages dropped because they cannot be frames.
+	Oversize uint64
+	// Reconnects counts how often the link came up again.
+	Reconnects uint64
+	// Requests counts reads of the streams.
+	Requests uint64
+}
+
+// Stats returns the totals.
+func (f *Feed) Stats() Stats {
+	s := Stats{
+		Overflowed: f.overflowed.Load(), Oversize: f.oversize.Load(),
+		Reconnects: f.reconnects.Load(), Requests: f.requests.Load(),
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, sub := range f.subs {
+		if n, err := sub.Dropped(); err == nil {
+			s.Overflowed += uint64(n)
+		}
+	}
+	return s
+}
+
+// Start waits for the connection, subscribes, and returns once the server has the
+// subscriptions. An error leaves nothing behind and Start may be called again; it wraps ErrRights when
+// trying again is of no use. After success it must not be called again. The
+// sink's methods are each called by one goroutine at a time; a method of the sink
+// must not call Close.
+func (f *Feed) Start(ctx context.Context, sink enforce.Sink) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.closed:
+		return ErrClosed
+	case f.status != nil:
+		return errors.New("natsfeed: started twice")
+	case !session.ValidEnforcerName(f.name):
+		return fmt.Errorf("%w: enforcer name", session.ErrInvalid)
+	}
+	ctx, cancel := f.until(ctx)
+	defer cancel()
+	f.gate.Lock()
+	f.open = true
+	f.gate.Unlock()
+	f.status = f.nc.StatusChanged()
+	err := f.connected(ctx)
+	if err == nil {
+		err = f.subscribe(ctx, sink)
+	}
+	if err != nil {
+		f.unsubscribe()
+		return err
+	}
+	status := f.status
+	f.watch.Go(func() { f.follow(status, sink) })
+	return nil
+}
+
+// until returns a context that ends with the feed, too.
+func (f *Feed) until(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	f.watch.Go(func() {
+		select {
+		case <-f.done:
+			cancel(ErrClosed)
+		case <-ctx.Done():
+		}
+	})
+	return ctx, func() { cancel(context.Canceled) }
+}
+
+// connected waits for the connection: what nats.go is asked to flush before there
+// is one is not answered when it comes.
+func (f *Feed) connected(ctx context.Context) error {
+	for !f.nc.IsConnected() {
+		if f.nc.IsClosed() {
+			return fmt.Errorf("natsfeed: %w", nats.ErrConnectionClosed)
+		}
+		select {
+		case <-f.status:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ErrDisconnected, context.Cause(ctx))
+		}
+	}
+	return nil
+}
+
+func (f *Feed) subscribe(ctx context.Context, sink enforce.Sink) error {
+	before := f.nc.LastError()
+	// What may wait for the sink before it is dropped: a batch is at most
+	// session.MaxFrameLen, a heartbeat some 300 bytes.
+	for _, s := range []struct {
+		subject         string
+		deliver         func([]byte)
+		messages, bytes int
+	}{
+		{LogSubject, sink.Batch, 4096, 32 << 20},
+		{BeatSubject, sink.Beat, 1024, 4 << 20},
+		{TrustSubject, sink.KeySet, 64, 32 << 20},
+	} {
+		sub, err := f.nc.Subscribe(s.subject, func(m *nats.Msg) {
+			if len(m.Data) > session.MaxFrameLen {
+				f.oversize.Add(1)
+				return
+			}
+			f.gate.RLock()
+			defer f.gate.RUnlock()
+			if f.open {
+				s.deliver(m.Data)
+			}
+		})
+		if err != nil {
+			return fmt.Errorf("natsfeed: subscribe: %w", err)
+		}
+		f.subs = append(f.subs, sub)
+		if err := sub.SetPendingLimits(s.messages, s.bytes); err != nil {
+			return fmt.Errorf("natsfeed: subscribe: %w", err)
+		}
+	}
+	if err := flush(ctx, f.nc); err != nil {
+		return fmt.Errorf("natsfeed: subscribe: %w", err)
+	}
+	// The server's refusal comes before its answer to the flush. Without this a
+	// feed of the wrong name would be deaf without a word.
+	if err := f.nc.LastError(); err != nil && err != before && errors.Is(err, nats.ErrPermissionViolation) {
+		return fmt.Errorf("%w: %v", ErrRights, err)
+	}
+	return nil
+}
+
+// flush waits until the server has all that was sent.
+func flush(ctx context.Context, nc *nats.Conn) error {
+	if _, ok := ctx.Deadline(); ok {
+		return nc.FlushWithContext(ctx)
+	}
+	// nats.go demands a deadline.
+	ctx, cancel := context.WithTimeout(ctx, nats.DefaultTimeout)
+	defer cancel()
+	return nc.FlushWithContext(ctx)
+}
+
+// follow tells the sink of the link until the status channel is closed.
+func (f *Feed) follow(status <-chan nats.Status, sink enforce.Sink) {
+	up := false
+	tell := func(now bool) {
+		f.gate.RLock()
+		defer f.gate.RUnlock()
+		if f.open && (now || up) {
+			sink.Connected(now)
+		}
+		up = now
+	}
+	tell(f.nc.IsConnected())
+	for s := range status {
+		if s == nats.CONNECTED {
+			f.reconnects.Add(1)
+		}
+		tell(s == nats.CONNECTED)
+	}
+}
+
+// unsubscribe undoes subscribe. f.mu is held.
+func (f *Feed) unsubscribe() {
+	f.gate.Lock()
+	f.open = false
+	f.gate.Unlock()
+	for _, sub := range f.subs {
+		if n, err := sub.Dropped(); err == nil {
+			f.overflowed.Add(uint64(n))
+		}
+		// It fails only when the connection is gone, and the subscription with
+		// it.
+		_ = sub.Unsubscribe()
+	}
+	f.subs = nil
+	if f.status != nil {
+		f.nc.RemoveStatusListener(f.status)
+		f.status = nil
+	}
+}
+
+// Close ends delivery, makes running calls of Log, KeySets and Clock return
+// ErrClosed, and closes the connection if Dial made it. It may be called more
+// than once; every call returns when no sink is being called any more.
+func (f *Feed) Close() error {
+	f.end.Do(func() { close(f.done) })
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.closed {
+		f.closed = true
+		f.unsubscribe()
+		if f.owned {
+			f.nc.Close()
+		}
+	}
+	f.watch.Wait()
+	return nil
+}
+
+// Receipt publishes a receipt of at most MaxReceiptLen. It neither waits for it
+// to be stored nor keeps it: while there is no connection it fails with
+// ErrDisconnected, since a receipt is cumulative and the next one says more.
+func (f *Feed) Receipt(ctx context.Context, frame []byte) error {
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case len(frame) > MaxReceiptLen:
+		return fmt.Errorf("%w: receipt of %d bytes, at most %d", session.ErrInvalid, len(frame), MaxReceiptLen)
+	}
+	return f.publish(&nats.Msg{Subject: ReceiptSubject(f.name), Data: frame})
+}
+
+// publish sends at once or not at all.
+func (f *Feed) publish(m *nats.Msg) error {
+	select {
+	case <-f.done:
+		return ErrClosed
+	default:
+	}
+	if !f.nc.IsConnected() {
+		return ErrDisconnected
+	}
+	if err := f.nc.PublishMsg(m); err != nil {
+		if errors.Is(err, nats.ErrReconnectBufExceeded) {
+			return ErrDisconnected
+		}
+		return fmt.Errorf("natsfeed: publish: %w", err)
+	}
+	return nil
+}

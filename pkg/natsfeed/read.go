@@ -1,0 +1,287 @@
+package natsfeed
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	directGet = "$JS.API.DIRECT.GET."
+
+	// One request answers at most so many messages and, but for the last of
+	// them, bytes. The server cuts a client that lets 32 MiB wait.
+	pieceMessages = 256
+	pieceBytes    = 1 << 20
+
+	// silence is how long an answer may pause before it is asked for again,
+	// and attempts how often that is done without any progress.
+	silence  = 2 * time.Second
+	attempts = 6
+	// retryFirst doubles with each attempt: together some 3 s, a restart of the
+	// server.
+	retryFirst = 50 * time.Millisecond
+	// A stream that ends before the position asked for is believed to have been
+	// made anew when shorter is said so often, and not by one replica that is
+	// behind.
+	shorter = 4
+
+	maxKeySets = 64
+)
+
+// errCut: an answer stopped before its end.
+var errCut = errors.New("natsfeed: the server's answer stopped")
+
+// Log reads the stored batches as enforce.Feed says, in pieces of at most
+// 1.5 MiB, and goes on by position over lost answers, restarts and reconnections
+// of a few seconds. Positions ascend; a deleted message leaves a gap. When the
+// stream ends before from, because it was restored or made anew, it is read from
+// its first message. Messages that cannot be frames are passed over and counted.
+// fn is called by the caller's own goroutine. Errors wrap ErrDisconnected,
+// ErrClosed, nats.ErrNoResponders when the stream does not answer, or ctx's.
+func (f *Feed) Log(ctx context.Context, from uint64, fn func(pos uint64, frame []byte) error) (uint64, error) {
+	return f.read(ctx, LogStream, from, fn)
+}
+
+// KeySets returns the newest 64 stored key sets. Errors are as Log's.
+func (f *Feed) KeySets(ctx context.Context) ([][]byte, error) {
+	var out [][]byte
+	_, err := f.read(ctx, TrustStream, 0, func(_ uint64, frame []byte) error {
+		if len(out) == maxKeySets {
+			out = append(out[:0], out[1:]...)
+		}
+		out = append(out, frame)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// Clock asks the writer for its clock. It waits for the first answer until ctx
+// ends; without a writer on the bus it fails at once with ErrNoWriter.
+func (f *Feed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
+	in, err := f.inbox(1)
+	if err != nil {
+		return nil, err
+	}
+	defer in.close()
+	if err := in.ask(ClockSubject(f.name), nonce[:]); err != nil {
+		return nil, err
+	}
+	m, err := in.next(ctx, 0)
+	switch {
+	case err != nil:
+		return nil, err
+	case m.Header.Get("Status") == "503":
+		return nil, ErrNoWriter
+	case len(m.Data) > session.MaxFrameLen:
+		f.oversize.Add(1)
+		return nil, fmt.Errorf("%w: clock answer of %d bytes", session.ErrMalformed, len(m.Data))
+	}
+	return m.Data, nil
+}
+
+func (f *Feed) read(ctx context.Context, stream string, from uint64, fn func(uint64, []byte) error) (uint64, error) {
+	pos := max(from, 1)
+	in, err := f.inbox(pieceMessages + 1)
+	if err != nil {
+		return pos, err
+	}
+	defer in.close()
+	for failed, short := 0, 0; ; {
+		next, last, err := in.piece(ctx, stream, pos, fn)
+		if next > pos {
+			failed, short = 0, 0
+		}
+		pos = next
+		var own callbackError
+		switch {
+		case errors.As(err, &own):
+			return pos, own.error
+		case errors.Is(err, ErrClosed) || ctx.Err() != nil:
+			return pos, err
+		case err == nil && last == nil:
+			continue
+		case err == nil && *last+1 >= pos:
+			return pos, nil
+		case err == nil:
+			if short++; short == shorter {
+				pos, short = 1, 0
+				continue
+			}
+		default:
+			if failed++; failed == attempts {
+				return pos, err
+			}
+		}
+		if err := f.wait(ctx, retryFirst<<min(max(failed, short)-1, 10)); err != nil {
+			return pos, err
+		}
+	}
+}
+
+func (f *Feed) wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-f.done:
+		return ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// callbackError marks an error of the caller's own function.
+type callbackError struct{ error }
+
+// inbox takes the answers to a sequence of requests. Each has a subject of its
+// own, so that what is left of one is not taken for the next.
+type inbox struct {
+	f       *Feed
+	sub     *nats.Subscription
+	ch      chan *nats.Msg
+	prefix  string
+	n       int
+	current string
+}
+
+func (f *Feed) inbox(size int) (*inbox, error) {
+	select {
+	case <-f.done:
+		return nil, ErrClosed
+	default:
+	}
+	if !session.ValidEnforcerName(f.name) {
+		return nil, fmt.Errorf("%w: enforcer name", session.ErrInvalid)
+	}
+	in := &inbox{f: f, ch: make(chan *nats.Msg, size), prefix: InboxPrefix(f.name) + "." + rand.Text() + "."}
+	var err error
+	if in.sub, err = f.nc.ChanSubscribe(in.prefix+"*", in.ch); err != nil {
+		if errors.Is(err, nats.ErrConnectionClosed) {
+			return nil, ErrDisconnected
+		}
+		return nil, fmt.Errorf("natsfeed: inbox: %w", err)
+	}
+	return in, nil
+}
+
+// close fails only when the connection is gone, and the subscription with it.
+func (in *inbox) close() { _ = in.sub.Unsubscribe() }
+
+func (in *inbox) ask(subject string, data []byte) error {
+	in.n++
+	in.current = in.prefix + strconv.Itoa(in.n)
+	return in.f.publish(&nats.Msg{Subject: subject, Reply: in.current, Data: data})
+}
+
+// next waits for a message that answers the current request; patience 0 is as
+// long as ctx.
+func (in *inbox) next(ctx context.Context, patience time.Duration) (*nats.Msg, error) {
+	var late <-chan time.Time
+	if patience > 0 {
+		t := time.NewTimer(patience)
+		defer t.Stop()
+		late = t.C
+	}
+	for {
+		select {
+		case m := <-in.ch:
+			if m != nil && m.Subject == in.current {
+				return m, nil
+			}
+			if m == nil { // closed with the connection
+				return nil, ErrDisconnected
+			}
+		case <-late:
+			return nil, errCut
+		case <-in.f.done:
+			return nil, ErrClosed
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// piece reads once from pos and returns the position to go on from. last is set
+// when the end of the stream was reached: its last position as far as known.
+func (in *inbox) piece(ctx context.Context, stream string, pos uint64, fn func(uint64, []byte) error) (next uint64, last *uint64, err error) {
+	in.f.requests.Add(1)
+	req := fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, pos, pieceMessages, pieceBytes)
+	if err := in.ask(directGet+stream, req); err != nil {
+		return pos, nil, err
+	}
+	// The chan holds a whole answer, and the server was asked for no more.
+	for n := 0; n <= pieceMessages; n++ {
+		m, err := in.next(ctx, silence)
+		if err != nil {
+			return pos, nil, err
+		}
+		switch status := m.Header.Get("Status"); status {
+		case "":
+		case "204":
+			if m.Header.Get("Nats-Num-Pending") != "0" {
+				if n == 0 {
+					return pos, nil, errCut
+				}
+				return pos, nil, nil
+			}
+			end := pos - 1
+			return pos, &end, nil
+		case "404":
+			if n > 0 || pos == 1 {
+				end := pos - 1
+				return pos, &end, nil
+			}
+			end, err := in.end(ctx, stream)
+			return pos, end, err
+		case "503":
+			return pos, nil, fmt.Errorf("natsfeed: stream %s: %w", stream, nats.ErrNoResponders)
+		default:
+			return pos, nil, fmt.Errorf("natsfeed: stream %s: the server answers %s %.64q", stream, status, m.Header.Get("Description"))
+		}
+		at, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
+		if err != nil || at < pos || at == 1<<64-1 {
+			return pos, nil, fmt.Errorf("natsfeed: stream %s: answer without a position to follow %d", stream, pos)
+		}
+		if len(m.Data) > session.MaxFrameLen {
+			in.f.oversize.Add(1)
+		} else if err := fn(at, m.Data); err != nil {
+			return pos, nil, callbackError{err}
+		}
+		pos = at + 1
+	}
+	return pos, nil, nil
+}
+
+// end asks for the position of the stream's last message; 0 when it is empty.
+func (in *inbox) end(ctx context.Context, stream string) (*uint64, error) {
+	in.f.requests.Add(1)
+	if err := in.ask(directGet+stream, []byte(`{"last_by_subj":">"}`)); err != nil {
+		return nil, err
+	}
+	m, err := in.next(ctx, silence)
+	if err != nil {
+		return nil, err
+	}
+	var last uint64
+	switch m.Header.Get("Status") {
+	case "404":
+	case "":
+		if last, err = strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64); err != nil {
+			return nil, fmt.Errorf("natsfeed: stream %s: last message without a position", stream)
+		}
+	default:
+		return nil, fmt.Errorf("natsfeed: stream %s: the server answers %s", stream, m.Header.Get("Status"))
+	}
+	return &last, nil
+}
