@@ -2,12 +2,16 @@ package session
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ed25519"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 )
+
+// noHash makes ed25519.PrivateKey.Sign sign the message itself.
+const noHash = crypto.Hash(0)
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
