@@ -22,7 +22,7 @@ type tracked struct {
 	owner   *session.Prepared // whom the session is bound to now
 	release context.CancelFunc
 	posts   int           // HTTP requests whose answers may still be on their way
-	idle    chan struct{} // closed when posts falls to zero, while somebody waits
+	idle    chan struct{} // set while somebody waits for posts to fall to zero
 	closing bool
 }
 
@@ -115,22 +115,24 @@ func (t *tracked) cut(owner *session.Prepared, why *session.DeniedError) {
 	t.owner, t.release = nil, nil
 	if errors.Is(why, session.ErrRevoked) && !t.g.closed {
 		t.closing = true
-		idle := t.idleLocked()
-		t.g.goLocked(func() { t.closeAfter(idle) })
+		flushed := t.flushedLocked()
+		t.g.goLocked(func() {
+			// Closing first would lose the errors of what was running: the SDK
+			// writes nothing more on a session that is closing.
+			t.g.awaitFlush(flushed)
+			t.close()
+		})
 	}
 }
 
-// closeAfter closes the session once the errors of what it had running are out.
-// Closing first would lose them, since the SDK writes nothing more on a
-// session that is closing.
-func (t *tracked) closeAfter(idle <-chan struct{}) {
-	timer := time.NewTimer(t.g.opts.FlushTimeout)
+// awaitFlush waits for flushed, as long as the options allow.
+func (g *Guard) awaitFlush(flushed <-chan struct{}) {
+	timer := time.NewTimer(g.opts.FlushTimeout)
 	defer timer.Stop()
 	select {
-	case <-idle:
+	case <-flushed:
 	case <-timer.C:
 	}
-	t.close()
 }
 
 // closeLocked closes the session from Guard.Close.
@@ -147,17 +149,34 @@ func (t *tracked) close() {
 	}
 }
 
-// idleLocked returns a channel that is closed once no answer is on its way.
+// flushedLocked returns a channel that is closed once no answer is on its way.
 // Without HTTP that cannot be seen, and the channel is nil.
-func (t *tracked) idleLocked() <-chan struct{} {
-	if t.ss.ID() == "" {
+func (t *tracked) flushedLocked() <-chan struct{} {
+	switch {
+	case t.ss.ID() == "":
 		return nil
-	}
-	t.idle = make(chan struct{})
-	if t.posts == 0 {
-		close(t.idle)
+	case t.posts == 0:
+		return closedChan()
+	case t.idle == nil:
+		t.idle = make(chan struct{})
 	}
 	return t.idle
+}
+
+// flushed is flushedLocked of a session by its id.
+func (g *Guard) flushed(id string) <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if t := g.sessions[id]; t != nil {
+		return t.flushedLocked()
+	}
+	return closedChan()
+}
+
+func closedChan() <-chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
 }
 
 func (g *Guard) trackedByID(id string) *tracked {
@@ -180,10 +199,7 @@ func (t *tracked) end() {
 	t.g.mu.Lock()
 	defer t.g.mu.Unlock()
 	if t.posts--; t.posts == 0 && t.idle != nil {
-		select {
-		case <-t.idle:
-		default:
-			close(t.idle)
-		}
+		close(t.idle)
+		t.idle = nil
 	}
 }

@@ -1,0 +1,101 @@
+package mcpguard_test
+
+import (
+	"testing"
+
+	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+func forEachEra(t *testing.T, test func(t *testing.T, era string)) {
+	for name, era := range eras {
+		t.Run(name, func(t *testing.T) { test(t, era) })
+	}
+}
+
+func TestAllowedCallerCallsTools(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		c := w.mustDial(t, era, w.token(t, "ann"))
+		mustAllow(t, c, "echo")
+		if _, ever := w.enforcer.bindings(); ever == 0 {
+			t.Fatal("the call was not bound")
+		}
+	})
+}
+
+// The mechanism is Handler's check of every HTTP request.
+func TestRevokedCallerCannotConnect(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		w.enforcer.deny(stolen, user("ann"))
+		_, err := w.dial(t, era, w.token(t, "ann"))
+		mustDeny(t, err, stolenAnswer)
+		mustAllow(t, w.mustDial(t, era, w.token(t, "bob")), "echo")
+	})
+}
+
+func TestCallerRevokedBetweenCallsIsDenied(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		c, bystander := w.mustDial(t, era, w.token(t, "ann")), w.mustDial(t, era, w.token(t, "bob"))
+		mustAllow(t, c, "echo")
+		w.enforcer.deny(stolen, user("ann"))
+		_, err := c.call("echo")
+		mustDeny(t, err, stolenAnswer)
+		mustAllow(t, bystander, "echo")
+	})
+}
+
+// The mechanism is the middleware's binding: without it the call never ends.
+func TestRunningCallIsCut(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		c, bystander := w.mustDial(t, era, w.token(t, "ann")), w.mustDial(t, era, w.token(t, "bob"))
+		done := w.goCall(t, c, "wait")
+		other := w.goCall(t, bystander, "stubborn")
+		w.enforcer.deny(stolen, user("ann"))
+		mustDeny(t, within(t, done), stolenAnswer)
+		w.await(t, w.ended, "wait") // the tool's own context was cancelled
+		close(w.let)
+		if err := within(t, other); err != nil {
+			t.Fatalf("bystander: %v", err)
+		}
+	})
+}
+
+// The mechanism is that the tool runs in a goroutine of its own.
+func TestToolThatIgnoresItsContextDoesNotHoldTheCutBack(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		c := w.mustDial(t, era, w.token(t, "ann"))
+		done := w.goCall(t, c, "stubborn")
+		w.enforcer.deny(stolen, user("ann"))
+		mustDeny(t, within(t, done), stolenAnswer)
+		select {
+		case <-w.ended:
+			t.Fatal("the tool has ended: it was to ignore the cut")
+		default:
+		}
+		close(w.let)
+		w.await(t, w.ended, "stubborn")
+	})
+}
+
+// The mechanism is the call that the middleware describes.
+func TestRevokedToolIsDeniedAloneAndCut(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		c := w.mustDial(t, era, w.token(t, "ann"))
+		done := w.goCall(t, c, "wait")
+		d := session.Denial{Effect: session.EffectRevoked, Reason: session.ReasonUnsafeBehaviour, Shape: session.Shape(session.KindTool), Seq: 7}
+		w.enforcer.deny(d, func(_ *session.Identity, call *session.Call) bool {
+			return call.Tool == "wait" && call.Audience == resource
+		})
+		want := mcpguard.Denied{Error: "revoked", Reason: "unsafe-behaviour", Seq: 7}
+		mustDeny(t, within(t, done), want)
+		_, err := c.call("wait")
+		mustDeny(t, err, want)
+		mustAllow(t, c, "echo")
+	})
+}
