@@ -1,0 +1,608 @@
+// Package api is the Session Authority's HTTP API, under /v1: JSON over a unix
+// socket that only its owner may open, and, when asked for, over TCP with a
+// bearer token.
+//
+// It reads requests strictly, bounds them in size, time and number, and answers
+// failures with problem documents (RFC 9457). What the answers mean is in
+// package authority, the client, which has their types.
+package api
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Bounds of the server.
+const (
+	headerTimeout = 5 * time.Second
+	readTimeout   = 15 * time.Second
+	idleTimeout   = 60 * time.Second
+	// answerTimeout bounds the handling and writing of what waits for nothing.
+	answerTimeout = 30 * time.Second
+	closeTimeout  = 3 * time.Second
+	maxHeader     = 16 << 10
+	// maxWaits and maxWatches bound the requests that stay.
+	maxWaits   = 256
+	maxWatches = 64
+	// maxAtOnce bounds requests of all kinds.
+	maxAtOnce = 1024
+	keepAlive = 10 * time.Second
+	tokenLen  = 32
+)
+
+// ErrNoTLS: the address is not a loopback one and no certificate was given.
+var ErrNoTLS = errors.New("api: TLS is required outside loopback: give a certificate, or listen on 127.0.0.1")
+
+// Service is what the API is in front of. Its methods may be called
+// concurrently. An error that is a *authority.Problem is answered as it is; any
+// other is logged and answered as an internal one, without its text.
+type Service interface {
+	Decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error)
+	Coverage(ctx context.Context, epoch, number uint64, wait time.Duration) (*authority.Coverage, error)
+	Status(ctx context.Context) (*authority.Status, error)
+	Explain(ctx context.Context, r authority.ExplainRequest) (*authority.Explanation, error)
+	Enforcers(ctx context.Context) ([]authority.Enforcer, error)
+	Enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error)
+	Retire(ctx context.Context, name string) error
+	KeySet(ctx context.Context) ([]byte, error)
+	PublishKeySet(ctx context.Context, frame []byte) error
+	// Watch calls fn with each event until ctx ends or fn fails. It returns
+	// soon after, and never calls fn concurrently.
+	Watch(ctx context.Context, fn func(authority.Event) error) error
+}
+
+// Options says where to listen. Socket or Listen is required.
+type Options struct {
+	// Socket is the path of a unix socket, made with mode 0600. Whoever can open
+	// it may do everything. One that a dead process left is replaced; one that
+	// is answered is an error.
+	Socket string
+	// Listen is a host:port for TCP. Empty does not listen on TCP.
+	Listen string
+	// TLS serves Listen. It is required outside loopback.
+	TLS *tls.Config
+	// TokenFile holds the bearer token that TCP requires. It is made, with mode
+	// 0600, if it is absent; one that others can read is refused.
+	TokenFile string
+	// Logger hears of failures; nil is silence.
+	Logger *slog.Logger
+}
+
+// Server is a running API.
+type Server struct {
+	svc     Service
+	log     *slog.Logger
+	servers []*http.Server
+	addr    string
+	socket  string
+	done    sync.WaitGroup
+	// ending stops what stays, so that a close need not wait for it.
+	ending context.Context
+	end    context.CancelFunc
+	once   sync.Once
+	waits  chan struct{}
+	watch  chan struct{}
+	all    chan struct{}
+}
+
+// Serve listens and returns when it does. Errors wrap ErrNoTLS where that is the
+// reason.
+func Serve(svc Service, o Options) (*Server, error) {
+	s := &Server{
+		svc: svc, log: o.Logger,
+		waits: make(chan struct{}, maxWaits), watch: make(chan struct{}, maxWatches), all: make(chan struct{}, maxAtOnce),
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if o.Socket == "" && o.Listen == "" {
+		return nil, errors.New("api: neither a socket nor an address to listen on")
+	}
+	s.ending, s.end = context.WithCancel(context.Background())
+	var err error
+	if o.Listen != "" {
+		err = s.serveTCP(o)
+	}
+	if err == nil && o.Socket != "" {
+		err = s.serveSocket(o.Socket)
+	}
+	if err != nil {
+		_ = s.Close() // the reason is err
+		return nil, err
+	}
+	return s, nil
+}
+
+// Addr returns the TCP address, or "".
+func (s *Server) Addr() string { return s.addr }
+
+func (s *Server) serveSocket(path string) error {
+	if err := clearSocket(path); err != nil {
+		return err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return fmt.Errorf("api: socket %s: %w: give a shorter path, or one in a directory that exists", path, err)
+	}
+	// Until this returns, the directory's mode alone keeps others out.
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return fmt.Errorf("api: %w", err)
+	}
+	s.socket = path
+	s.serve(l, s.routes())
+	return nil
+}
+
+// clearSocket removes a socket that nobody answers any more.
+func clearSocket(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("api: %w", err)
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("api: %s exists and is not a socket: move it away", path)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return fmt.Errorf("api: another authority listens on %s: stop it, or give another socket", path)
+	}
+	return os.Remove(path)
+}
+
+func (s *Server) serveTCP(o Options) error {
+	host, _, err := net.SplitHostPort(o.Listen)
+	if err != nil || host == "" {
+		return fmt.Errorf("api: address %q: want host:port", o.Listen)
+	}
+	if o.TLS == nil && !loopback(host) {
+		return fmt.Errorf("%w (address %s)", ErrNoTLS, o.Listen)
+	}
+	token, err := LoadToken(o.TokenFile)
+	if err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", o.Listen)
+	if err != nil {
+		return fmt.Errorf("api: %w", err)
+	}
+	s.addr = l.Addr().String()
+	if o.TLS != nil {
+		l = tls.NewListener(l, o.TLS)
+	}
+	s.serve(l, requireToken(token, s.routes()))
+	return nil
+}
+
+func loopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
+}
+
+func (s *Server) serve(l net.Listener, h http.Handler) {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout,
+		WriteTimeout: answerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	s.servers = append(s.servers, srv)
+	s.done.Go(func() {
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			s.log.Error("the API stopped listening", "error", err)
+		}
+	})
+}
+
+// Close ends watches and waits, lets other requests finish for a moment, and
+// returns when nothing of the server runs any more. It is idempotent.
+func (s *Server) Close() error {
+	s.once.Do(func() {
+		s.end()
+		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+		defer cancel()
+		for _, srv := range s.servers {
+			if srv.Shutdown(ctx) != nil {
+				_ = srv.Close() // whatever was slow is cut
+			}
+		}
+		s.done.Wait()
+		if s.socket != "" {
+			_ = os.Remove(s.socket) // Shutdown has removed it on most systems
+		}
+	})
+	s.done.Wait()
+	return nil
+}
+
+// LoadToken reads a bearer token, making it first if the file is absent. A file
+// that others can read is refused: its token must be taken for known.
+func LoadToken(path string) (string, error) {
+	if path == "" {
+		return "", errors.New("api: TCP needs a file for its token")
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err == nil {
+		// rand.Text has 130 bits; a token has twice that.
+		_, err = f.WriteString(rand.Text() + rand.Text() + "\n")
+		if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+			_ = os.Remove(path) // half a token is worse than none
+			return "", fmt.Errorf("api: token: %w", err)
+		}
+	} else if !errors.Is(err, fs.ErrExist) {
+		return "", fmt.Errorf("api: token: %w", err)
+	}
+	return ReadToken(path)
+}
+
+// ReadToken reads a bearer token from a file that only its owner can read.
+func ReadToken(path string) (string, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", fmt.Errorf("api: token: %w", err)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return "", fmt.Errorf("api: %w: token file %s can be read by others: remove it, and restart the authority to make another", fs.ErrPermission, path)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("api: token: %w", err)
+	}
+	token := string(bytes.TrimSpace(b))
+	if len(token) < tokenLen || len(token) > 512 || strings.ContainsAny(token, " \t\r\n") {
+		return "", fmt.Errorf("api: token file %s holds no token: remove it, and restart the authority to make another", path)
+	}
+	return token, nil
+}
+
+func requireToken(token string, next http.Handler) http.Handler {
+	want := sha256.Sum256([]byte(token))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		got := sha256.Sum256([]byte(given))
+		if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="session-authority"`)
+			writeProblem(w, authority.NewProblem(authority.ProblemUnauthorised, "no valid bearer token", "send the token from the authority's token file"))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// handler is a handler that says what went wrong instead of writing it.
+type handler func(w http.ResponseWriter, r *http.Request) error
+
+func (s *Server) routes() http.Handler {
+	mux := http.NewServeMux()
+	for pattern, h := range map[string]handler{
+		"POST /v1/decisions":                          s.decide,
+		"GET /v1/decisions/{epoch}/{number}/coverage": s.coverage,
+		"GET /v1/status":                              s.status,
+		"GET /v1/watch":                               s.watchEvents,
+		"POST /v1/explain":                            s.explain,
+		"GET /v1/enforcers":                           s.enforcers,
+		"POST /v1/enforcers":                          s.enroll,
+		"DELETE /v1/enforcers/{name}":                 s.retire,
+		"GET /v1/keyset":                              s.keySet,
+		"POST /v1/keyset":                             s.publishKeySet,
+	} {
+		mux.Handle(pattern, s.handle(h))
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, pattern := mux.Handler(r); pattern == "" {
+			// The mux's own answers, 404 and 405, are text.
+			p := authority.NewProblem(authority.ProblemNotFound, "there is nothing at "+clip(r.Method+" "+r.URL.Path), "the API is under /v1")
+			writeProblem(w, p)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+func (s *Server) handle(h handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case s.all <- struct{}{}:
+			defer func() { <-s.all }()
+		default:
+			writeProblem(w, overloaded("too many requests at once"))
+			return
+		}
+		err := h(w, r)
+		if err == nil {
+			return
+		}
+		var p *authority.Problem
+		if !errors.As(err, &p) {
+			if r.Context().Err() != nil {
+				return // nobody is there to read it
+			}
+			s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
+			p = authority.NewProblem(authority.ProblemInternal, "the authority failed", "see its log")
+		}
+		writeProblem(w, p)
+	})
+}
+
+func overloaded(detail string) *authority.Problem {
+	return authority.NewProblem(authority.ProblemOverloaded, detail, "try again in a moment")
+}
+
+func (s *Server) decide(w http.ResponseWriter, r *http.Request) error {
+	var in authority.Request
+	if err := readJSON(w, r, &in); err != nil {
+		return err
+	}
+	key := r.Header.Get("Idempotency-Key")
+	if key == "" {
+		key = rand.Text()
+	}
+	if len(key) > authority.MaxIdempotencyKey || len(r.Header.Values("Idempotency-Key")) > 1 || !printable(key) {
+		return authority.NewProblem(authority.ProblemInvalid, "the idempotency key is not valid",
+			fmt.Sprintf("send one Idempotency-Key of at most %d printable ASCII characters", authority.MaxIdempotencyKey))
+	}
+	d, err := s.svc.Decide(r.Context(), key, in)
+	if err != nil {
+		return err
+	}
+	status := http.StatusOK
+	if d.Committed && !d.Durable {
+		status = http.StatusAccepted
+	}
+	if d.Committed {
+		w.Header().Set("Location", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, d.Number))
+	}
+	writeJSON(w, status, d)
+	return nil
+}
+
+func printable(s string) bool {
+	for i := 0; i < len(s); i++ {
+		if s[i] < 0x20 || s[i] > 0x7e {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Server) coverage(w http.ResponseWriter, r *http.Request) error {
+	epoch, err1 := strconv.ParseUint(r.PathValue("epoch"), 10, 64)
+	number, err2 := strconv.ParseUint(r.PathValue("number"), 10, 64)
+	if err1 != nil || err2 != nil {
+		return authority.NewProblem(authority.ProblemInvalid, "the decision's epoch and number are not numbers", "use the ones in the answer to the decision")
+	}
+	var wait time.Duration
+	for name, values := range r.URL.Query() {
+		if name != "wait" || len(values) != 1 {
+			return authority.NewProblem(authority.ProblemInvalid, "unknown or repeated parameter "+clip(name), "the only parameter is wait, as in ?wait=10s")
+		}
+		d, err := time.ParseDuration(values[0])
+		if err != nil || d < 0 || d > authority.MaxWait {
+			return authority.NewProblem(authority.ProblemInvalid, "wait is not a duration that is allowed", fmt.Sprintf("give one like 10s, at most %s", authority.MaxWait))
+		}
+		wait = d
+	}
+	ctx := r.Context()
+	if wait > 0 {
+		leave, err := s.stay(s.waits, w, wait+answerTimeout)
+		if err != nil {
+			return err
+		}
+		defer leave()
+		var cancel context.CancelFunc
+		ctx, cancel = s.until(ctx)
+		defer cancel()
+	}
+	c, err := s.svc.Coverage(ctx, epoch, number, wait)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, c)
+	return nil
+}
+
+// stay admits a request that stays for longer than others do.
+func (s *Server) stay(slots chan struct{}, w http.ResponseWriter, d time.Duration) (leave func(), err error) {
+	select {
+	case slots <- struct{}{}:
+	default:
+		return nil, overloaded("too many requests wait already")
+	}
+	deadline := time.Time{}
+	if d > 0 {
+		deadline = time.Now().Add(d)
+	}
+	c := http.NewResponseController(w)
+	if err := errors.Join(c.SetWriteDeadline(deadline), c.SetReadDeadline(deadline)); err != nil {
+		<-slots
+		return nil, err
+	}
+	return func() { <-slots }, nil
+}
+
+// until is ctx, ended also by the server's close.
+func (s *Server) until(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.ending, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
+	st, err := s.svc.Status(r.Context())
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, st)
+	return nil
+}
+
+func (s *Server) explain(w http.ResponseWriter, r *http.Request) error {
+	var in authority.ExplainRequest
+	if err := readJSON(w, r, &in); err != nil {
+		return err
+	}
+	x, err := s.svc.Explain(r.Context(), in)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, x)
+	return nil
+}
+
+func (s *Server) enforcers(w http.ResponseWriter, r *http.Request) error {
+	list, err := s.svc.Enforcers(r.Context())
+	if err != nil {
+		return err
+	}
+	if list == nil {
+		list = []authority.Enforcer{}
+	}
+	writeJSON(w, http.StatusOK, map[string]any{"enforcers": list})
+	return nil
+}
+
+func (s *Server) enroll(w http.ResponseWriter, r *http.Request) error {
+	var in authority.EnrollRequest
+	if err := readJSON(w, r, &in); err != nil {
+		return err
+	}
+	e, err := s.svc.Enroll(r.Context(), in)
+	if err != nil {
+		return err
+	}
+	secret, err := e.MarshalSecret()
+	if err != nil {
+		return fmt.Errorf("enrolment: %w", err)
+	}
+	writeJSON(w, http.StatusCreated, json.RawMessage(secret))
+	return nil
+}
+
+func (s *Server) retire(w http.ResponseWriter, r *http.Request) error {
+	if err := s.svc.Retire(r.Context(), r.PathValue("name")); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+type keySetBody struct {
+	Frame []byte `json:"frame"`
+}
+
+func (s *Server) keySet(w http.ResponseWriter, r *http.Request) error {
+	frame, err := s.svc.KeySet(r.Context())
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, keySetBody{frame})
+	return nil
+}
+
+func (s *Server) publishKeySet(w http.ResponseWriter, r *http.Request) error {
+	var in keySetBody
+	if err := readJSON(w, r, &in); err != nil {
+		return err
+	}
+	if err := s.svc.PublishKeySet(r.Context(), in.Frame); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// watchEvents is a stream of server-sent events, with a comment now and then so
+// that a reader can tell a quiet link from a dead one.
+func (s *Server) watchEvents(w http.ResponseWriter, r *http.Request) error {
+	leave, err := s.stay(s.watch, w, 0)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	ctx, cancel := s.until(r.Context())
+	defer cancel()
+	c := http.NewResponseController(w)
+	h := w.Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusOK)
+
+	var mu sync.Mutex
+	send := func(b []byte) error {
+		mu.Lock()
+		defer mu.Unlock()
+		// A reader that does not read is cut instead of waited for.
+		if err := c.SetWriteDeadline(time.Now().Add(keepAlive)); err != nil {
+			return err
+		}
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+		return c.Flush()
+	}
+	if send([]byte(": watching\n\n")) != nil {
+		return nil
+	}
+	var alive sync.WaitGroup
+	defer alive.Wait()
+	defer cancel()
+	alive.Go(func() {
+		tick := time.NewTicker(keepAlive)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				if send([]byte(": alive\n\n")) != nil {
+					cancel()
+					return
+				}
+			}
+		}
+	})
+	err = s.svc.Watch(ctx, func(e authority.Event) error {
+		b, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		return send(fmt.Appendf(nil, "event: %s\ndata: %s\n\n", e.Type, b))
+	})
+	if err != nil && ctx.Err() == nil {
+		s.log.Debug("a watch ended", "error", err)
+	}
+	return nil
+}
+
+// clip bounds a foreign string before it goes into an answer.
+func clip(s string) string {
+	if len(s) > 64 {
+		s = s[:64] + "…"
+	}
+	return s
+}

@@ -1,0 +1,352 @@
+// Package roster knows the enrolled enforcers and what they report: the
+// denominator and the numerator of every coverage figure.
+//
+// A Roster is the list of enforcers, kept in a bucket of the store, so that
+// every authority on the store has the same one. A Tracker takes the enforcers'
+// receipts and answers where a decision is in force.
+package roster
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nkeys"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+const (
+	// Bucket is the key-value bucket of the roster.
+	Bucket = "INTERLOCK_ROSTER"
+	// MaxEnforcers bounds the roster, retired enforcers included.
+	MaxEnforcers = 10000
+
+	maxValue = 64 << 10
+	// pollEvery is how soon a change that another authority made is known here
+	// at the latest; the change itself is normally heard.
+	pollEvery   = 2 * time.Second
+	callTimeout = 5 * time.Second
+)
+
+var (
+	// ErrExists: an enforcer of that name is enrolled.
+	ErrExists = errors.New("roster: an enforcer of that name is enrolled")
+	// ErrUnknown: no enforcer of that name is enrolled.
+	ErrUnknown = errors.New("roster: no enforcer of that name is enrolled")
+	// ErrFull: the roster holds MaxEnforcers.
+	ErrFull = errors.New("roster: full")
+)
+
+// Enforcer is one enforcer as it was enrolled. It has no secrets.
+type Enforcer struct {
+	// Name is its name; see session.ValidEnforcerName.
+	Name string `json:"name"`
+	// NKey is the public NKey by which the bus knows it.
+	NKey string `json:"nkey"`
+	// ReceiptKey verifies its receipts.
+	ReceiptKey ed25519.PublicKey `json:"receipt_key"`
+	// Tenants are those whose keys it was given.
+	Tenants  []session.TenantID `json:"tenants"`
+	Enrolled time.Time          `json:"enrolled"`
+	// Retired is when it was taken out; zero while it is in.
+	Retired time.Time `json:"retired,omitzero"`
+}
+
+func (e *Enforcer) validate() error {
+	switch {
+	case !session.ValidEnforcerName(e.Name):
+		return fmt.Errorf("roster: %q cannot name an enforcer: want 1 to 64 of a-z, 0-9, \"-\" and \"_\"", e.Name)
+	case !nkeys.IsValidPublicUserKey(e.NKey):
+		return fmt.Errorf("roster: %s: malformed public NKey", e.Name)
+	case len(e.ReceiptKey) != ed25519.PublicKeySize:
+		return fmt.Errorf("roster: %s: malformed receipt key", e.Name)
+	case len(e.Tenants) == 0 || len(e.Tenants) > session.MaxTenants:
+		return fmt.Errorf("roster: %s: %d tenants", e.Name, len(e.Tenants))
+	}
+	return nil
+}
+
+// Options configures a Roster. NC is required.
+type Options struct {
+	// NC is an authority's connection to the bus. The caller closes it after
+	// the Roster.
+	NC *nats.Conn
+	// Replicas of the bucket; 0 is 1.
+	Replicas int
+	// OnChange is called with the enforcers that are in, by name, before Open
+	// returns and after each change, one call at a time. When it fails, it is
+	// called again within seconds, and Enroll or Retire returns its error.
+	OnChange func([]Enforcer) error
+	// Logger hears of a bucket that cannot be read; nil is silent.
+	Logger *slog.Logger
+}
+
+// Roster is the list of enforcers. Its methods may be called concurrently.
+type Roster struct {
+	opts   Options
+	js     jetstream.JetStream
+	kv     jetstream.KeyValue
+	log    *slog.Logger
+	list   atomic.Pointer[[]Enforcer]
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+	nudge  chan struct{}
+	sub    *nats.Subscription
+
+	mu sync.Mutex // serialises loading, and OnChange
+	// all has the retired ones too. told is false while OnChange owes a call.
+	all  map[string]stored
+	seq  uint64
+	told bool
+}
+
+type stored struct {
+	Enforcer
+	revision uint64
+}
+
+// Open makes the bucket if it is absent and returns when the roster is loaded.
+// ctx bounds that alone.
+func Open(ctx context.Context, o Options) (*Roster, error) {
+	if o.NC == nil {
+		return nil, errors.New("roster: no connection")
+	}
+	js, err := jetstream.New(o.NC)
+	if err != nil {
+		return nil, fmt.Errorf("roster: %w", err)
+	}
+	r := &Roster{opts: o, js: js, log: o.Logger, nudge: make(chan struct{}, 1)}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	if err := r.ensure(ctx); err != nil {
+		return nil, err
+	}
+	// Listening comes before loading, so that nothing falls between.
+	if r.sub, err = o.NC.Subscribe("$KV."+Bucket+".>", func(*nats.Msg) { r.hint() }); err != nil {
+		return nil, fmt.Errorf("roster: %w", err)
+	}
+	if err := r.load(ctx, true); err != nil {
+		_ = r.sub.Unsubscribe() // the connection may be what failed
+		return nil, err
+	}
+	run, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
+	r.done.Go(func() { r.follow(run) })
+	return r, nil
+}
+
+func (r *Roster) ensure(ctx context.Context) error {
+	kv, err := r.js.KeyValue(ctx, Bucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		kv, err = r.js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
+			Bucket: Bucket, Description: "enrolled enforcers", History: 1,
+			MaxValueSize: maxValue, Storage: jetstream.FileStorage, Replicas: max(1, r.opts.Replicas),
+		})
+		if errors.Is(err, jetstream.ErrBucketExists) { // another authority was first
+			kv, err = r.js.KeyValue(ctx, Bucket)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("roster: bucket: %w", err)
+	}
+	r.kv = kv
+	return nil
+}
+
+// Close stops following the store. It is idempotent.
+func (r *Roster) Close() error {
+	r.cancel()
+	r.done.Wait()
+	_ = r.sub.Unsubscribe() // fails only when the connection is gone already
+	return nil
+}
+
+// Enforcers returns those that are in, by name. The slice must not be changed.
+func (r *Roster) Enforcers() []Enforcer { return *r.list.Load() }
+
+// Enroll enters an enforcer and returns when the store has it and OnChange has
+// been told. A name whose bearer was retired can be used again. Errors wrap
+// ErrExists or ErrFull where those are the reason.
+func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
+	if err := e.validate(); err != nil {
+		return err
+	}
+	e.Retired = time.Time{}
+	value, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("roster: %w", err)
+	}
+	if err := r.load(ctx, false); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	have, known := r.all[e.Name]
+	n := len(r.all)
+	r.mu.Unlock()
+	switch {
+	case known && have.Retired.IsZero():
+		return fmt.Errorf("%w: %s", ErrExists, e.Name)
+	case known:
+		// The revision keeps two authorities from enrolling one name twice.
+		_, err = r.kv.Update(ctx, e.Name, value, have.revision)
+	case n >= MaxEnforcers:
+		return fmt.Errorf("%w: %d enforcers", ErrFull, n)
+	default:
+		_, err = r.kv.Create(ctx, e.Name, value)
+	}
+	if conflict(err) {
+		return fmt.Errorf("%w: %s", ErrExists, e.Name)
+	}
+	if err != nil {
+		return fmt.Errorf("roster: enroll %s: %w", e.Name, err)
+	}
+	return r.load(ctx, true)
+}
+
+// Retire takes an enforcer out and returns when the store has it so and OnChange
+// has been told. The error wraps ErrUnknown when there is none of that name.
+func (r *Roster) Retire(ctx context.Context, name string, at time.Time) error {
+	if err := r.load(ctx, false); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	have, known := r.all[name]
+	r.mu.Unlock()
+	if !known || !have.Retired.IsZero() {
+		return fmt.Errorf("%w: %s", ErrUnknown, name)
+	}
+	have.Retired = at
+	value, err := json.Marshal(have.Enforcer)
+	if err != nil {
+		return fmt.Errorf("roster: %w", err)
+	}
+	if _, err := r.kv.Update(ctx, name, value, have.revision); err != nil {
+		if conflict(err) {
+			return fmt.Errorf("%w: %s was changed meanwhile", ErrUnknown, name)
+		}
+		return fmt.Errorf("roster: retire %s: %w", name, err)
+	}
+	return r.load(ctx, true)
+}
+
+func conflict(err error) bool {
+	var api *jetstream.APIError
+	return errors.Is(err, jetstream.ErrKeyExists) ||
+		errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence ||
+			api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant)
+}
+
+func (r *Roster) hint() {
+	select {
+	case r.nudge <- struct{}{}:
+	default:
+	}
+}
+
+// follow keeps up with the store. A watch may fall silent for good over a
+// server's restart; asking for the bucket's last sequence does not.
+func (r *Roster) follow(ctx context.Context) {
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	failing := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.nudge:
+		case <-tick.C:
+		}
+		call, cancel := context.WithTimeout(ctx, callTimeout)
+		err := r.load(call, false)
+		cancel()
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil && !failing {
+			r.log.Warn("the roster cannot be read; the one last read stands", "error", err)
+		}
+		failing = err != nil
+	}
+}
+
+// load reads the bucket if it has changed, or always when force is set, and
+// tells OnChange if that made a difference or is owed.
+func (r *Roster) load(ctx context.Context, force bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, err := r.js.Stream(ctx, "KV_"+Bucket)
+	if err != nil {
+		return fmt.Errorf("roster: %w", err)
+	}
+	last := s.CachedInfo().State.LastSeq
+	if !force && r.all != nil && last == r.seq && r.told {
+		return nil
+	}
+	all, err := r.read(ctx)
+	if err != nil {
+		return err
+	}
+	in := make([]Enforcer, 0, len(all))
+	for _, e := range all {
+		if e.Retired.IsZero() {
+			in = append(in, e.Enforcer)
+		}
+	}
+	slices.SortFunc(in, func(a, b Enforcer) int { return strings.Compare(a.Name, b.Name) })
+	r.all, r.seq = all, last
+	r.list.Store(&in)
+	r.told = false
+	if r.opts.OnChange != nil {
+		if err := r.opts.OnChange(in); err != nil {
+			return fmt.Errorf("roster: %w", err)
+		}
+	}
+	r.told = true
+	return nil
+}
+
+func (r *Roster) read(ctx context.Context) (map[string]stored, error) {
+	w, err := r.kv.WatchAll(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("roster: %w", err)
+	}
+	defer func() { _ = w.Stop() }() // the consumer ends by itself when this fails
+	all := map[string]stored{}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("roster: %w", ctx.Err())
+		case v, ok := <-w.Updates():
+			if !ok {
+				return nil, errors.New("roster: the bucket's reader was cut off")
+			}
+			if v == nil {
+				return all, nil
+			}
+			if v.Operation() != jetstream.KeyValuePut {
+				delete(all, v.Key())
+				continue
+			}
+			e := stored{revision: v.Revision()}
+			if err := json.Unmarshal(v.Value(), &e.Enforcer); err != nil {
+				return nil, fmt.Errorf("roster: entry %s: %w", v.Key(), err)
+			}
+			if err := e.validate(); err != nil || e.Name != v.Key() {
+				return nil, fmt.Errorf("roster: entry %s is not an enforcer's: %w", v.Key(), err)
+			}
+			all[e.Name] = e
+		}
+	}
+}

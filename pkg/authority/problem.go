@@ -1,0 +1,91 @@
+package authority
+
+import (
+	"errors"
+	"net/http"
+)
+
+// ErrUnreachable is wrapped by errors of a server that could not be reached, or
+// that did not answer in time. What was asked for may or may not have happened:
+// send it again with the same idempotency key.
+var ErrUnreachable = errors.New("authority unreachable")
+
+// Problem is a problem document (RFC 9457), and the error that every method
+// returns for an answer that is not a success.
+type Problem struct {
+	// Type is one of the Problem types below.
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	// Detail says what is wrong with this request.
+	Detail string `json:"detail,omitempty"`
+	// Mend says what would make it succeed.
+	Mend string `json:"mend,omitempty"`
+}
+
+// The types of Problem. They are stable.
+const (
+	// ProblemInvalid: the request is malformed, or a value in it is. 400.
+	ProblemInvalid = "urn:interlock:problem:invalid-request"
+	// ProblemTenant: the tenant is not known, or must be named. 400.
+	ProblemTenant = "urn:interlock:problem:tenant"
+	// ProblemIssuer: the value needs the issuer that minted it. 400.
+	ProblemIssuer = "urn:interlock:problem:issuer"
+	// ProblemTerminal: what was revoked for good cannot be restored. 409.
+	ProblemTerminal = "urn:interlock:problem:terminal"
+	// ProblemIdempotency: the idempotency key was used for another request. 422.
+	ProblemIdempotency = "urn:interlock:problem:idempotency"
+	// ProblemUnauthorised: no valid bearer token was presented. 401.
+	ProblemUnauthorised = "urn:interlock:problem:unauthorised"
+	// ProblemNotFound: no such resource. 404.
+	ProblemNotFound = "urn:interlock:problem:not-found"
+	// ProblemConflict: it exists already, or another was faster. 409.
+	ProblemConflict = "urn:interlock:problem:conflict"
+	// ProblemTooLarge: the body is longer than MaxBody. 413.
+	ProblemTooLarge = "urn:interlock:problem:too-large"
+	// ProblemOverloaded: a bound of the server was reached. 429 or 503.
+	ProblemOverloaded = "urn:interlock:problem:overloaded"
+	// ProblemUnavailable: the authority cannot take decisions now. 503.
+	ProblemUnavailable = "urn:interlock:problem:unavailable"
+	// ProblemInternal: the authority failed. 500.
+	ProblemInternal = "urn:interlock:problem:internal"
+)
+
+var problemTitles = map[string]struct {
+	title  string
+	status int
+}{
+	ProblemInvalid:      {"The request is not valid", http.StatusBadRequest},
+	ProblemTenant:       {"The tenant is missing or unknown", http.StatusBadRequest},
+	ProblemIssuer:       {"The issuer is missing", http.StatusBadRequest},
+	ProblemTerminal:     {"Revoked for good", http.StatusConflict},
+	ProblemIdempotency:  {"The idempotency key was used for another request", http.StatusUnprocessableEntity},
+	ProblemUnauthorised: {"Not authorised", http.StatusUnauthorized},
+	ProblemNotFound:     {"Not found", http.StatusNotFound},
+	ProblemConflict:     {"Conflict", http.StatusConflict},
+	ProblemTooLarge:     {"The request is too large", http.StatusRequestEntityTooLarge},
+	ProblemOverloaded:   {"Overloaded", http.StatusTooManyRequests},
+	ProblemUnavailable:  {"Unavailable", http.StatusServiceUnavailable},
+	ProblemInternal:     {"Internal error", http.StatusInternalServerError},
+}
+
+// NewProblem makes a problem of a type, with that type's title and status.
+func NewProblem(typ, detail, mend string) *Problem {
+	t, ok := problemTitles[typ]
+	if !ok {
+		typ, t = ProblemInternal, problemTitles[ProblemInternal]
+	}
+	return &Problem{Type: typ, Title: t.title, Status: t.status, Detail: detail, Mend: mend}
+}
+
+// Error is one line: what is wrong and, after it, what mends it.
+func (p *Problem) Error() string {
+	s := p.Detail
+	if s == "" {
+		s = p.Title
+	}
+	if p.Mend != "" {
+		s += ": " + p.Mend
+	}
+	return s
+}
