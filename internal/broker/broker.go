@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/flock"
 	"github.com/interlock-fabric/interlock/pkg/session"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -194,9 +195,12 @@ func Start(o Options) (*Broker, error) {
 	if err := os.Chmod(o.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
-	lock, err := lockFile(filepath.Join(o.Dir, "lock"))
+	lock, err := flock.Acquire(filepath.Join(o.Dir, "lock"))
+	if errors.Is(err, flock.ErrHeld) {
+		return nil, fmt.Errorf("%w: %s", ErrInUse, o.Dir)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s", err, o.Dir)
+		return nil, fmt.Errorf("broker: %w", err)
 	}
 	b := &Broker{opts: o, lock: lock, done: make(chan struct{})}
 	if err := b.start(); err != nil {

@@ -51,16 +51,16 @@ func EnforcerPermissions(name string) Permissions {
 const directGet = "$JS.API.DIRECT.GET."
 
 // AuthorityPermissions returns all that an authority may do on the bus: its own
-// subjects, JetStream, the lease, and one answer to each request that it gets.
+// subjects, JetStream with its buckets, and one answer to each request that it
+// gets.
 func AuthorityPermissions() Permissions {
 	own := []string{
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
 		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ClockSubjects,
 	}
-	lease := "$KV." + natsfeed.LeaseBucket + ".>"
 	return Permissions{
-		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", lease}, own...),
-		Subscribe: append([]string{"_INBOX.>", lease}, own...),
+		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>"}, own...),
+		Subscribe: append([]string{"_INBOX.>", "$KV.>", "$O.>"}, own...),
 		Respond:   true,
 	}
 }
