@@ -1,0 +1,385 @@
+package sequencer
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/filter"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
+	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// epochs verifies batches of the current epoch and of earlier ones. An earlier
+// one is judged by the last key set that belonged to it.
+type epochs struct {
+	mu    sync.RWMutex
+	trust *session.Trust
+	old   map[uint64]*session.Trust
+}
+
+// learn takes a key set that the root signed, whatever its age.
+func (e *epochs) learn(root *session.Trust, frame []byte) error {
+	f, err := session.ParseFrame(frame)
+	if err != nil {
+		return err
+	}
+	if f.Type != session.TypeKeySet {
+		return fmt.Errorf("%w: not a key set", session.ErrMalformed)
+	}
+	if err := f.Verify(root.Root()); err != nil {
+		return err
+	}
+	ks, err := session.UnmarshalKeySet(f.Body)
+	if err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.old == nil {
+		e.old = map[uint64]*session.Trust{}
+	}
+	t := e.old[ks.Epoch]
+	if t == nil {
+		if t, err = session.NewTrust(root.Root()); err != nil {
+			return err
+		}
+		e.old[ks.Epoch] = t
+	}
+	_, err = t.Update(frame, ks.NotAfter-1) // an expired one still says what was trusted then
+	return err
+}
+
+func (e *epochs) of(epoch uint64) *session.Trust {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	if e.trust != nil {
+		if ks := e.trust.KeySet(); ks != nil && ks.Epoch == epoch {
+			return e.trust
+		}
+	}
+	return e.old[epoch]
+}
+
+// origin returns what the first batch of an epoch names.
+func (e *epochs) origin(epoch uint64) (session.Hash, bool) {
+	t := e.of(epoch)
+	if t == nil || t.KeySet() == nil {
+		return session.Hash{}, false
+	}
+	return t.Origin(), true
+}
+
+// verify checks who signed a batch that chains. That a key set has ended does
+// not make what is stored untrue: it stops the writing, not the reading.
+func (e *epochs) verify(f *session.Frame, b *session.Batch) (*session.SigningKey, error) {
+	t := e.of(b.Epoch)
+	if t == nil || t.KeySet() == nil {
+		return nil, session.ErrUntrusted
+	}
+	return t.Writer(f, b.Number, false, t.KeySet().NotAfter-1)
+}
+
+// signed reports whether a frame whose body is not understood is from a writer.
+func (e *epochs) signed(f *session.Frame) bool {
+	e.mu.RLock()
+	t := e.trust
+	e.mu.RUnlock()
+	if t == nil || t.KeySet() == nil {
+		return false
+	}
+	_, err := t.Writer(f, 0, true, t.KeySet().NotAfter-1)
+	return err == nil
+}
+
+// PublishKeySet stores a key set that the root signed, and takes it. One of a
+// later epoch makes the writer open that epoch: numbers start at 1, and what is
+// in force is restated before anything else is decided. It fails, wrapping
+// session.ErrFrame, for one that is not newer than what is held.
+func (s *Sequencer) PublishKeySet(ctx context.Context, frame []byte) error {
+	probe, err := session.NewTrust(s.trust.Root())
+	if err != nil {
+		return err
+	}
+	if _, err := probe.Update(frame, session.InstantOf(s.o.Hooks.Now())); err != nil {
+		return fmt.Errorf("sequencer: %w", err)
+	}
+	if have, ks := s.trust.KeySet(), probe.KeySet(); have != nil && (ks.Version <= have.Version || ks.Epoch < have.Epoch) {
+		return fmt.Errorf("sequencer: %w: key set %d of epoch %d is not newer than %d of epoch %d",
+			session.ErrUntrusted, ks.Version, ks.Epoch, have.Version, have.Epoch)
+	}
+	if _, err := s.js.Publish(ctx, natsfeed.TrustSubject, frame, jetstream.WithExpectStream(natsfeed.TrustStream)); err != nil {
+		return fmt.Errorf("sequencer: storing the key set: %w", err)
+	}
+	return s.takeKeySet(frame)
+}
+
+// takeKeySet takes a key set from wherever it came. One that is held already is
+// no error.
+func (s *Sequencer) takeKeySet(frame []byte) error {
+	s.keysMu.Lock()
+	defer s.keysMu.Unlock()
+	if err := s.w.epochs.learn(s.trust, frame); err != nil {
+		return fmt.Errorf("sequencer: %w", err)
+	}
+	fresh, err := s.trust.Update(frame, session.InstantOf(s.o.Hooks.Now()))
+	if err != nil {
+		return fmt.Errorf("sequencer: %w", err)
+	}
+	if fresh {
+		if s.o.OnKeySet != nil {
+			s.o.OnKeySet(frame)
+		}
+		s.post(s.w.keysChanged)
+	}
+	return nil
+}
+
+// onKeySet hears key sets that another authority publishes.
+func (s *Sequencer) onKeySet(m *nats.Msg) {
+	select {
+	case s.keysNow <- struct{}{}:
+	default:
+	}
+}
+
+// followKeySets reads the stored key sets when one was heard, and now and then.
+func (s *Sequencer) followKeySets() {
+	tick := time.NewTicker(5 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-tick.C:
+		case <-s.keysNow:
+		}
+		if err := s.fetchKeySets(s.ctx); err != nil && s.ctx.Err() == nil {
+			s.log.Debug("sequencer: key sets", "err", err)
+		}
+	}
+}
+
+// fetchKeySets reads every stored key set. What the root did not sign is
+// skipped.
+func (s *Sequencer) fetchKeySets(ctx context.Context) error {
+	for seq := uint64(1); ; seq++ {
+		m, err := s.getNext(ctx, natsfeed.TrustStream, natsfeed.TrustSubject, seq)
+		if err != nil || m == nil {
+			return err
+		}
+		seq = m.Seq
+		if err := s.takeKeySet(m.Data); err != nil && !errors.Is(err, session.ErrUntrusted) {
+			s.log.Warn("sequencer: a stored key set was refused", "position", seq, "err", err)
+		}
+	}
+}
+
+// getNext reads the first message at or behind seq from the stream's leader.
+func (s *Sequencer) getNext(ctx context.Context, stream, subject string, seq uint64) (*stored, error) {
+	for {
+		try, cancel := context.WithTimeout(ctx, 2*time.Second)
+		m, err := s.nc.RequestWithContext(try, msgGet+stream, fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q}`, seq, subject))
+		cancel()
+		if err == nil {
+			return parseStored(m)
+		}
+		if ctx.Err() != nil || errors.Is(err, nats.ErrConnectionClosed) {
+			return nil, fmt.Errorf("sequencer: reading %s: %w", stream, err)
+		}
+		pause := time.NewTimer(50 * time.Millisecond)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+		}
+	}
+}
+
+// keysChanged follows a new key set: into a new epoch, out of a key that was
+// withdrawn, or back to what was in doubt.
+func (w *writer) keysChanged() {
+	ks := w.s.trust.KeySet()
+	switch {
+	case w.role == loading:
+		return
+	case ks.Epoch > w.epoch:
+		w.openEpoch(ks)
+		return
+	case w.doubt || w.cut(ks):
+		w.reload()
+		return
+	}
+	for i, f := range w.flight {
+		if w.withdrawn(ks, f.key, f.batch.Number) {
+			w.recall(i)
+			break
+		}
+	}
+}
+
+// withdrawn reports whether batch number of the current epoch is no longer
+// trusted from that key.
+func (w *writer) withdrawn(ks *session.KeySet, id session.KeyID, number uint64) bool {
+	for i := range ks.Keys {
+		k := &ks.Keys[i]
+		if session.KeyIDOf(k.Public) == id {
+			return k.Withdrawn && (k.LastEpoch < ks.Epoch || k.LastEpoch == ks.Epoch && number > k.LastNumber)
+		}
+	}
+	return true
+}
+
+// cut reports whether a key set takes batches out of the chain as it is known.
+func (w *writer) cut(ks *session.KeySet) bool {
+	for n := w.number; n > 0; n-- {
+		l, ok := w.s.hashes.at(w.epoch, n)
+		if !ok {
+			return false
+		}
+		if w.withdrawn(ks, l.key, n) {
+			return true
+		}
+	}
+	return false
+}
+
+// reload reads the log anew, because which of it is trusted has changed.
+func (w *writer) reload() {
+	w.s.log.Warn("sequencer: reading the log anew, because other keys are trusted now")
+	w.recall(0)
+	w.beat.stop()
+	w.reading = false
+	w.onEnd = nil
+	w.load()
+}
+
+// recall takes the batches in flight from the i-th on back: they can no longer
+// be in the chain. Their decisions are taken again.
+func (w *writer) recall(i int) {
+	gone := w.flight[i:]
+	w.flight = slices.Clone(w.flight[:i])
+	for _, f := range gone {
+		w.flightBytes -= len(f.frame)
+	}
+	w.orphan(gone)
+}
+
+// openEpoch begins the chain of the key set's epoch.
+func (w *writer) openEpoch(ks *session.KeySet) {
+	w.s.log.Warn("sequencer: a new epoch", "epoch", ks.Epoch, "entries to restate", w.set.Len())
+	if w.s.rolledBack.Load() {
+		// What is stored now is not what was read: look at all of it again.
+		w.pos = 0
+	}
+	gone := w.flight
+	w.flight, w.flightBytes = nil, 0
+	w.s.rolledBack.Store(false)
+	w.lostFrom = time.Time{}
+	w.reading = false // of what may no longer be there
+	if w.role == writing || w.role == proving {
+		w.follow()
+		w.elected(time.Time{})
+	}
+	w.examine()
+	w.orphan(gone)
+}
+
+// restateChunk is how many entries of the old epoch go into one decision.
+const restateChunk = 500
+
+// restateID names the n-th part of an epoch's restatement, and with n = -1 its
+// end, so that one that was interrupted is continued and not begun again.
+func restateID(epoch uint64, n int) (id session.DecisionID) {
+	b := binary.BigEndian.AppendUint64([]byte("interlock restate 1\x00"), epoch)
+	sum := sha256.Sum256(binary.BigEndian.AppendUint64(b, uint64(int64(n))))
+	copy(id[:], sum[:])
+	return id
+}
+
+// restateNext puts what is missing of the restatement before everything else.
+func (w *writer) restateNext() {
+	if w.carry == nil || w.role != writing {
+		return
+	}
+	if _, ok := w.ids[restateID(w.epoch, -1)]; ok {
+		return
+	}
+	entries := restate(w.carry)
+	var reqs []*request
+	add := func(n int, e []session.Entry) {
+		id := restateID(w.epoch, n)
+		if _, ok := w.ids[id]; ok {
+			return
+		}
+		r := &request{
+			d: Decision{ID: id, Entries: e}, internal: true, arrived: time.Now(),
+			announced: make(chan struct{}), done: make(chan struct{}),
+		}
+		for i := range e {
+			r.size += entrySize(&e[i])
+		}
+		w.ids[id] = taken{own: r}
+		reqs = append(reqs, r)
+	}
+	n := 0
+	for chunk := range slices.Chunk(entries, restateChunk) {
+		add(n, chunk)
+		n++
+	}
+	add(-1, nil)
+	w.pending = append(reqs, w.pending...)
+	w.pendingAt = w.pending[0].arrived
+}
+
+// restate returns entries that put into force what is in force in a state, in
+// an order that depends on the state alone.
+func restate(set *filter.Set) []session.Entry {
+	type item struct {
+		key session.Key
+		r   *session.Record
+	}
+	var all []item
+	set.Range(func(k session.Key, r *session.Record) bool {
+		all = append(all, item{k, r})
+		return true
+	})
+	slices.SortFunc(all, func(a, b item) int {
+		return cmp.Or(
+			cmp.Compare(a.key.Tenant, b.key.Tenant), cmp.Compare(a.key.Shape, b.key.Shape),
+			slices.Compare(a.key.Digest[:], b.key.Digest[:]), cmp.Compare(a.r.Effect, b.r.Effect),
+			cmp.Compare(drill(a.r), drill(b.r)),
+		)
+	})
+	var out []session.Entry
+	for _, x := range all {
+		r := x.r
+		out = append(out, session.Entry{
+			Op: session.OpSet, Effect: r.Effect, Reason: r.Reason, Key: x.key, IssuedBefore: r.IssuedBefore,
+			Expires: r.Expires, Incident: r.Incident, ACR: r.ACR, Except: r.Except, Drill: r.Drill,
+		})
+		if r.Share > 0 {
+			// A restore that was half way stays half way.
+			out = append(out, session.Entry{
+				Op: session.OpLift, Effect: r.Effect, Reason: r.Reason, Key: x.key,
+				Incident: r.Incident, Share: r.Share, Drill: r.Drill,
+			})
+		}
+	}
+	return out
+}
+
+func drill(r *session.Record) int {
+	if r.Drill {
+		return 1
+	}
+	return 0
+}

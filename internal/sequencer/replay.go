@@ -1,0 +1,387 @@
+package sequencer
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
+	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// ack is the store's answer to an append.
+type ack struct {
+	seq       uint64
+	wrongLast bool
+	code      int
+	text      string
+}
+
+// apiError is the part of a JetStream answer that says what went wrong.
+type apiError struct {
+	Code        int    `json:"code"`
+	ErrCode     int    `json:"err_code"`
+	Description string `json:"description"`
+}
+
+func (e *apiError) wrongLast() bool {
+	return e.ErrCode == int(jetstream.JSErrCodeStreamWrongLastSequence) ||
+		e.ErrCode == int(jetstream.JSErrCodeStreamWrongLastSequenceConstant)
+}
+
+func (e *apiError) notFound() bool {
+	return e.ErrCode == int(jetstream.JSErrCodeMessageNotFound)
+}
+
+func parseAck(m *nats.Msg) ack {
+	if st := m.Header.Get("Status"); st != "" {
+		return ack{code: 503, text: "no stream listens"}
+	}
+	var a struct {
+		Stream string    `json:"stream"`
+		Seq    uint64    `json:"seq"`
+		Error  *apiError `json:"error"`
+	}
+	switch err := json.Unmarshal(m.Data, &a); {
+	case err != nil:
+		return ack{text: "malformed answer"}
+	case a.Error != nil:
+		return ack{code: a.Error.ErrCode, text: a.Error.Description, wrongLast: a.Error.wrongLast()}
+	case a.Stream != natsfeed.LogStream:
+		return ack{text: "answer of another stream"}
+	}
+	return ack{seq: a.Seq}
+}
+
+// stored is a message of a stream.
+type stored struct {
+	Seq  uint64 `json:"seq"`
+	Data []byte `json:"data"`
+}
+
+// parseStored takes the answer of STREAM.MSG.GET apart. A nil message without
+// error means that there is none.
+func parseStored(m *nats.Msg) (*stored, error) {
+	if m.Header.Get("Status") != "" {
+		return nil, errors.New("no stream leader")
+	}
+	var a struct {
+		Message *stored   `json:"message"`
+		Error   *apiError `json:"error"`
+	}
+	switch err := json.Unmarshal(m.Data, &a); {
+	case err != nil:
+		return nil, err
+	case a.Error != nil && a.Error.notFound():
+		return nil, nil
+	case a.Error != nil:
+		return nil, fmt.Errorf("%s (%d)", a.Error.Description, a.Error.ErrCode)
+	case a.Message == nil:
+		return nil, errors.New("answer without message")
+	}
+	return a.Message, nil
+}
+
+// msgGet is the request that only a stream's leader answers. A direct get is
+// answered by any replica, and one that lags would hide the log's end.
+const msgGet = "$JS.API.STREAM.MSG.GET."
+
+// subscribe begins to listen: to the answers to appends and reads, and to the
+// log itself.
+func (s *Sequencer) subscribe() error {
+	for _, x := range []struct {
+		subject string
+		fn      nats.MsgHandler
+	}{
+		{s.inbox + ".a.*", s.onAck},
+		{s.inbox + ".r.*", s.onRead},
+		{s.inbox + ".i.*", s.onInfo},
+		{natsfeed.LogSubject, s.onLog},
+		{natsfeed.TrustSubject, s.onKeySet},
+	} {
+		sub, err := s.nc.Subscribe(x.subject, x.fn)
+		if err != nil {
+			return fmt.Errorf("sequencer: %w", err)
+		}
+		s.subs = append(s.subs, sub)
+	}
+	if err := s.nc.Flush(); err != nil {
+		return fmt.Errorf("sequencer: %w", err)
+	}
+	return nil
+}
+
+func (s *Sequencer) deaf() bool { d := s.o.Hooks.DropAcks; return d != nil && d() }
+
+func (s *Sequencer) onAck(m *nats.Msg) {
+	if s.deaf() {
+		return
+	}
+	a, token := parseAck(m), m.Subject[strings.LastIndexByte(m.Subject, '.')+1:]
+	s.post(func() { s.w.acknowledged(token, a, time.Now()) })
+}
+
+func (s *Sequencer) onRead(m *nats.Msg) {
+	if s.deaf() {
+		return
+	}
+	token, err := strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
+	if err != nil {
+		return
+	}
+	msg, err := parseStored(m)
+	s.post(func() { s.w.haveRead(token, msg, err) })
+}
+
+// onLog hears what anybody publishes on the log's subject. It is only a hint to
+// look: what counts is what is stored.
+func (s *Sequencer) onLog(m *nats.Msg) {
+	f, err := session.ParseFrame(m.Data)
+	if err != nil {
+		s.events.add(func() { s.w.heard(session.Hash{}) }, eventBacklog)
+		return
+	}
+	h := f.Hash()
+	s.events.add(func() { s.w.heard(h) }, eventBacklog)
+}
+
+func (w *writer) heard(h session.Hash) {
+	for _, f := range w.flight {
+		if f.hash == h {
+			return
+		}
+	}
+	if h == w.head {
+		return
+	}
+	w.heardAt = time.Now()
+	if w.role != loading {
+		w.examine()
+	}
+}
+
+// load reads the log from its beginning.
+func (w *writer) load() {
+	w.setRole(loading)
+	w.chain = chain{}
+	w.ids, w.idOrder = map[session.DecisionID]taken{}, nil
+	w.doubt = false
+	done := w.onEnd
+	w.onEnd = func() {
+		if ks := w.s.trust.KeySet(); w.epoch < ks.Epoch && w.epoch == 0 {
+			w.begin(ks.Epoch, w.s.trust.Origin())
+		}
+		w.setRole(following)
+		w.expiry.anchor(w.chain.time, w.wall(), time.Now())
+		w.publishView()
+		if done != nil {
+			done()
+		}
+		if w.lease {
+			w.elected(time.Time{})
+		}
+	}
+	w.examine()
+}
+
+// examine looks at what is stored behind pos, one message after the other, up to
+// the end. One read is out at any time.
+func (w *writer) examine() {
+	if w.reading {
+		w.again = true
+		return
+	}
+	w.again = false
+	w.reading = true
+	w.read()
+}
+
+func (w *writer) read() {
+	w.token++
+	w.readAt = time.Now()
+	req := fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q}`, w.pos+1, natsfeed.LogSubject)
+	m := &nats.Msg{Subject: msgGet + natsfeed.LogStream, Reply: w.s.inbox + ".r." + strconv.FormatUint(w.token, 10), Data: req}
+	_ = w.s.nc.PublishMsg(m) // without an answer, it is asked again
+}
+
+func (w *writer) haveRead(token uint64, m *stored, err error) {
+	if !w.reading || token != w.token {
+		return
+	}
+	if err != nil {
+		return // asked again after readTimeout
+	}
+	if m == nil {
+		w.reading = false
+		w.atEnd(time.Now())
+		return
+	}
+	if m.Seq > w.pos && !w.take(m) {
+		return // goes on when the key sets have been fetched
+	}
+	w.read()
+}
+
+// take examines the stored message behind pos. It reports false when it has to
+// be looked at again.
+func (w *writer) take(m *stored) bool {
+	w.lostFrom = time.Time{}
+	if len(w.flight) > 0 && bytes.Equal(m.Data, w.flight[0].frame) {
+		w.pos = m.Seq - 1
+		w.confirm(time.Now())
+		w.publishView()
+		w.beat.soon(time.Now())
+		return true
+	}
+	j, v := w.judge(m.Data, &w.epochs)
+	if v == doubtful && w.asked != m.Seq {
+		// Its key may be in a key set that has not arrived here yet.
+		w.asked = m.Seq
+		w.spawn(func() {
+			_ = w.s.fetchKeySets(w.s.ctx) // what cannot be fetched leaves it in doubt
+			w.s.post(func() { w.read() })
+		})
+		w.readAt = time.Now().Add(10 * time.Second)
+		return false
+	}
+	w.pos = m.Seq
+	for _, f := range w.flight {
+		if f.stored <= w.pos {
+			f.stored = 0
+		}
+	}
+	switch v {
+	case extends, opens:
+		w.adopt(j, v)
+		w.s.hashes.put(link{epoch: w.epoch, number: w.number, hash: w.head, key: j.id})
+		if v == opens && w.role != loading {
+			w.s.rolledBack.Store(false)
+		}
+		w.beat.unprove()
+		for i := range j.batch.Decisions {
+			id := j.batch.Decisions[i].ID
+			own := w.ids[id].own
+			w.remember(id, j.batch)
+			if own != nil {
+				own.retry()
+				w.end(own, Result{Epoch: j.batch.Epoch, Number: j.batch.Number, At: j.batch.Time, Durable: true}, nil)
+			}
+		}
+		if w.role != loading {
+			w.publishView()
+			if len(w.flight) > 0 || w.role == writing {
+				w.depose()
+			}
+		}
+	case doubtful:
+		w.doubt = true
+		w.s.strays.Add(1)
+		w.s.log.Warn("sequencer: a stored batch is signed by a key that is not trusted", "position", m.Seq)
+	case stray:
+		w.s.strays.Add(1)
+	case alien:
+		w.s.log.Error("sequencer: the log holds what this version does not know: upgrade it", "position", m.Seq)
+		w.s.rolledBack.Store(true)
+	default:
+		w.s.garbage.Add(1)
+	}
+	return true
+}
+
+// atEnd is called when the stream's leader has nothing behind pos.
+func (w *writer) atEnd(now time.Time) {
+	w.pollAt = now.Add(pollIdle)
+	if w.role == following && now.Sub(w.heardAt) < 2*pollIdle {
+		w.pollAt = now.Add(pollHeard)
+	}
+	if f := w.onEnd; f != nil {
+		w.onEnd = nil
+		f()
+	}
+	if len(w.flight) > 0 && w.flight[0].failed {
+		// The fence did not hold and yet nothing is there: a message that the
+		// leader has not committed yet, or a stream that has gone back.
+		w.askInfo()
+	}
+	if w.role == following && len(w.flight) == 0 && w.pos > 0 && w.role != loading {
+		w.askInfo()
+	}
+	w.resend(now)
+	if w.again {
+		w.examine()
+	}
+}
+
+// askInfo asks the leader where the stream ends.
+func (w *writer) askInfo() {
+	m := &nats.Msg{Subject: "$JS.API.STREAM.INFO." + natsfeed.LogStream, Reply: w.s.inbox + ".i.0"}
+	_ = w.s.nc.PublishMsg(m) // asked again at the next end
+}
+
+func (s *Sequencer) onInfo(m *nats.Msg) {
+	var a struct {
+		State *struct {
+			LastSeq uint64 `json:"last_seq"`
+		} `json:"state"`
+		Error *apiError `json:"error"`
+	}
+	if s.deaf() || json.Unmarshal(m.Data, &a) != nil || a.Error != nil || a.State == nil {
+		return
+	}
+	s.post(func() { s.w.streamEnds(a.State.LastSeq, time.Now()) })
+}
+
+// streamEnds notices a stream that lost what had been read from it.
+func (w *writer) streamEnds(last uint64, now time.Time) {
+	switch {
+	case last >= w.pos:
+		w.lostFrom = time.Time{}
+	case w.lostFrom.IsZero():
+		w.lostFrom = now
+	case now.Sub(w.lostFrom) >= lostAfter && !w.s.rolledBack.Load():
+		w.rollback("the stream ends before what was read from it")
+	}
+}
+
+// rollback stops all writing until a new epoch.
+func (w *writer) rollback(why string) {
+	w.s.log.Error("sequencer: the log was rolled back: open a new epoch", "why", why, "epoch", w.epoch, "number", w.number)
+	w.s.rolledBack.Store(true)
+	for _, r := range w.pending {
+		w.drop(r, ErrRolledBack)
+	}
+	w.pending = nil
+	for _, f := range w.flight {
+		for _, r := range f.reqs {
+			w.drop(r, ErrRolledBack)
+		}
+	}
+	w.flight, w.flightBytes = nil, 0
+}
+
+// heardClaim judges what an enforcer says was confirmed to it.
+func (w *writer) heardClaim(epoch, number uint64, head session.Hash) {
+	if epoch != w.epoch || w.s.rolledBack.Load() {
+		return
+	}
+	if number <= w.number {
+		if l, ok := w.s.hashes.at(epoch, number); ok && l.hash != head {
+			w.rollback("an enforcer has another chain")
+		}
+		return
+	}
+	for _, f := range w.flight {
+		if f.batch.Number == number && f.hash == head {
+			return // stored, and read by the enforcer before the answer came
+		}
+	}
+	if w.role == writing {
+		w.rollback("an enforcer has more of the chain")
+	}
+}
