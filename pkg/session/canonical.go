@@ -223,15 +223,13 @@ func canonicalURI(kind Kind, value string) (string, error) {
 // itself.
 func join(value string, parts ...string) string {
 	rest, same := value, true
-	for _, p := range parts {
-		if rest, same = strings.CutPrefix(rest, p); !same {
-			return strings.Join(parts, "")
-		}
+	for i := 0; same && i < len(parts); i++ {
+		rest, same = strings.CutPrefix(rest, parts[i])
 	}
-	if rest != "" {
-		return strings.Join(parts, "")
+	if same && rest == "" {
+		return value
 	}
-	return value
+	return strings.Join(parts, "")
 }
 
 // splitPort takes an authority without user info apart. An IP literal keeps its

@@ -127,14 +127,14 @@ func TestNamesParseBack(t *testing.T) {
 		if got, err := ParseEffect(e.String()); err != nil || got != e || !e.Valid() {
 			t.Errorf("effect %s: %v, %v", e, got, err)
 		}
-		if !errors.Is(e.Sentinel(), ErrDenied) || e.Sentinel() == ErrDenied {
+		if !errors.Is(e.Sentinel(), ErrDenied) || errors.Is(ErrDenied, e.Sentinel()) {
 			t.Errorf("%s has the sentinel %v", e, e.Sentinel())
 		}
 	}
 	if EffectRevoked <= EffectSuspended || EffectSuspended <= EffectStepUp || EffectStepUp <= EffectReduced {
 		t.Error("the order of precedence has changed")
 	}
-	if Effect(0).Valid() || Effect(5).Valid() || Effect(0).Sentinel() != ErrDenied {
+	if Effect(0).Valid() || Effect(5).Valid() || !errors.Is(ErrDenied, Effect(0).Sentinel()) {
 		t.Error("an effect that does not exist is valid")
 	}
 	for i, name := range Reasons() {
