@@ -119,7 +119,11 @@ func (g *Guard) answerTo(err error) answer {
 	case errors.Is(err, session.ErrClosed):
 		set(http.StatusServiceUnavailable, "closed", "", staleRetry)
 	}
-	if a.message == session.ErrDenied.Error() && a.data.Error != "denied" {
+	switch {
+	case a.data.Error == "denied":
+		// Nobody knows what such an error says.
+		a.message = session.ErrDenied.Error()
+	case a.message == session.ErrDenied.Error():
 		// Not a DeniedError, but one of a kind that is fit for the caller.
 		a.message = err.Error()
 	}
@@ -163,8 +167,11 @@ func (g *Guard) deny(w http.ResponseWriter, r *http.Request, err error, known bo
 		ID      json.RawMessage `json:"id,omitempty"`
 		Error   *jsonrpc.Error  `json:"error"`
 	}{Version: "2.0", Error: a.rpc()}
-	if known {
-		body.ID = g.requestID(w, r)
+	// The server reads on to the end of a request before it answers, and a
+	// caller that is denied must not hold a goroutine for as long as it likes.
+	bounded := http.NewResponseController(w).SetReadDeadline(time.Now().Add(deniedBodyTime)) == nil
+	if known && bounded {
+		body.ID = requestID(r)
 	}
 	out, err := json.Marshal(body)
 	if err != nil {
@@ -224,13 +231,8 @@ const (
 )
 
 // requestID returns the id of the JSON-RPC call in a request, or nil.
-func (g *Guard) requestID(w http.ResponseWriter, r *http.Request) json.RawMessage {
+func requestID(r *http.Request) json.RawMessage {
 	if r.Method != http.MethodPost || r.Body == nil {
-		return nil
-	}
-	// Where there is no deadline to set, the request is not read: a caller that
-	// is denied must not hold a goroutine for as long as it likes.
-	if http.NewResponseController(w).SetReadDeadline(time.Now().Add(deniedBodyTime)) != nil {
 		return nil
 	}
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxDeniedBody+1))

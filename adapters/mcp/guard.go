@@ -33,9 +33,10 @@ type Enforcer interface {
 	Bind(context.Context, *session.Prepared, session.Call) (context.Context, context.CancelFunc, error)
 }
 
-// Verifier finds out who is calling. The error's text reaches the caller and
-// must say nothing that the caller should not know. An error that wraps
-// session.ErrStale means that it could not be found out now.
+// Verifier finds out who is calling, from a request whose body it leaves alone.
+// An error that wraps session.ErrNoIdentity or session.ErrExpired refuses the
+// credentials, and its text reaches the caller; one that wraps session.ErrStale
+// says that it cannot be found out now. Of any other error nothing is passed on.
 type Verifier interface {
 	VerifyRequest(*http.Request) (session.Identity, error)
 }
@@ -119,7 +120,6 @@ func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
 	}
 	g.opts.RetryAfter = orDefault(g.opts.RetryAfter, 30*time.Second)
 	g.opts.FlushTimeout = orDefault(g.opts.FlushTimeout, time.Second)
-	g.opts.CloseTimeout = orDefault(g.opts.CloseTimeout, 5*time.Second)
 	g.logger = g.opts.Logger
 	if g.logger == nil {
 		g.logger = slog.New(slog.DiscardHandler)
@@ -158,7 +158,7 @@ func (g *Guard) Close() error {
 		g.wg.Wait()
 		close(done)
 	}()
-	timer := time.NewTimer(g.opts.CloseTimeout)
+	timer := time.NewTimer(orDefault(g.opts.CloseTimeout, 5*time.Second))
 	defer timer.Stop()
 	select {
 	case <-done:

@@ -3,6 +3,7 @@ package mcpguard
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"mime"
 	"net/http"
@@ -127,6 +128,9 @@ func (g *Guard) admit(r *http.Request) (p *session.Prepared, known bool, err err
 	}
 	id, err := g.verifier.VerifyRequest(r)
 	if err != nil {
+		if !errors.Is(err, session.ErrDenied) {
+			err = &session.DeniedError{Err: session.ErrNoIdentity}
+		}
 		return nil, false, err
 	}
 	if p, err = g.enforcer.Prepare(id); err != nil {
