@@ -128,8 +128,8 @@ func (c *clock) answer(m *nats.Msg) {
 		!ownReply(m.Reply) || !c.live.Load() {
 		return
 	}
-	key := c.s.o.Keys.Signer()
-	if key == nil {
+	key, _, err := c.s.signer()
+	if err != nil {
 		return
 	}
 	x := session.Clock{

@@ -100,10 +100,11 @@ func (e *epochs) signed(f *session.Frame) bool {
 	return err == nil
 }
 
-// PublishKeySet stores a key set that the root signed, and takes it. One of a
-// later epoch makes the writer open that epoch: numbers start at 1, and what is
-// in force is restated before anything else is decided. It fails, wrapping
-// session.ErrFrame, for one that is not newer than what is held.
+// PublishKeySet stores a key set that the root signed, for everybody to hear, and
+// takes it. One of a later epoch makes the writer open that epoch: numbers start
+// at 1, and what is in force is restated before anything else is decided. It
+// fails, wrapping session.ErrFrame, for one that is older than what is held, or
+// that the root did not sign.
 func (s *Sequencer) PublishKeySet(ctx context.Context, frame []byte) error {
 	probe, err := session.NewTrust(s.trust.Root())
 	if err != nil {
@@ -112,34 +113,49 @@ func (s *Sequencer) PublishKeySet(ctx context.Context, frame []byte) error {
 	if _, err := probe.Update(frame, session.InstantOf(s.o.Hooks.Now())); err != nil {
 		return fmt.Errorf("sequencer: %w", err)
 	}
-	if have, ks := s.trust.KeySet(), probe.KeySet(); have != nil && (ks.Version <= have.Version || ks.Epoch < have.Epoch) {
-		return fmt.Errorf("sequencer: %w: key set %d of epoch %d is not newer than %d of epoch %d",
+	ks := probe.KeySet()
+	if have := s.trust.KeySet(); have != nil && (ks.Version < have.Version || ks.Epoch < have.Epoch) {
+		return fmt.Errorf("sequencer: %w: key set %d of epoch %d is older than %d of epoch %d",
 			session.ErrUntrusted, ks.Version, ks.Epoch, have.Version, have.Epoch)
 	}
-	if _, err := s.js.Publish(ctx, natsfeed.TrustSubject, frame, jetstream.WithExpectStream(natsfeed.TrustStream)); err != nil {
-		return fmt.Errorf("sequencer: storing the key set: %w", err)
+	s.keysMu.Lock()
+	stored := s.keysSeen >= ks.Version
+	s.keysMu.Unlock()
+	if !stored {
+		if _, err := s.js.Publish(ctx, natsfeed.TrustSubject, frame, jetstream.WithExpectStream(natsfeed.TrustStream)); err != nil {
+			return fmt.Errorf("sequencer: storing the key set: %w", err)
+		}
 	}
-	return s.takeKeySet(frame)
+	return s.takeKeySet(frame, ks.Version)
+}
+
+// storeKeySet stores the key set that is held, if a newer one than is stored:
+// enforcers learn of it there, and an authority that starts later needs each
+// epoch's to read that epoch.
+func (s *Sequencer) storeKeySet(ctx context.Context) error {
+	s.keysMu.Lock()
+	seen := s.keysSeen
+	s.keysMu.Unlock()
+	frame := s.o.Keys.Frame()
+	if ks := s.trust.KeySet(); ks.Version <= seen || frame == nil || session.InstantOf(s.o.Hooks.Now()) >= ks.NotAfter {
+		return nil
+	}
+	return s.PublishKeySet(ctx, frame)
 }
 
 // takeKeySet takes a key set from wherever it came. One that is held already is
 // no error.
-func (s *Sequencer) takeKeySet(frame []byte) error {
+func (s *Sequencer) takeKeySet(frame []byte, stored uint64) error {
 	s.keysMu.Lock()
 	defer s.keysMu.Unlock()
 	if err := s.w.epochs.learn(s.trust, frame); err != nil {
 		return fmt.Errorf("sequencer: %w", err)
 	}
-	fresh, err := s.trust.Update(frame, session.InstantOf(s.o.Hooks.Now()))
-	if err != nil {
+	s.keysSeen = max(s.keysSeen, stored)
+	if _, err := s.o.Keys.Accept(frame, session.InstantOf(s.o.Hooks.Now())); err != nil {
 		return fmt.Errorf("sequencer: %w", err)
 	}
-	if fresh {
-		if s.o.OnKeySet != nil {
-			s.o.OnKeySet(frame)
-		}
-		s.post(s.w.keysChanged)
-	}
+	s.post(func() {}) // the writer sees that the version has changed
 	return nil
 }
 
@@ -162,8 +178,12 @@ func (s *Sequencer) followKeySets() {
 		case <-tick.C:
 		case <-s.keysNow:
 		}
-		if err := s.fetchKeySets(s.ctx); err != nil && s.ctx.Err() == nil {
-			s.log.Debug("sequencer: key sets", "err", err)
+		err := s.fetchKeySets(s.ctx)
+		if err == nil && s.IsWriter() {
+			err = s.storeKeySet(s.ctx)
+		}
+		if err != nil && s.ctx.Err() == nil {
+			s.log.Warn("sequencer: key sets", "err", err)
 		}
 	}
 }
@@ -177,10 +197,20 @@ func (s *Sequencer) fetchKeySets(ctx context.Context) error {
 			return err
 		}
 		seq = m.Seq
-		if err := s.takeKeySet(m.Data); err != nil && !errors.Is(err, session.ErrUntrusted) {
+		if err := s.takeKeySet(m.Data, versionOf(m.Data)); err != nil && !errors.Is(err, session.ErrUntrusted) {
 			s.log.Warn("sequencer: a stored key set was refused", "position", seq, "err", err)
 		}
 	}
+}
+
+// versionOf returns what a key set claims to be; nothing of it is verified.
+func versionOf(frame []byte) uint64 {
+	if f, err := session.ParseFrame(frame); err == nil {
+		if ks, err := session.UnmarshalKeySet(f.Body); err == nil {
+			return ks.Version
+		}
+	}
+	return 0
 }
 
 // getNext reads the first message at or behind seq from the stream's leader.
@@ -206,11 +236,8 @@ func (s *Sequencer) getNext(ctx context.Context, stream, subject string, seq uin
 
 // keysChanged follows a new key set: into a new epoch, out of a key that was
 // withdrawn, or back to what was in doubt.
-func (w *writer) keysChanged() {
-	ks := w.s.trust.KeySet()
+func (w *writer) keysChanged(ks *session.KeySet) {
 	switch {
-	case w.role == loading:
-		return
 	case ks.Epoch > w.epoch:
 		w.openEpoch(ks)
 		return

@@ -139,9 +139,9 @@ func (w *writer) forward(r *request) {
 
 // sendForward asks the writer once.
 func (s *Sequencer) sendForward(r *request) (Result, error) {
-	key := s.o.Keys.Signer()
-	if key == nil {
-		return Result{}, ErrNoKey
+	key, _, err := s.signer()
+	if err != nil {
+		return Result{}, err
 	}
 	b := &session.Batch{
 		Epoch: 1, Number: 1, Time: session.InstantOf(s.o.Hooks.Now()),
@@ -257,8 +257,8 @@ func (s *Sequencer) onForward(m *nats.Msg) {
 }
 
 func (s *Sequencer) respond(reply string, to session.Hash, res Result, err error) {
-	key := s.o.Keys.Signer()
-	if key == nil {
+	key, _, keyErr := s.signer()
+	if keyErr != nil {
 		return
 	}
 	body := make([]byte, 0, responseLen)

@@ -135,6 +135,19 @@ func (s *Sequencer) onRead(m *nats.Msg) {
 	if err != nil {
 		return
 	}
+	if seq := m.Header.Get(jetstream.SequenceHeader); seq != "" || m.Header.Get("Status") == "204" {
+		var msg *stored
+		if n, err := strconv.ParseUint(seq, 10, 64); err == nil && m.Header.Get("Status") == "" {
+			msg = &stored{Seq: n, Data: m.Data}
+		}
+		more := m.Header.Get("Nats-Num-Pending") != "0"
+		s.post(func() { s.w.haveBulk(token, msg, more) })
+		return
+	}
+	if m.Header.Get("Status") == "404" {
+		s.post(func() { s.w.haveBulk(token, nil, false) })
+		return
+	}
 	msg, err := parseStored(m)
 	s.post(func() { s.w.haveRead(token, msg, err) })
 }
@@ -172,6 +185,8 @@ func (w *writer) load() {
 	w.chain = chain{}
 	w.ids, w.idOrder = map[session.DecisionID]taken{}, nil
 	w.doubt = false
+	w.bulk = true
+	w.keySet = w.s.trust.KeySet().Version
 	done := w.onEnd
 	w.onEnd = func() {
 		if ks := w.s.trust.KeySet(); w.epoch < ks.Epoch && w.epoch == 0 {
@@ -205,9 +220,41 @@ func (w *writer) examine() {
 func (w *writer) read() {
 	w.token++
 	w.readAt = time.Now()
-	req := fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q}`, w.pos+1, natsfeed.LogSubject)
-	m := &nats.Msg{Subject: msgGet + natsfeed.LogStream, Reply: w.s.inbox + ".r." + strconv.FormatUint(w.token, 10), Data: req}
+	m := &nats.Msg{Subject: msgGet + natsfeed.LogStream, Reply: w.s.inbox + ".r." + strconv.FormatUint(w.token, 10)}
+	if w.bulk {
+		m.Subject = "$JS.API.DIRECT.GET." + natsfeed.LogStream
+		m.Data = fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, w.pos+1, bulkMessages, bulkBytes)
+	} else {
+		m.Data = fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q}`, w.pos+1, natsfeed.LogSubject)
+	}
 	_ = w.s.nc.PublishMsg(m) // without an answer, it is asked again
+}
+
+// A piece of a bulk read.
+const (
+	bulkMessages = 256
+	bulkBytes    = 1 << 20
+)
+
+// haveBulk takes one answer to a bulk read. It comes from any replica, so that
+// its end says nothing: the rest is read from the leader.
+func (w *writer) haveBulk(token uint64, m *stored, more bool) {
+	if !w.reading || token != w.token || !w.bulk {
+		return
+	}
+	switch {
+	case m != nil && m.Seq <= w.pos:
+	case m != nil:
+		w.readAt = time.Now()
+		if !w.take(m) {
+			w.bulk = false
+		}
+	case more:
+		w.read()
+	default:
+		w.bulk = false
+		w.read()
+	}
 }
 
 func (w *writer) haveRead(token uint64, m *stored, err error) {

@@ -79,11 +79,16 @@ const (
 // Keys is what the sequencer needs of the authority's keys. Its methods are
 // called often and concurrently.
 type Keys interface {
-	// Trust returns the pinned root with the newest key set. It is always the
-	// same Trust, which the sequencer updates with the key sets that it hears.
+	// Trust returns the pinned root with the newest key set; always the same
+	// Trust, which others may update.
 	Trust() *session.Trust
-	// Signer returns the key to sign with now, or nil.
-	Signer() ed25519.PrivateKey
+	// Frame returns the newest key set as the root signed it, or nil.
+	Frame() []byte
+	// Accept keeps a key set that was heard and updates Trust with it, if the
+	// root signed it and it is newer than the one held.
+	Accept(frame []byte, now session.Instant) (bool, error)
+	// Signer returns the key to sign with now.
+	Signer(now session.Instant) (ed25519.PrivateKey, error)
 }
 
 // Options configures Open. NC and Keys are required.
@@ -103,9 +108,6 @@ type Options struct {
 	// MaxState bounds the entries in force of all tenants; 0 is
 	// DefaultMaxState. It must stay below what enforcers hold.
 	MaxState int
-	// OnKeySet, if set, is called with each key set that was taken, in order and
-	// not concurrently, so that it can be kept.
-	OnKeySet func(frame []byte)
 	// Logger takes what an operator should know; nil is silence.
 	Logger *slog.Logger
 	// Hooks are for tests.
@@ -183,6 +185,7 @@ type Sequencer struct {
 	leaseNow chan struct{}
 	keysNow  chan struct{}
 	keysMu   sync.Mutex
+	keysSeen uint64 // version of the newest key set that is stored
 	counters
 }
 
@@ -280,6 +283,9 @@ func (s *Sequencer) start(ctx context.Context) error {
 	}
 	if s.trust.KeySet() == nil {
 		return fmt.Errorf("%w: no key set, neither held nor stored", ErrNoKey)
+	}
+	if err := s.storeKeySet(ctx); err != nil {
+		return err
 	}
 	s.post(s.w.load)
 	select {

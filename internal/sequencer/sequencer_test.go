@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/filter"
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -83,15 +84,37 @@ type keys struct {
 	trust *session.Trust
 	mu    sync.Mutex
 	key   ed25519.PrivateKey
+	frame []byte
 }
 
 func (k *keys) Trust() *session.Trust { return k.trust }
 
-func (k *keys) Signer() ed25519.PrivateKey {
+func (k *keys) Signer(session.Instant) (ed25519.PrivateKey, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.key
+	if k.key == nil {
+		return nil, errors.New("no key")
+	}
+	return k.key, nil
 }
+
+func (k *keys) Frame() []byte {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.frame
+}
+
+func (k *keys) Accept(frame []byte, now session.Instant) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	taken, err := k.trust.Update(frame, now)
+	if taken {
+		k.frame = frame
+	}
+	return taken, err
+}
+
+var _ Keys = (*trust.Store)(nil)
 
 func (k *keys) use(key ed25519.PrivateKey) {
 	k.mu.Lock()
@@ -103,11 +126,12 @@ func (r *root) keys(tb testing.TB, key ed25519.PrivateKey, sets ...[]byte) *keys
 	tb.Helper()
 	t, err := session.NewTrust(r.key.Public().(ed25519.PublicKey))
 	must(tb, err)
+	k := &keys{trust: t, key: key}
 	for _, f := range sets {
-		_, err := t.Update(f, session.InstantOf(time.Now()))
+		_, err := k.Accept(f, session.InstantOf(time.Now()))
 		must(tb, err)
 	}
-	return &keys{trust: t, key: key}
+	return k
 }
 
 // store is a broker with the streams in it.

@@ -108,7 +108,9 @@ type writer struct {
 	pollAt   time.Time
 	heardAt  time.Time
 	onEnd    func()
-	doubt    bool // a batch was skipped for its key alone
+	bulk     bool   // reads in pieces, from any replica
+	keySet   uint64 // version of the key set that was acted on
+	doubt    bool   // a batch was skipped for its key alone
 	asked    uint64
 	lostFrom time.Time
 
@@ -166,9 +168,14 @@ func (w *writer) tick(now time.Time) time.Duration {
 	}
 	if w.role == loading {
 		if w.reading && due(w.readAt.Add(readTimeout)) {
+			w.bulk = false // it may be that only the leader answers
 			w.read()
 		}
 		return next
+	}
+	if ks := w.s.trust.KeySet(); ks.Version != w.keySet {
+		w.keySet = ks.Version
+		w.keysChanged(ks)
 	}
 	if w.reading && due(w.readAt.Add(readTimeout)) {
 		w.read()
@@ -425,9 +432,13 @@ func (w *writer) end(r *request, res Result, err error) {
 
 // signer returns the key to sign with and what it may sign.
 func (s *Sequencer) signer() (ed25519.PrivateKey, *session.SigningKey, error) {
-	key := s.o.Keys.Signer()
+	now := session.InstantOf(s.o.Hooks.Now())
+	key, err := s.o.Keys.Signer(now)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrNoKey, err)
+	}
 	ks := s.trust.KeySet()
-	if len(key) != ed25519.PrivateKeySize || ks == nil || session.InstantOf(s.o.Hooks.Now()) >= ks.NotAfter {
+	if len(key) != ed25519.PrivateKeySize || ks == nil || now >= ks.NotAfter {
 		return nil, nil, ErrNoKey
 	}
 	pub := key.Public().(ed25519.PublicKey)
