@@ -90,6 +90,15 @@ func (l *lease) step() error {
 		return err
 	}
 	if l.held {
+		// A writer that stands still must lose its lease.
+		alive := make(chan struct{})
+		s.post(func() { close(alive) })
+		select {
+		case <-alive:
+		case <-ctx.Done():
+			l.held = false
+			return errors.New("the writer stands still")
+		}
 		return l.put(ctx)
 	}
 	if err := l.look(ctx); err != nil {
