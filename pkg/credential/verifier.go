@@ -5,11 +5,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -93,6 +95,7 @@ type Verifier struct {
 	clock      func() time.Time
 	possession func(*http.Request, string, session.Identity) error
 	closing    context.CancelFunc
+	closed     atomic.Bool
 }
 
 type issuer struct {
@@ -226,6 +229,7 @@ func (v *Verifier) Close() {
 	if v.closing == nil {
 		return
 	}
+	v.closed.Store(true)
 	v.closing()
 	for _, i := range v.issuers {
 		i.keys.close()
@@ -261,8 +265,11 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (s
 	if len(token) > MaxTokenLen {
 		return session.Identity{}, ErrTokenMalformed.because("too long")
 	}
-	if v.issuers == nil {
-		return session.Identity{}, ErrTokenIssuer
+	if v.issuers == nil || v.closed.Load() {
+		return session.Identity{}, ErrTokenKeys.because("the verifier is closed")
+	}
+	if !canonical(token) {
+		return session.Identity{}, ErrTokenMalformed.because("not canonical base64url")
 	}
 	jws, err := jose.ParseSignedCompact(token, v.algorithms)
 	if err != nil {
@@ -328,6 +335,23 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (s
 		}
 	}
 	return id, nil
+}
+
+// canonical reports whether every part of the token is base64url in the one form
+// that its bytes have. The signature covers the bytes, as they are encoded
+// again: in another form, with line breaks or stray bits in the last character,
+// a token that is known by the hash of its signing input would still verify,
+// and be another token to every decision on it.
+func canonical(token string) bool {
+	for part := range strings.SplitSeq(token, ".") {
+		if strings.ContainsAny(part, "\r\n") {
+			return false
+		}
+		if _, err := base64.RawURLEncoding.Strict().DecodeString(part); err != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // valid checks what RFC 9068 §4 and RFC 7519 §4.1 ask of every token.
