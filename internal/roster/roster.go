@@ -23,16 +23,24 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nkeys"
 
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 const (
-	// Bucket is the key-value bucket of the roster.
-	Bucket = "INTERLOCK_ROSTER"
 	// MaxEnforcers bounds the roster, retired enforcers included.
-	MaxEnforcers = 10000
+	MaxEnforcers = 2000
 
-	maxValue = 64 << 10
+	// The roster shares the bucket of the lease, the one bucket that authorities
+	// have rights on. It stays well below that bucket's size, because the lease
+	// must always find room.
+	bucket   = natsfeed.LeaseBucket
+	prefix   = "enforcer."
+	maxBytes = 768 << 10
+	maxValue = 4 << 10
+	// perEntry is about what the store adds to an entry.
+	perEntry = 128
+
 	// pollEvery is how soon a change that another authority made is known here
 	// at the latest; the change itself is normally heard.
 	pollEvery   = 2 * time.Second
@@ -44,7 +52,7 @@ var (
 	ErrExists = errors.New("roster: an enforcer of that name is enrolled")
 	// ErrUnknown: no enforcer of that name is enrolled.
 	ErrUnknown = errors.New("roster: no enforcer of that name is enrolled")
-	// ErrFull: the roster holds MaxEnforcers.
+	// ErrFull: the roster holds MaxEnforcers, or as many as its room allows.
 	ErrFull = errors.New("roster: full")
 )
 
@@ -82,8 +90,6 @@ type Options struct {
 	// NC is an authority's connection to the bus. The caller closes it after
 	// the Roster.
 	NC *nats.Conn
-	// Replicas of the bucket; 0 is 1.
-	Replicas int
 	// OnChange is called with the enforcers that are in, by name, before Open
 	// returns and after each change, one call at a time. When it fails, it is
 	// called again within seconds, and Enroll or Retire returns its error.
@@ -114,10 +120,13 @@ type Roster struct {
 type stored struct {
 	Enforcer
 	revision uint64
+	size     int
 }
 
-// Open makes the bucket if it is absent and returns when the roster is loaded.
-// ctx bounds that alone.
+const subjects = "$KV." + bucket + "." + prefix + ">"
+
+// Open returns when the roster is loaded. The bucket must exist (see
+// broker.EnsureStreams). ctx bounds the opening alone.
 func Open(ctx context.Context, o Options) (*Roster, error) {
 	if o.NC == nil {
 		return nil, errors.New("roster: no connection")
@@ -130,11 +139,11 @@ func Open(ctx context.Context, o Options) (*Roster, error) {
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
-	if err := r.ensure(ctx); err != nil {
-		return nil, err
+	if r.kv, err = js.KeyValue(ctx, bucket); err != nil {
+		return nil, fmt.Errorf("roster: bucket: %w", err)
 	}
 	// Listening comes before loading, so that nothing falls between.
-	if r.sub, err = o.NC.Subscribe("$KV."+Bucket+".>", func(*nats.Msg) { r.hint() }); err != nil {
+	if r.sub, err = o.NC.Subscribe(subjects, func(*nats.Msg) { r.hint() }); err != nil {
 		return nil, fmt.Errorf("roster: %w", err)
 	}
 	if err := r.load(ctx, true); err != nil {
@@ -145,24 +154,6 @@ func Open(ctx context.Context, o Options) (*Roster, error) {
 	r.cancel = cancel
 	r.done.Go(func() { r.follow(run) })
 	return r, nil
-}
-
-func (r *Roster) ensure(ctx context.Context) error {
-	kv, err := r.js.KeyValue(ctx, Bucket)
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		kv, err = r.js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
-			Bucket: Bucket, Description: "enrolled enforcers", History: 1,
-			MaxValueSize: maxValue, Storage: jetstream.FileStorage, Replicas: max(1, r.opts.Replicas),
-		})
-		if errors.Is(err, jetstream.ErrBucketExists) { // another authority was first
-			kv, err = r.js.KeyValue(ctx, Bucket)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("roster: bucket: %w", err)
-	}
-	r.kv = kv
-	return nil
 }
 
 // Close stops following the store. It is idempotent.
@@ -193,18 +184,23 @@ func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
 	}
 	r.mu.Lock()
 	have, known := r.all[e.Name]
-	n := len(r.all)
+	n, room := len(r.all), maxBytes
+	for _, e := range r.all {
+		room -= e.size + perEntry
+	}
 	r.mu.Unlock()
 	switch {
+	case len(value) > maxValue:
+		return fmt.Errorf("%w: %s has too many tenants for one entry", ErrFull, e.Name)
 	case known && have.Retired.IsZero():
 		return fmt.Errorf("%w: %s", ErrExists, e.Name)
 	case known:
 		// The revision keeps two authorities from enrolling one name twice.
-		_, err = r.kv.Update(ctx, e.Name, value, have.revision)
-	case n >= MaxEnforcers:
+		_, err = r.kv.Update(ctx, prefix+e.Name, value, have.revision)
+	case n >= MaxEnforcers || room < len(value)+perEntry:
 		return fmt.Errorf("%w: %d enforcers", ErrFull, n)
 	default:
-		_, err = r.kv.Create(ctx, e.Name, value)
+		_, err = r.kv.Create(ctx, prefix+e.Name, value)
 	}
 	if conflict(err) {
 		return fmt.Errorf("%w: %s", ErrExists, e.Name)
@@ -232,7 +228,7 @@ func (r *Roster) Retire(ctx context.Context, name string, at time.Time) error {
 	if err != nil {
 		return fmt.Errorf("roster: %w", err)
 	}
-	if _, err := r.kv.Update(ctx, name, value, have.revision); err != nil {
+	if _, err := r.kv.Update(ctx, prefix+name, value, have.revision); err != nil {
 		if conflict(err) {
 			return fmt.Errorf("%w: %s was changed meanwhile", ErrUnknown, name)
 		}
@@ -256,7 +252,7 @@ func (r *Roster) hint() {
 }
 
 // follow keeps up with the store. A watch may fall silent for good over a
-// server's restart; asking for the bucket's last sequence does not.
+// server's restart; asking for the last entry does not.
 func (r *Roster) follow(ctx context.Context) {
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
@@ -286,11 +282,10 @@ func (r *Roster) follow(ctx context.Context) {
 func (r *Roster) load(ctx context.Context, force bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s, err := r.js.Stream(ctx, "KV_"+Bucket)
+	last, err := r.lastSeq(ctx)
 	if err != nil {
-		return fmt.Errorf("roster: %w", err)
+		return err
 	}
-	last := s.CachedInfo().State.LastSeq
 	if !force && r.all != nil && last == r.seq && r.told {
 		return nil
 	}
@@ -317,8 +312,24 @@ func (r *Roster) load(ctx context.Context, force bool) error {
 	return nil
 }
 
+// lastSeq returns where the newest entry is; 0 when there is none.
+func (r *Roster) lastSeq(ctx context.Context) (uint64, error) {
+	s, err := r.js.Stream(ctx, "KV_"+bucket)
+	if err != nil {
+		return 0, fmt.Errorf("roster: %w", err)
+	}
+	m, err := s.GetLastMsgForSubject(ctx, subjects)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("roster: %w", err)
+	}
+	return m.Sequence, nil
+}
+
 func (r *Roster) read(ctx context.Context) (map[string]stored, error) {
-	w, err := r.kv.WatchAll(ctx)
+	w, err := r.kv.Watch(ctx, prefix+">")
 	if err != nil {
 		return nil, fmt.Errorf("roster: %w", err)
 	}
@@ -335,16 +346,20 @@ func (r *Roster) read(ctx context.Context) (map[string]stored, error) {
 			if v == nil {
 				return all, nil
 			}
+			name := strings.TrimPrefix(v.Key(), prefix)
 			if v.Operation() != jetstream.KeyValuePut {
-				delete(all, v.Key())
+				delete(all, name)
 				continue
 			}
-			e := stored{revision: v.Revision()}
+			e := stored{revision: v.Revision(), size: len(v.Value())}
 			if err := json.Unmarshal(v.Value(), &e.Enforcer); err != nil {
 				return nil, fmt.Errorf("roster: entry %s: %w", v.Key(), err)
 			}
-			if err := e.validate(); err != nil || e.Name != v.Key() {
-				return nil, fmt.Errorf("roster: entry %s is not an enforcer's: %w", v.Key(), err)
+			if err := e.validate(); err != nil {
+				return nil, fmt.Errorf("roster: entry %s: %w", v.Key(), err)
+			}
+			if e.Name != name {
+				return nil, fmt.Errorf("roster: entry %s is another's", v.Key())
 			}
 			all[e.Name] = e
 		}

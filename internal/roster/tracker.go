@@ -47,9 +47,9 @@ var (
 
 // Log is what a Tracker needs to know of the log.
 type Log interface {
-	// HashAt returns the hash of a batch of the current epoch, and false while
-	// it is not known to be in the log.
-	HashAt(number uint64) (session.Hash, bool)
+	// HashAt returns the hash of a batch, and false while it is not known to be
+	// in the log.
+	HashAt(epoch, number uint64) (session.Hash, bool)
 	// TimeAt returns the authority's time of a batch, and false when it is not
 	// known any more.
 	TimeAt(epoch, number uint64) (time.Time, bool)
@@ -247,7 +247,7 @@ func (t *Tracker) standing(r *session.Receipt) standing {
 	if r.Number == 0 {
 		return onLog
 	}
-	h, ok := t.log.HashAt(r.Number)
+	h, ok := t.log.HashAt(r.Epoch, r.Number)
 	switch {
 	case !ok:
 		return ahead
@@ -435,6 +435,19 @@ func (t *Tracker) Enforcers() ([]authority.Enforcer, [][]session.TenantID) {
 		tenants = append(tenants, m.Tenants)
 	}
 	return out, tenants
+}
+
+// Live returns how many enforcers have been heard of within their bound.
+func (t *Tracker) Live() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now, n := t.now(), 0
+	for _, m := range t.members {
+		if m.last != nil && now.Before(m.silentAt()) {
+			n++
+		}
+	}
+	return n
 }
 
 // Strangers returns how many receipts came in the name of nobody who is in.

@@ -41,6 +41,8 @@ const (
 	ProblemNotFound = "urn:interlock:problem:not-found"
 	// ProblemConflict: it exists already, or another was faster. 409.
 	ProblemConflict = "urn:interlock:problem:conflict"
+	// ProblemQuota: the tenant's quota would be exceeded. 409.
+	ProblemQuota = "urn:interlock:problem:quota"
 	// ProblemTooLarge: the body is longer than MaxBody. 413.
 	ProblemTooLarge = "urn:interlock:problem:too-large"
 	// ProblemOverloaded: a bound of the server was reached. 429 or 503.
@@ -63,6 +65,7 @@ var problemTitles = map[string]struct {
 	ProblemUnauthorised: {"Not authorised", http.StatusUnauthorized},
 	ProblemNotFound:     {"Not found", http.StatusNotFound},
 	ProblemConflict:     {"Conflict", http.StatusConflict},
+	ProblemQuota:        {"Quota exceeded", http.StatusConflict},
 	ProblemTooLarge:     {"The request is too large", http.StatusRequestEntityTooLarge},
 	ProblemOverloaded:   {"Overloaded", http.StatusTooManyRequests},
 	ProblemUnavailable:  {"Unavailable", http.StatusServiceUnavailable},

@@ -1,0 +1,592 @@
+// Package authority is the Session Authority: the bus, the keys, the sequencer,
+// the roster and the API, put together.
+//
+// Open starts everything in the order of who needs whom, and Close stops it in
+// the reverse one. What the authority decides, and how it maps what is asked for
+// to entries of the log, is in this package too; how the log is written is the
+// sequencer's.
+package authority
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nkeys"
+
+	"github.com/interlock-fabric/interlock/internal/api"
+	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/flock"
+	"github.com/interlock-fabric/interlock/internal/roster"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
+	"github.com/interlock-fabric/interlock/internal/trust"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// The parts of a data directory.
+const (
+	// KeysDir has the keys; see package trust.
+	KeysDir = "keys"
+	// BusDir has the streams of the embedded bus.
+	BusDir = "bus"
+	// SocketFile is the API's socket, and TokenFile the token of its TCP
+	// listener.
+	SocketFile = "api.sock"
+	TokenFile  = "api.token"
+	lockFile   = "authority.lock"
+)
+
+// ErrNoKeys: the directory has no keys, and the authority makes them by itself
+// only when it listens on nothing but loopback.
+var ErrNoKeys = errors.New("authority: no keys: run session-authority init first")
+
+// Options configures an authority. DataDir is required.
+type Options struct {
+	// DataDir has everything that is kept. It is made with mode 0700 and
+	// belongs to one authority at a time.
+	DataDir string
+
+	// NATSListen is the host:port on which the embedded bus serves enforcers;
+	// empty serves none. NATSTLS is required outside loopback.
+	NATSListen string
+	NATSTLS    *tls.Config
+	// Cluster places the embedded bus in a cluster; nil is a single server.
+	Cluster *broker.Cluster
+	// RelaxedSync is for tests and measurements; see broker.Options.
+	RelaxedSync bool
+
+	// NATSURL, when set, uses a bus that runs elsewhere: URLs with commas
+	// between. NATSCreds is a credentials file for it; without one the
+	// authority's NKey is used. NATSClientTLS configures TLS to it, which is
+	// demanded outside loopback.
+	NATSURL       string
+	NATSCreds     string
+	NATSClientTLS *tls.Config
+	// Replicas of the streams; 0 is 1, or 3 with Cluster.
+	Replicas int
+
+	// EnforcerURLs are what enrolments name as the bus; empty is NATSURL or the
+	// embedded bus's address. EnforcerCAs is the PEM that verifies it.
+	EnforcerURLs []string
+	EnforcerCAs  string
+
+	// Socket is the API's unix socket; empty is SocketFile in DataDir.
+	Socket string
+	// APIListen is a host:port for the API on TCP; empty listens on none. APITLS
+	// is required outside loopback.
+	APIListen string
+	APITLS    *tls.Config
+
+	// Tenants are the first tenants, when the authority makes its own keys.
+	Tenants []string
+	// Issuers are the token issuers in use; the only one is the default of
+	// targets that need one.
+	Issuers []string
+
+	// AckWait is how long a decision waits for durability before the answer is
+	// that it is in effect only; 0 is the sequencer's default.
+	AckWait time.Duration
+	// Version is shown in the status.
+	Version string
+	// Notice is called with what a person should be told at start; nil tells
+	// the log alone.
+	Notice func(string)
+	// Logger takes what an operator should know; nil is silence.
+	Logger *slog.Logger
+
+	hooks sequencer.Hooks
+}
+
+// Authority is a running authority. Its methods may be called concurrently.
+type Authority struct {
+	o       Options
+	log     *slog.Logger
+	lock    *os.File
+	store   *trust.Store
+	broker  *broker.Broker
+	nc, own *nats.Conn // own is the sequencer's
+	seq     *sequencer.Sequencer
+	roster  *roster.Roster
+	tracker *roster.Tracker
+	hub     *hub
+	server  *api.Server
+	cancel  context.CancelFunc
+	done    sync.WaitGroup
+	once    sync.Once
+	err     error
+
+	once422 dedupe
+	claims  claims
+	secrets secretCache
+}
+
+// Open starts an authority and returns when its API answers. ctx bounds the
+// start alone. Errors wrap ErrNoKeys, flock.ErrHeld, broker.ErrNoTLS or
+// api.ErrNoTLS where those are the reason.
+func Open(ctx context.Context, o Options) (*Authority, error) {
+	a := &Authority{o: o, log: o.Logger}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	if err := a.open(ctx); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
+}
+
+func (a *Authority) open(ctx context.Context) error {
+	o := &a.o
+	if o.DataDir == "" {
+		return errors.New("authority: no data directory")
+	}
+	if o.NATSURL != "" && (o.NATSListen != "" || o.Cluster != nil) {
+		return errors.New("authority: the bus is either embedded or elsewhere: give a NATS URL or a NATS listen address")
+	}
+	if o.Replicas == 0 {
+		o.Replicas = 1
+		if o.Cluster != nil {
+			o.Replicas = 3
+		}
+	}
+	if o.Socket == "" {
+		o.Socket = filepath.Join(o.DataDir, SocketFile)
+	}
+	if err := os.MkdirAll(o.DataDir, 0o700); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	var err error
+	if a.lock, err = flock.Acquire(filepath.Join(o.DataDir, lockFile)); err != nil {
+		return fmt.Errorf("authority: another authority runs on %s: %w", o.DataDir, err)
+	}
+	if err := a.openKeys(); err != nil {
+		return err
+	}
+	if err := a.openBus(ctx); err != nil {
+		return err
+	}
+	run, cancel := context.WithCancel(context.Background())
+	a.cancel = cancel
+	a.hub = newHub(func(id session.TenantID) string { return a.store.KeySet().TenantName(id) })
+	a.tracker = roster.NewTracker((*logView)(a), a.accepted)
+	a.hub.tracker, a.hub.list = a.tracker, a.enforcers
+	// The log is heard before anything can be decided.
+	if _, err := a.nc.Subscribe(natsfeed.LogSubject, a.onBatch); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	if a.seq, err = sequencer.Open(ctx, sequencer.Options{
+		NC: a.own, Keys: a.store, AckWait: o.AckWait, Logger: a.log, Hooks: o.hooks,
+	}); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	if a.roster, err = roster.Open(ctx, roster.Options{NC: a.nc, OnChange: a.onRoster, Logger: a.log}); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	if err := a.openReceipts(ctx); err != nil {
+		return err
+	}
+	a.done.Go(func() { a.hub.run(run) })
+	a.server, err = api.Serve(a, api.Options{
+		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS,
+		TokenFile: filepath.Join(o.DataDir, TokenFile), Logger: a.log,
+	})
+	if err != nil {
+		return err
+	}
+	a.log.Info("the authority is up", "socket", o.Socket, "api", a.server.Addr(), "bus", a.NATSAddr())
+	return nil
+}
+
+// Close stops the API, then the sequencer, then the bus, and joins every
+// goroutine. It is idempotent.
+func (a *Authority) Close() error {
+	a.once.Do(func() {
+		var errs []error
+		if a.server != nil {
+			errs = append(errs, a.server.Close())
+		}
+		if a.cancel != nil {
+			a.cancel()
+		}
+		a.done.Wait()
+		if a.roster != nil {
+			errs = append(errs, a.roster.Close())
+		}
+		if a.seq != nil {
+			a.seq.Close()
+		}
+		for _, nc := range []*nats.Conn{a.nc, a.own} {
+			if nc != nil {
+				nc.Close()
+			}
+		}
+		if a.broker != nil {
+			errs = append(errs, a.broker.Close())
+		}
+		if a.lock != nil {
+			errs = append(errs, a.lock.Close())
+		}
+		a.err = errors.Join(errs...)
+	})
+	return a.err
+}
+
+// Socket returns the path of the API's unix socket.
+func (a *Authority) Socket() string { return a.o.Socket }
+
+// APIAddr returns the address of the API's TCP listener, or "".
+func (a *Authority) APIAddr() string { return a.server.Addr() }
+
+// NATSAddr returns the host:port on which the embedded bus serves enforcers, or
+// "".
+func (a *Authority) NATSAddr() string {
+	if a.broker == nil {
+		return ""
+	}
+	u, err := url.Parse(a.broker.ClientURL())
+	if err != nil {
+		return ""
+	}
+	return u.Host
+}
+
+func (a *Authority) notice(format string, args ...any) {
+	s := fmt.Sprintf(format, args...)
+	a.log.Info(s)
+	if a.o.Notice != nil {
+		a.o.Notice(s)
+	}
+}
+
+// openKeys loads the keys, and makes them on a first start that nobody else can
+// reach.
+func (a *Authority) openKeys() error {
+	dir := filepath.Join(a.o.DataDir, KeysDir)
+	var err error
+	a.store, err = trust.Open(dir)
+	if err == nil {
+		return nil
+	}
+	if _, statErr := os.Stat(dir); !errors.Is(statErr, fs.ErrNotExist) {
+		return err // something is there: it is broken, not absent
+	}
+	for _, addr := range []string{a.o.NATSListen, a.o.APIListen} {
+		if host, _, err := net.SplitHostPort(addr); addr != "" && (err != nil || !loopback(host)) {
+			return fmt.Errorf("%w (it would listen on %s)", ErrNoKeys, addr)
+		}
+	}
+	if a.o.NATSURL != "" || a.o.Cluster != nil {
+		return fmt.Errorf("%w (the bus is shared with other authorities: they need the same keys)", ErrNoKeys)
+	}
+	a.store, err = trust.Init(trust.InitOptions{Dir: dir, Tenants: a.o.Tenants}, session.InstantOf(time.Now()))
+	if err != nil {
+		return err
+	}
+	a.notice("first start: made the root key, a signing key and the key of tenant %s in %s; move %s to a safe place, off this machine",
+		strings.Join(tenantNames(a.store.KeySet()), ", "), dir, filepath.Join(dir, trust.RootFile))
+	return nil
+}
+
+func tenantNames(ks *session.KeySet) []string {
+	var names []string
+	for _, t := range ks.Tenants {
+		names = append(names, t.Name)
+	}
+	return names
+}
+
+// openBus starts or reaches the bus and makes the streams.
+func (a *Authority) openBus(ctx context.Context) error {
+	seed := a.store.AuthoritySeed()
+	connect := func(name string) (*nats.Conn, error) { return a.dial(ctx, seed, name) }
+	if a.o.NATSURL == "" {
+		nkey, err := a.store.AuthorityNKey()
+		if err != nil {
+			return err
+		}
+		if a.broker, err = broker.Start(broker.Options{
+			Dir: filepath.Join(a.o.DataDir, BusDir), Listen: a.o.NATSListen, TLS: a.o.NATSTLS, Authority: nkey,
+			Cluster: a.o.Cluster, RelaxedSync: a.o.RelaxedSync, Logger: a.log,
+		}); err != nil {
+			return err
+		}
+		connect = func(name string) (*nats.Conn, error) { return a.broker.Conn(ctx, seed, nats.Name(name)) }
+	}
+	var err error
+	if a.nc, err = connect("interlock authority"); err != nil {
+		return err
+	}
+	if a.own, err = connect("interlock sequencer"); err != nil {
+		return err
+	}
+	js, err := jetstream.New(a.nc)
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	// A cluster that has just come up has no leader yet.
+	for {
+		try, cancel := context.WithTimeout(ctx, 5*time.Second)
+		err := broker.EnsureStreams(try, js, a.o.Replicas)
+		cancel()
+		var unsafe *broker.StreamConfigError
+		if err == nil || errors.As(err, &unsafe) {
+			return err
+		}
+		a.log.Info("waiting for the bus", "error", err)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("authority: %w: %w", ctx.Err(), err)
+		case <-time.After(250 * time.Millisecond):
+		}
+	}
+}
+
+func (a *Authority) dial(ctx context.Context, seed, name string) (*nats.Conn, error) {
+	secure := a.o.NATSClientTLS
+	for s := range strings.SplitSeq(a.o.NATSURL, ",") {
+		u, err := url.Parse(strings.TrimSpace(s))
+		if err != nil || u.Hostname() == "" || u.User != nil {
+			return nil, errors.New("authority: the NATS URL must be nats://host:port or tls://host:port, without a password")
+		}
+		if secure == nil && !loopback(u.Hostname()) {
+			secure = &tls.Config{MinVersion: tls.VersionTLS12}
+		}
+	}
+	opts := []nats.Option{
+		nats.Name(name), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
+		nats.PingInterval(500 * time.Millisecond), nats.MaxPingsOutstanding(2),
+	}
+	if d, ok := ctx.Deadline(); ok {
+		opts = append(opts, nats.Timeout(min(5*time.Second, time.Until(d))))
+	}
+	if secure != nil {
+		opts = append(opts, nats.Secure(secure))
+	}
+	if a.o.NATSCreds != "" {
+		opts = append(opts, nats.UserCredentials(a.o.NATSCreds))
+	} else {
+		kp, err := nkeys.FromSeed([]byte(seed))
+		if err != nil {
+			return nil, errors.New("authority: malformed NKey seed")
+		}
+		pub, err := kp.PublicKey()
+		if err != nil {
+			return nil, errors.New("authority: malformed NKey seed")
+		}
+		opts = append(opts, nats.Nkey(pub, kp.Sign))
+	}
+	nc, err := nats.Connect(a.o.NATSURL, opts...)
+	if err != nil {
+		return nil, fmt.Errorf("authority: the bus at %s: %w", a.o.NATSURL, err)
+	}
+	return nc, nil
+}
+
+// openReceipts hears receipts, and recalls the last stored one of each enforcer:
+// an authority that was restarted knows who is alive, and believes no replay.
+func (a *Authority) openReceipts(ctx context.Context) error {
+	js, err := jetstream.New(a.nc)
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	s, err := js.Stream(ctx, natsfeed.ReceiptStream)
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	for _, e := range a.roster.Enforcers() {
+		subject := natsfeed.ReceiptSubject(e.Name)
+		m, err := s.GetLastMsgForSubject(ctx, subject)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("authority: receipts: %w", err)
+		}
+		if err := a.tracker.Recall(subject, m.Data, m.Time); err != nil {
+			a.log.Debug("a stored receipt was refused", "enforcer", e.Name, "error", err)
+		}
+	}
+	if _, err := a.nc.Subscribe(natsfeed.ReceiptSubjects, func(m *nats.Msg) {
+		if err := a.tracker.Receive(m.Subject, m.Data); err != nil {
+			a.log.Debug("a receipt was refused", "subject", m.Subject, "error", err)
+		}
+	}); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	return nil
+}
+
+// onBatch hears the log's own subject. What no writer signed is none of its
+// business.
+func (a *Authority) onBatch(m *nats.Msg) {
+	f, err := session.ParseFrame(m.Data)
+	if err != nil || f.Type != session.TypeBatch {
+		return
+	}
+	b, err := session.UnmarshalBatch(f.Body)
+	if err != nil {
+		return
+	}
+	if _, err := a.store.Trust().Writer(&f, b.Number, false, session.InstantOf(time.Now())); err != nil {
+		return
+	}
+	a.hub.heard(b)
+}
+
+// onRoster brings the bus and the tracker in line with the roster.
+func (a *Authority) onRoster(list []roster.Enforcer) error {
+	// The tracker comes first: whoever is let in is expected.
+	a.tracker.SetEnforcers(list)
+	if a.broker == nil {
+		return nil
+	}
+	users := make([]broker.Enforcer, len(list))
+	for i, e := range list {
+		users[i] = broker.Enforcer{Name: e.Name, PublicNKey: e.NKey}
+	}
+	return a.broker.SetEnforcers(users)
+}
+
+// accepted takes what a believed receipt says of the log itself.
+func (a *Authority) accepted(r *session.Receipt) {
+	if r.Confirmed != r.Number || a.seq == nil {
+		return // its head is not one that it knows to be in the log
+	}
+	for _, c := range a.claims.weigh(r, (*logView)(a), a.tracker.Live) {
+		a.seq.Heard(c.epoch, c.number, c.head)
+	}
+}
+
+// claims holds what enforcers say of a log that is not the one known here. The
+// sequencer stops writing when it must believe that it was given an old log, so
+// the word of one is not enough where there is another to ask: an enforcer that
+// was turned must not be able to stop the log.
+type claims struct {
+	mu  sync.Mutex
+	all map[string]claim
+}
+
+type claim struct {
+	epoch, number uint64
+	head          session.Hash
+}
+
+func (c *claims) weigh(r *session.Receipt, log roster.Log, live func() int) []claim {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h, ok := log.HashAt(r.Epoch, r.Number); r.Number == 0 || ok && h == r.Head {
+		delete(c.all, r.Enforcer)
+		return nil
+	}
+	if c.all == nil {
+		c.all = map[string]claim{}
+	}
+	c.all[r.Enforcer] = claim{r.Epoch, r.Number, r.Head}
+	var same []claim
+	for _, o := range c.all {
+		if o.epoch == r.Epoch {
+			same = append(same, o)
+		}
+	}
+	if len(same) < min(2, live()) {
+		return nil
+	}
+	return same
+}
+
+// logView is the log as the tracker sees it.
+type logView Authority
+
+// HashAt implements roster.Log.
+func (v *logView) HashAt(epoch, number uint64) (session.Hash, bool) {
+	if v.seq == nil {
+		return session.Hash{}, false
+	}
+	if now, _, _ := v.seq.Head(); now != epoch {
+		return session.Hash{}, false
+	}
+	return v.seq.HashAt(number)
+}
+
+// TimeAt implements roster.Log.
+func (v *logView) TimeAt(epoch, number uint64) (time.Time, bool) { return v.hub.timeAt(epoch, number) }
+
+// secretCache keeps the tenants' secrets of one key set: a secret is asked for
+// with each decision.
+type secretCache struct {
+	mu      sync.Mutex
+	version uint64
+	list    []*session.TenantSecret
+	missing []string
+}
+
+func (a *Authority) tenants() (t tenants, missing []string) {
+	c := &a.secrets
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// The version is read first: one that changes meanwhile is seen next time.
+	if v := a.store.KeySet().Version; c.list == nil || c.version != v {
+		c.list, c.missing = a.store.Secrets()
+		c.version = v
+	}
+	return tenants{c.list}, c.missing
+}
+
+// dedupe remembers what idempotency keys were used for, for as long as there is
+// room, to refuse one that is used again for something else.
+type dedupe struct {
+	mu    sync.Mutex
+	seen  map[string][32]byte
+	order []string
+}
+
+const maxSeen = 4096
+
+// check reports whether key was used for another content.
+func (d *dedupe) check(key string, content [32]byte) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	have, ok := d.seen[key]
+	return ok && have != content
+}
+
+func (d *dedupe) add(key string, content [32]byte) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.seen[key]; ok {
+		return
+	}
+	if d.seen == nil {
+		d.seen = map[string][32]byte{}
+	}
+	if len(d.order) >= maxSeen {
+		delete(d.seen, d.order[0])
+		d.order = slices.Delete(d.order, 0, 1)
+	}
+	d.seen[key] = content
+	d.order = append(d.order, key)
+}
+
+// loopback reports whether host is certain to be this machine; other names than
+// localhost are not resolved.
+func loopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
+}

@@ -1,0 +1,302 @@
+package authority
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/interlock-fabric/interlock/internal/roster"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
+	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+const (
+	// renewAhead is how long before its end a key set is warned of.
+	renewAhead  = 14 * 24 * time.Hour
+	maxNotFresh = 100
+)
+
+func (a *Authority) planner() *planner {
+	t, _ := a.tenants()
+	return &planner{tenants: t, issuers: a.o.Issuers, state: a.seq.State(), now: time.Now()}
+}
+
+// Decide takes a decision, or previews it; it is the API's.
+func (a *Authority) Decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
+	pl, err := a.planner().plan(&r)
+	if err != nil {
+		return nil, err
+	}
+	id, content, err := decisionID(idempotencyKey, &r)
+	if err != nil {
+		return nil, err
+	}
+	if a.once422.check(idempotencyKey, content) {
+		return nil, authority.NewProblem(authority.ProblemIdempotency, "the idempotency key was used for another request", "use a new key for a new request")
+	}
+	d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings}
+	if pl.wide && !r.Commit {
+		d.Preview = a.preview(&r, pl)
+		return d, nil
+	}
+	a.once422.add(idempotencyKey, content)
+	res, err := a.seq.Decide(ctx, sequencer.Decision{ID: id, Entries: pl.entries})
+	if err != nil {
+		return nil, decideProblem(err)
+	}
+	a.hub.note(res.Epoch, res.Number, res.At.Time())
+	d.Committed, d.Epoch, d.Number, d.At = true, res.Epoch, res.Number, res.At.Time()
+	d.Durable, d.Duplicate, d.Entries = res.Durable, res.Duplicate, len(pl.entries)
+	// The sequence alone cannot be traced to a value.
+	a.log.Info("decided", "operation", string(r.Operation), "epoch", d.Epoch, "number", d.Number, "entries", d.Entries,
+		"incident", r.Incident, "drill", r.Drill, "durable", d.Durable, "duplicate", d.Duplicate)
+	return d, nil
+}
+
+func (a *Authority) preview(r *authority.Request, pl *plan) *authority.Preview {
+	v := &authority.Preview{Would: pl.would, Targets: len(r.Targets)}
+	list, _ := a.tracker.Enforcers()
+	v.Enforcers = len(list)
+	for i := range list {
+		v.Running += list[i].Running
+	}
+	return v
+}
+
+func decideProblem(err error) error {
+	again := "send it again with the same idempotency key: it is taken once"
+	switch {
+	case errors.Is(err, sequencer.ErrQuota):
+		return authority.NewProblem(authority.ProblemQuota, "the tenant's entries would exceed its quota", "lift what is not needed any more, or decide on fewer, wider targets")
+	case errors.Is(err, sequencer.ErrBusy):
+		return authority.NewProblem(authority.ProblemOverloaded, "too many decisions are waiting for the store", again)
+	case errors.Is(err, sequencer.ErrRolledBack):
+		return authority.NewProblem(authority.ProblemUnavailable, "the log was rolled back: enforcers have seen more of it", "open a new epoch: session-authority epoch open")
+	case errors.Is(err, sequencer.ErrNoKey):
+		return authority.NewProblem(authority.ProblemUnavailable, "no signing key that the key set trusts is here", "renew or rotate: session-authority keys renew, session-authority keys rotate")
+	case errors.Is(err, sequencer.ErrUntrusted):
+		return authority.NewProblem(authority.ProblemUnavailable, "the signing key may not decide for this tenant", "ask an authority whose key may")
+	case errors.Is(err, sequencer.ErrNoWriter), errors.Is(err, sequencer.ErrClosed),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return authority.NewProblem(authority.ProblemUnavailable, "whether the decision was taken is not known", again)
+	case errors.Is(err, session.ErrInvalid), errors.Is(err, session.ErrMalformed):
+		return invalid("see the API's description", "%s", plain(err))
+	}
+	return err
+}
+
+// Coverage says where a decision is in force; it is the API's.
+func (a *Authority) Coverage(ctx context.Context, epoch, number uint64, wait time.Duration) (*authority.Coverage, error) {
+	now, head, _ := a.seq.Head()
+	_, heard := a.hub.timeAt(epoch, number)
+	if number == 0 || epoch != now || number > head && !heard {
+		return nil, authority.NewProblem(authority.ProblemNotFound, fmt.Sprintf("no decision %d in epoch %d; the newest is %d in epoch %d", number, epoch, head, now),
+			"use the epoch and number in the answer to the decision")
+	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	c := a.tracker.Wait(ctx, epoch, number)
+	now, head, _ = a.seq.Head()
+	c.Durable = epoch == now && number <= head
+	return &c, nil
+}
+
+// Status says how the authority and its enforcers are; it is the API's.
+func (a *Authority) Status(context.Context) (*authority.Status, error) {
+	st, ks, now := a.seq.Status(), a.store.KeySet(), time.Now()
+	s := &authority.Status{
+		Version: a.o.Version, Writer: st.Writer, Epoch: st.Epoch, Number: st.Number, Head: hex.EncodeToString(st.Head[:]),
+		Time: now.UTC(), Entries: st.Entries, Tenants: tenantNames(ks),
+		KeySet: authority.KeySetStatus{Version: ks.Version, NotAfter: ks.NotAfter.Time()},
+	}
+	for _, k := range ks.Keys {
+		if !k.Withdrawn {
+			s.KeySet.Keys = append(s.KeySet.Keys, session.KeyIDOf(k.Public).String())
+		}
+	}
+	warn := func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) }
+	switch left := ks.NotAfter.Time().Sub(now); {
+	case left <= 0:
+		warn("the key set has ended: enforcers deny everything: session-authority keys renew")
+	case left < renewAhead:
+		warn("the key set ends in %s, and enforcers deny everything from then on: session-authority keys renew", left.Round(time.Minute))
+	}
+	if _, err := a.store.Signer(session.InstantOf(now)); err != nil {
+		warn("no signing key here: session-authority keys rotate")
+	}
+	if st.RolledBack {
+		warn("the log was rolled back, and nothing is written: session-authority epoch open")
+	}
+	if _, missing := a.tenants(); len(missing) > 0 {
+		warn("the keys of %d tenants are not here, the first is %s: copy keys/tenants.json from where they were added", len(missing), missing[0])
+	}
+	if n := a.tracker.Strangers(); n > 0 {
+		warn("%d receipts came in the name of enforcers that are not enrolled", n)
+	}
+	for _, e := range a.enforcers() {
+		s.Enforcers.Enrolled++
+		switch e.Condition {
+		case authority.ConditionFresh:
+			s.Enforcers.Fresh++
+		case authority.ConditionDenying:
+			s.Enforcers.Denying++
+		case authority.ConditionSilent:
+			s.Enforcers.Silent++
+		case authority.ConditionAbsent:
+			s.Enforcers.Absent++
+		}
+		if e.Mode != "" && e.Mode != session.ModeStrict.String() {
+			s.Enforcers.Exposed++
+		}
+		if e.Diverged {
+			warn("enforcer %s reports a head that is not the log's", e.Name)
+		}
+		if e.ReceiptsRefused > 0 {
+			warn("%d receipts in the name of %s were refused", e.ReceiptsRefused, e.Name)
+		}
+		if e.Condition != authority.ConditionFresh && len(s.NotFresh) < maxNotFresh {
+			s.NotFresh = append(s.NotFresh, e)
+		}
+	}
+	state := a.seq.State()
+	killed := func(k session.Key) bool {
+		for _, r := range state.Lookup(k) {
+			if r.Reason == session.ReasonKill && !r.Drill && r.IssuedBefore == 0 && r.Effect >= session.EffectSuspended {
+				return true
+			}
+		}
+		return false
+	}
+	if killed(session.GlobalKey()) {
+		s.Kills = append(s.Kills, "global")
+	}
+	for _, t := range ks.Tenants {
+		if killed(session.TenantKey(t.ID)) {
+			s.Kills = append(s.Kills, "tenant "+t.Name)
+		}
+	}
+	return s, nil
+}
+
+// Explain says what denies a caller; it is the API's.
+func (a *Authority) Explain(_ context.Context, r authority.ExplainRequest) (*authority.Explanation, error) {
+	x, err := a.planner().explain(&r)
+	if err != nil {
+		return nil, err
+	}
+	x.Epoch, x.Number, _ = a.seq.Head()
+	return x, nil
+}
+
+// Enforcers returns the roster; it is the API's.
+func (a *Authority) Enforcers(context.Context) ([]authority.Enforcer, error) {
+	return a.enforcers(), nil
+}
+
+func (a *Authority) enforcers() []authority.Enforcer {
+	ks := a.store.KeySet()
+	list, ids := a.tracker.Enforcers()
+	for i := range list {
+		list[i].Tenants = []string{}
+		for _, id := range ids[i] {
+			if name := ks.TenantName(id); name != "" {
+				list[i].Tenants = append(list[i].Tenants, name)
+			}
+		}
+	}
+	return list
+}
+
+// Enroll makes an enforcer's identity and enters it in the roster; it is the
+// API's.
+func (a *Authority) Enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error) {
+	urls := r.URLs
+	if len(urls) == 0 {
+		urls = a.busURLs()
+	}
+	if len(urls) == 0 {
+		return nil, invalid("give the URLs, or serve with --nats-listen", "the bus listens nowhere that an enforcer could reach")
+	}
+	for _, t := range r.Tenants {
+		if _, ok := a.store.KeySet().Tenant(t); !ok {
+			return nil, authority.NewProblem(authority.ProblemTenant, fmt.Sprintf("no tenant %.64q", t), "name tenants of the key set: session-authority keys show")
+		}
+	}
+	e, entry, err := a.store.Enroll(r.Name, r.Tenants, urls, a.o.EnforcerCAs)
+	if errors.Is(err, session.ErrInvalid) {
+		return nil, invalid("see session-authority enroll --help", "%s", plain(err))
+	}
+	if err != nil {
+		return nil, err
+	}
+	err = a.roster.Enroll(ctx, roster.Enforcer{
+		Name: entry.Name, NKey: entry.NKey, ReceiptKey: entry.ReceiptKey, Tenants: entry.Tenants, Enrolled: time.Now().UTC(),
+	})
+	switch {
+	case errors.Is(err, roster.ErrExists):
+		return nil, authority.NewProblem(authority.ProblemConflict, fmt.Sprintf("enforcer %s is enrolled already", entry.Name), "retire it first, or choose another name")
+	case errors.Is(err, roster.ErrFull):
+		return nil, authority.NewProblem(authority.ProblemConflict, "the roster is full", "retire enforcers that are gone, or enrol for fewer tenants")
+	case err != nil:
+		return nil, err
+	}
+	a.log.Info("enrolled", "enforcer", entry.Name)
+	return e, nil
+}
+
+func (a *Authority) busURLs() []string {
+	switch {
+	case len(a.o.EnforcerURLs) > 0:
+		return a.o.EnforcerURLs
+	case a.o.NATSURL != "":
+		return []string{a.o.NATSURL}
+	case a.broker.ClientURL() != "":
+		return []string{a.broker.ClientURL()}
+	}
+	return nil
+}
+
+// Retire takes an enforcer out of the roster and off the bus; it is the API's.
+func (a *Authority) Retire(ctx context.Context, name string) error {
+	err := a.roster.Retire(ctx, name, time.Now().UTC())
+	if errors.Is(err, roster.ErrUnknown) {
+		return authority.NewProblem(authority.ProblemNotFound, fmt.Sprintf("no enforcer %.64q is enrolled", name), "see session-authority enforcers")
+	}
+	if err == nil {
+		a.log.Info("retired", "enforcer", name)
+	}
+	return err
+}
+
+// KeySet returns the key set in force, as the root signed it; it is the API's.
+func (a *Authority) KeySet(context.Context) ([]byte, error) { return a.store.Frame(), nil }
+
+// PublishKeySet publishes a key set that the root signed and takes the keys that
+// came into the directory with it; it is the API's. One that is in force already
+// is no error.
+func (a *Authority) PublishKeySet(ctx context.Context, frame []byte) error {
+	if !bytes.Equal(frame, a.store.Frame()) {
+		if err := a.seq.PublishKeySet(ctx, frame); errors.Is(err, session.ErrFrame) {
+			return invalid("sign a newer one with the deployment's root key", "the key set is refused: %s", plain(err))
+		} else if err != nil {
+			return err
+		}
+	}
+	if _, err := a.store.Reload(); err != nil {
+		return err
+	}
+	a.secrets.mu.Lock()
+	a.secrets.list = nil
+	a.secrets.mu.Unlock()
+	a.log.Info("key set published", "version", a.store.KeySet().Version)
+	return nil
+}
+
+// Watch tells what happens; it is the API's.
+func (a *Authority) Watch(ctx context.Context, fn func(authority.Event) error) error {
+	return a.hub.watch(ctx, fn)
+}

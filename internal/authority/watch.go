@@ -1,0 +1,218 @@
+package authority
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/interlock-fabric/interlock/internal/roster"
+	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+const (
+	// maxTimes is how many batches' times are known.
+	maxTimes = 1 << 16
+	// backlog is how many events may wait for one watcher.
+	backlog = 256
+	// maxOpen is how many decisions' coverage is watched at once.
+	maxOpen   = 64
+	openFor   = 30 * time.Second
+	watchTick = 100 * time.Millisecond
+)
+
+// errLagged ends a watch whose reader is too slow.
+var errLagged = errors.New("authority: the watcher fell behind")
+
+type place struct{ epoch, number uint64 }
+
+// hub hears the log, so that what any authority decides is known here, and tells
+// watchers of it.
+type hub struct {
+	tracker *roster.Tracker
+	list    func() []authority.Enforcer
+	tenant  func(session.TenantID) string
+
+	mu       sync.Mutex
+	times    map[place]time.Time
+	order    []place
+	watchers map[*watcher]struct{}
+	open     []openDecision
+	state    map[string]string
+}
+
+type openDecision struct {
+	place
+	since time.Time
+}
+
+type watcher struct {
+	events chan authority.Event
+	lagged chan struct{} // closed, once, by the hub
+}
+
+func newHub(tenant func(session.TenantID) string) *hub {
+	return &hub{tenant: tenant, times: map[place]time.Time{}, watchers: map[*watcher]struct{}{}}
+}
+
+// note remembers when a batch was decided.
+func (h *hub) note(epoch, number uint64, at time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.remember(place{epoch, number}, at)
+}
+
+func (h *hub) remember(p place, at time.Time) {
+	if _, known := h.times[p]; !known {
+		if len(h.order) >= maxTimes {
+			// A quarter at once, so that forgetting is cheap.
+			for _, old := range h.order[:maxTimes/4] {
+				delete(h.times, old)
+			}
+			h.order = append(h.order[:0], h.order[maxTimes/4:]...)
+		}
+		h.order = append(h.order, p)
+	}
+	// A batch that was heard and never stored gives way to the one that was.
+	h.times[p] = at
+}
+
+// timeAt returns when a batch was decided, if that is known.
+func (h *hub) timeAt(epoch, number uint64) (time.Time, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t, ok := h.times[place{epoch, number}]
+	return t, ok
+}
+
+// heard takes a batch that was verified.
+func (h *hub) heard(b *session.Batch) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p := place{b.Epoch, b.Number}
+	h.remember(p, b.Time.Time())
+	if len(h.watchers) == 0 || len(b.Entries) == 0 {
+		return
+	}
+	e := authority.DecisionEvent{Epoch: b.Epoch, Number: b.Number, At: b.Time.Time()}
+	index := map[authority.EntryLine]int{}
+	for i := range b.Entries {
+		x := &b.Entries[i]
+		l := authority.EntryLine{
+			Operation: "set", Effect: x.Effect.String(), On: x.Key.Shape.String(), Tenant: h.tenant(x.Key.Tenant),
+			Reason: x.Reason.String(), Incident: x.Incident, Drill: x.Drill,
+		}
+		if x.Op == session.OpLift {
+			l.Operation = "lift"
+		}
+		at, ok := index[l]
+		if !ok {
+			at = len(e.Lines)
+			index[l] = at
+			e.Lines = append(e.Lines, l)
+		}
+		e.Lines[at].Count++
+	}
+	h.tell(authority.Event{Type: authority.EventDecision, At: time.Now().UTC(), Decision: &e})
+	if len(h.open) >= maxOpen {
+		h.open = append(h.open[:0], h.open[1:]...)
+	}
+	h.open = append(h.open, openDecision{p, time.Now()})
+}
+
+// tell is called with mu held.
+func (h *hub) tell(e authority.Event) {
+	for w := range h.watchers {
+		select {
+		case w.events <- e:
+		default:
+			delete(h.watchers, w)
+			close(w.lagged)
+		}
+	}
+}
+
+// run tells watchers of coverage and of enforcers that come and go, until ctx
+// ends.
+func (h *hub) run(ctx context.Context) {
+	tick := time.NewTicker(watchTick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			h.look()
+		}
+	}
+}
+
+func (h *hub) look() {
+	h.mu.Lock()
+	watched := len(h.watchers) > 0
+	open := append([]openDecision(nil), h.open...)
+	h.mu.Unlock()
+	if !watched {
+		h.mu.Lock()
+		h.open, h.state = nil, nil
+		h.mu.Unlock()
+		return
+	}
+	// The tracker asks the hub for times, so it is asked without the lock.
+	done := map[place]authority.Coverage{}
+	for _, o := range open {
+		if c := h.tracker.Coverage(o.epoch, o.number, false); c.Complete || time.Since(o.since) > openFor {
+			done[o.place] = c
+		}
+	}
+	list := h.list()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now().UTC()
+	keep := h.open[:0]
+	for _, o := range h.open {
+		c, ok := done[o.place]
+		if !ok {
+			keep = append(keep, o)
+			continue
+		}
+		h.tell(authority.Event{Type: authority.EventCoverage, At: now, Coverage: &c})
+	}
+	h.open = keep
+	state := make(map[string]string, len(list))
+	for i := range list {
+		e := list[i]
+		state[e.Name] = e.Condition
+		if h.state != nil && h.state[e.Name] != e.Condition {
+			h.tell(authority.Event{Type: authority.EventEnforcer, At: now, Enforcer: &e})
+		}
+	}
+	h.state = state
+}
+
+// watch calls fn with each event until ctx ends, fn fails or the reader falls
+// behind.
+func (h *hub) watch(ctx context.Context, fn func(authority.Event) error) error {
+	w := &watcher{events: make(chan authority.Event, backlog), lagged: make(chan struct{})}
+	h.mu.Lock()
+	h.watchers[w] = struct{}{}
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		delete(h.watchers, w)
+		h.mu.Unlock()
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-w.lagged:
+			return errLagged
+		case e := <-w.events:
+			if err := fn(e); err != nil {
+				return err
+			}
+		}
+	}
+}
