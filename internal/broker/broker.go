@@ -204,8 +204,7 @@ func Start(o Options) (*Broker, error) {
 	}
 	b := &Broker{opts: o, lock: lock, done: make(chan struct{})}
 	if err := b.start(); err != nil {
-		b.Close()
-		return nil, err
+		return nil, errors.Join(err, b.Close())
 	}
 	return b, nil
 }

@@ -51,6 +51,15 @@ func Dial(e *session.Enrollment, o *Options) (*Feed, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	// nats.go runs its handlers one at a time. A reason is told once, not
+	// twenty times a second.
+	last := ""
+	complain := func(what string, err error) {
+		if err != nil && err.Error() != last {
+			last = err.Error()
+			log.Warn(what, "enforcer", e.Enforcer, "error", err)
+		}
+	}
 	opts := []nats.Option{
 		nats.Name("interlock enforcer " + e.Enforcer),
 		nats.Nkey(pub, key.Sign),
@@ -70,12 +79,16 @@ func Dial(e *session.Enrollment, o *Options) (*Feed, error) {
 		nats.IgnoreDiscoveredServers(),
 		nats.NoCallbacksAfterClientClose(),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-			log.Warn("bus error", "enforcer", e.Enforcer, "error", err)
+			complain("bus error", err)
 		}),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			log.Info("bus link down", "enforcer", e.Enforcer, "error", err)
 		}),
+		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) {
+			complain("bus cannot be reached", err)
+		}),
 		nats.ReconnectHandler(func(nc *nats.Conn) {
+			last = ""
 			log.Info("bus link up", "enforcer", e.Enforcer, "server", nc.ConnectedUrlRedacted())
 		}),
 	}
@@ -98,7 +111,7 @@ func reconnectDelay(attempt int) time.Duration {
 	if attempt > 40 {
 		d = 500 * time.Millisecond
 	}
-	return d + rand.N(d)
+	return d + rand.N(d) //nolint:gosec // jitter is no secret
 }
 
 // transport returns the TLS configuration for the servers, or nil when plain TCP

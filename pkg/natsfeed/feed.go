@@ -151,7 +151,12 @@ func (f *Feed) connected(ctx context.Context) error {
 		select {
 		case <-f.status:
 		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", ErrDisconnected, context.Cause(ctx))
+			err := fmt.Errorf("%w: %w", ErrDisconnected, context.Cause(ctx))
+			if why := f.nc.LastError(); why != nil {
+				// nats.go tells nobody else of a refusal before the first success.
+				err = fmt.Errorf("%w: %w", err, why)
+			}
+			return err
 		}
 	}
 	return nil
@@ -189,12 +194,19 @@ func (f *Feed) subscribe(ctx context.Context, sink enforce.Sink) error {
 			return fmt.Errorf("natsfeed: subscribe: %w", err)
 		}
 	}
-	if err := flush(ctx, f.nc); err != nil {
+	// The inbox is subscribed to when it is needed; whether it may be shows now.
+	probe, err := f.nc.SubscribeSync(InboxPrefix(f.name) + ".start")
+	if err != nil {
+		return fmt.Errorf("natsfeed: subscribe: %w", err)
+	}
+	err = flush(ctx, f.nc)
+	_ = probe.Unsubscribe() // fails only with the connection
+	if err != nil {
 		return fmt.Errorf("natsfeed: subscribe: %w", err)
 	}
 	// The server's refusal comes before its answer to the flush. Without this a
 	// feed of the wrong name would be deaf without a word.
-	if err := f.nc.LastError(); err != nil && err != before && errors.Is(err, nats.ErrPermissionViolation) {
+	if err := f.nc.LastError(); err != nil && !errors.Is(err, before) && errors.Is(err, nats.ErrPermissionViolation) {
 		return fmt.Errorf("%w: %v", ErrRights, err)
 	}
 	return nil
@@ -222,7 +234,7 @@ func (f *Feed) follow(status <-chan nats.Status, sink enforce.Sink) {
 		}
 		up = now
 	}
-	tell(f.nc.IsConnected())
+	tell(true) // or Start would have failed; what came after is in the channel
 	for s := range status {
 		if s == nats.CONNECTED {
 			f.reconnects.Add(1)
