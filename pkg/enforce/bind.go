@@ -3,7 +3,9 @@ package enforce
 import (
 	"context"
 	"errors"
+	"iter"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -15,8 +17,11 @@ type registry struct {
 	all    map[*work]struct{}
 	byKey  map[session.Key]map[*work]struct{}
 	closed error
-	// demand is the least MaxStale that any call has asked for.
-	demand time.Duration
+	// demand is the least MaxStale that any call has asked for, and soonest is
+	// not after the first end of a credential; both may be too early.
+	demand  time.Duration
+	soonest session.Instant
+	n       atomic.Int64 // len(all)
 }
 
 // work is one bound piece of running work.
@@ -24,11 +29,8 @@ type work struct {
 	p      *session.Prepared
 	call   session.Call
 	keys   []session.Key
+	ends   session.Instant // of the credential, zero when it has none
 	cancel context.CancelCauseFunc
-
-	mu     sync.Mutex
-	expiry *time.Timer
-	ended  bool
 }
 
 // add registers w, unless there is no room or the enforcer is closed.
@@ -46,8 +48,12 @@ func (r *registry) add(w *work, limit int) error {
 		r.byKey = map[session.Key]map[*work]struct{}{}
 	}
 	r.all[w] = struct{}{}
+	r.n.Add(1)
 	if w.call.MaxStale > 0 && (r.demand == 0 || w.call.MaxStale < r.demand) {
 		r.demand = w.call.MaxStale
+	}
+	if w.ends != 0 && (r.soonest == 0 || w.ends < r.soonest) {
+		r.soonest = w.ends
 	}
 	for _, k := range w.keys {
 		if r.byKey[k] == nil {
@@ -67,20 +73,17 @@ func (r *registry) remove(w *work) bool {
 		return false
 	}
 	delete(r.all, w)
+	r.n.Add(-1)
 	for _, k := range w.keys {
 		delete(r.byKey[k], w)
 		if len(r.byKey[k]) == 0 {
 			delete(r.byKey, k)
 		}
 	}
+	if len(r.all) == 0 {
+		r.demand, r.soonest = 0, 0
+	}
 	return true
-}
-
-func (r *registry) has(w *work) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, ok := r.all[w]
-	return ok
 }
 
 // touched adds to into the work that an entry under k may end.
@@ -94,7 +97,7 @@ func (r *registry) touched(k session.Key, into map[*work]struct{}) {
 		}
 	case session.KindTenant:
 		for w := range r.all {
-			if w.p.Tenant() == k.Tenant {
+			if w.p.Valid() && w.p.Tenant() == k.Tenant {
 				into[w] = struct{}{}
 			}
 		}
@@ -105,17 +108,33 @@ func (r *registry) touched(k session.Key, into map[*work]struct{}) {
 	}
 }
 
+// due returns the work whose credential has ended by now.
+func (r *registry) due(now session.Instant) (out []*work) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.soonest == 0 || now < r.soonest {
+		return nil
+	}
+	r.soonest = 0
+	for w := range r.all {
+		switch {
+		case w.ends == 0:
+		case w.ends <= now:
+			out = append(out, w)
+		case r.soonest == 0 || w.ends < r.soonest:
+			r.soonest = w.ends
+		}
+	}
+	return out
+}
+
 func (r *registry) strictest() time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.demand
 }
 
-func (r *registry) len() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.all)
-}
+func (r *registry) len() int { return int(r.n.Load()) }
 
 func (r *registry) snapshot() []*work {
 	r.mu.Lock()
@@ -133,28 +152,22 @@ func (r *registry) close(cause error) {
 	r.mu.Unlock()
 	for _, w := range r.snapshot() {
 		if r.remove(w) {
-			w.end(cause)
+			w.cancel(cause)
 		}
 	}
 }
 
-func (w *work) end(cause error) {
-	w.mu.Lock()
-	w.ended = true
-	if w.expiry != nil {
-		w.expiry.Stop()
-	}
-	w.mu.Unlock()
-	w.cancel(cause)
-}
-
 // Bind ties running work to its caller. The returned context ends, with a
 // *session.DeniedError as its cause (context.Cause), when an entry that matches
-// comes into force, when the credential expires, or when the state has been
-// stale for longer than MaxStaleRunning or than the call permits. Bind checks
-// first, and again after registering, so that nothing slips between a check and
-// the start of the work. If it denies, the error is a *session.DeniedError and
-// the context has ended already. Call the CancelFunc when the work is done.
+// comes into force, when the credential expires, when the state has been stale
+// for longer than MaxStaleRunning or than the call permits, or when the enforcer
+// is closed. Entries cut at once; expiry and staleness are noticed within 50 ms.
+//
+// Bind checks first, and again after registering, so that nothing slips between
+// a check and the start of the work. If it denies, the error is a
+// *session.DeniedError and the context has ended already. Call the CancelFunc
+// when the work is done; it may be called more than once. In shadow mode nothing
+// is denied and nothing is cut.
 func (e *Enforcer) Bind(ctx context.Context, p *session.Prepared, call session.Call) (context.Context, context.CancelFunc, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	refuse := func(err error) (context.Context, context.CancelFunc, error) {
@@ -164,36 +177,37 @@ func (e *Enforcer) Bind(ctx context.Context, p *session.Prepared, call session.C
 	if err := e.Check(p, call); err != nil {
 		return refuse(err)
 	}
-	if e.opts.Mode == session.ModeShadow && (!p.Valid() || !e.serves(p)) {
-		// Nothing to register it by.
-		return ctx, func() { cancel(context.Canceled) }, nil
-	}
 	w := &work{p: p, call: call, cancel: cancel}
-	w.keys = append(w.keys, p.Keys()...)
-	keys, err := p.CallKeys(w.keys, &call, session.PerCallShapes)
-	if err != nil && e.opts.Mode != session.ModeShadow {
-		return refuse(e.denied(asDenied(err)))
-	}
-	w.keys = keys
-	if err := e.bound.add(w, e.opts.MaxBound); err != nil {
-		if e.opts.Mode == session.ModeShadow && !errors.Is(err, session.ErrClosed) {
-			e.count.wouldDeny.Add(1)
-			return ctx, func() { cancel(context.Canceled) }, nil
+	if p.Valid() { // always, but in shadow mode
+		keys, err := p.CallKeys(append(w.keys, p.Keys()...), &call, session.PerCallShapes)
+		if err != nil {
+			if err := e.denied(asDenied(err)); err != nil {
+				return refuse(err)
+			}
 		}
-		e.count.denied.Add(1)
-		return refuse(err)
+		w.keys = keys
+		if exp := p.Expires(); exp != 0 {
+			w.ends = exp.Add(p.Skew())
+		}
 	}
-	e.watchExpiry(w)
-	release := func() {
+	if err := e.bound.add(w, e.opts.MaxBound); err != nil {
+		if err := e.denied(asDenied(err)); err != nil {
+			return refuse(err)
+		}
+	}
+	if e.opts.registered != nil {
+		e.opts.registered()
+	}
+	if e.opts.Mode != session.ModeShadow {
+		if err := e.Check(p, call); err != nil {
+			e.bound.remove(w)
+			return refuse(err)
+		}
+	}
+	return ctx, func() {
 		e.bound.remove(w)
-		w.end(context.Canceled)
-	}
-	if err := e.Check(p, call); err != nil {
-		e.bound.remove(w)
-		w.end(err)
-		return refuse(err)
-	}
-	return ctx, release, nil
+		cancel(context.Canceled)
+	}, nil
 }
 
 func asDenied(err error) *session.DeniedError {
@@ -204,8 +218,34 @@ func asDenied(err error) *session.DeniedError {
 	return &session.DeniedError{Err: err}
 }
 
-// cut ends the given work if the view denies it, and returns how much it ended.
-func (e *Enforcer) cut(v *view, works map[*work]struct{}) (n int) {
+// watch ends running work whose credential has expired or whose state has become
+// too old. It shares no lock and no queue with what could hold the follower up.
+func (e *Enforcer) watch(ctx context.Context) {
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if e.bound.len() == 0 {
+			continue
+		}
+		v, now := e.view.Load(), e.opts.clock()
+		strictest := session.Call{Strict: true, MaxStale: e.bound.strictest()}
+		works := e.bound.due(v.latest(now))
+		if v.stale(&strictest, now, e.opts.MaxStaleRunning) != "" {
+			works = e.bound.snapshot()
+		}
+		for _, w := range works {
+			e.reconsider(v, w, now)
+		}
+	}
+}
+
+// cut ends those of the given works that the view denies, and returns how many.
+func (e *Enforcer) cut(v *view, works iter.Seq[*work]) (n int) {
 	now := e.opts.clock()
 	for w := range works {
 		n += e.reconsider(v, w, now)
@@ -213,47 +253,15 @@ func (e *Enforcer) cut(v *view, works map[*work]struct{}) (n int) {
 	return n
 }
 
-// sweep does the same for all running work, if the state has become too old for
-// any of it.
-func (e *Enforcer) sweep(v *view) (n int) {
-	now := e.opts.clock()
-	strictest := session.Call{Strict: true, MaxStale: e.bound.strictest()}
-	if e.stale(v, &strictest, now, e.opts.MaxStaleRunning) == nil {
+func (e *Enforcer) reconsider(v *view, w *work, now reading) int {
+	if e.opts.Mode == session.ModeShadow {
 		return 0
 	}
-	for _, w := range e.bound.snapshot() {
-		n += e.reconsider(v, w, now)
-	}
-	return n
-}
-
-func (e *Enforcer) reconsider(v *view, w *work, now reading) int {
-	d := e.judge(v, w.p, &w.call, now, e.opts.MaxStaleRunning)
-	if d == nil || e.opts.Mode == session.ModeShadow || !e.bound.remove(w) {
+	d := e.judge(v, w.p, &w.call, now, e.opts.MaxStaleRunning).denied
+	if d == nil || !e.bound.remove(w) {
 		return 0
 	}
 	e.count.cut.Add(1)
-	w.end(d)
+	w.cancel(d)
 	return 1
-}
-
-// watchExpiry ends w when its credential expires. The timer runs on the
-// monotonic clock, which may lag the two that decide, so it looks again until
-// they agree.
-func (e *Enforcer) watchExpiry(w *work) {
-	exp := w.p.Expires()
-	if exp == 0 {
-		return
-	}
-	left := exp.Add(w.p.Skew()).Time().Sub(time.Unix(0, e.opts.clock().wall))
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.ended {
-		return
-	}
-	w.expiry = time.AfterFunc(max(left, 10*time.Millisecond), func() {
-		if e.reconsider(e.view.Load(), w, e.opts.clock()) == 0 && e.bound.has(w) {
-			e.watchExpiry(w)
-		}
-	})
 }

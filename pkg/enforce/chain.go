@@ -1,6 +1,7 @@
 package enforce
 
 import (
+	"slices"
 	"time"
 
 	"github.com/interlock-fabric/interlock/pkg/filter"
@@ -17,50 +18,112 @@ import (
 //	                                             predecessor has not come yet
 //
 // base runs ahead of confirmed only while a long log is read, so that reading
-// it takes bounded memory. A chain is used by one goroutine.
+// it takes bounded memory. That a batch is stored is the word of the bus alone:
+// it decides which of two forks is tried first and what is kept when memory is
+// short, never what is in force. A chain is used by one goroutine.
 type chain struct {
 	confirmed, base state
 	links           []*link
 	loose           map[session.Hash]*link
-	size            int // bytes held in links and loose
+	after           map[session.Hash][]*link // loose, by their predecessor
+	size            int                      // bytes held in links and loose
 
 	// settled are batches that must not be taken for new when they are heard
 	// again: confirmed or rejected ones, until their deadline has passed.
+	// crowded is set when not all of them are in it.
 	settled map[session.Hash]session.Instant
+	crowded bool
 
 	// overlay is what the unconfirmed part denies. It is kept only once
 	// something is confirmed: until then every request is denied anyway.
 	overlay *filter.Set
 	live    bool
 
-	// lifts are confirmed batches that lift something, for what earlier epochs
-	// left in force; kept only while collect is set.
+	// linked are the batches that have come onto the chain since it was last
+	// emptied.
+	linked []*link
+
+	// lifts are confirmed batches that lift something or move the horizon, for
+	// what earlier epochs left in force; kept only while collect is set.
 	lifts   []*link
+	swept   session.Instant
 	collect bool
 
-	// floor is the head that an earlier run of this enforcer had confirmed.
-	floor floor
+	// floor is the newest head that was ever confirmed, here or in an earlier
+	// run: no other chain is accepted. broken is set when base has left it.
+	floor  head
+	broken bool
+}
+
+// head names one batch; the zero head is before every chain.
+type head struct {
+	number uint64
+	hash   session.Hash
 }
 
 // state is the state of the fabric after one batch.
 type state struct {
-	number uint64
-	hash   session.Hash
-	set    *filter.Set
+	head
+	set *filter.Set
+	// signers are the keys that signed the way here, with the newest batch of
+	// each: a withdrawal may take batches back.
+	signers []signer
+}
+
+type signer struct {
+	Key  session.KeyID `json:"key"`
+	Last uint64        `json:"last"`
+}
+
+func (s *state) signed(id session.KeyID, number uint64) {
+	for i := range s.signers {
+		if s.signers[i].Key == id {
+			s.signers[i].Last = number
+			return
+		}
+	}
+	s.signers = append(s.signers, signer{id, number})
+}
+
+// revoked reports whether ks no longer trusts the key for that batch of its
+// epoch.
+func revoked(ks *session.KeySet, id session.KeyID, number uint64) bool {
+	for i := range ks.Keys {
+		if k := &ks.Keys[i]; session.KeyIDOf(k.Public) == id {
+			return k.Use != session.UseWriter ||
+				k.Withdrawn && (k.LastEpoch < ks.Epoch || k.LastEpoch == ks.Epoch && number > k.LastNumber)
+		}
+	}
+	return true
+}
+
+func anyRevoked(ks *session.KeySet, signers []signer) bool {
+	return slices.ContainsFunc(signers, func(s signer) bool { return revoked(ks, s.Key, s.Last) })
 }
 
 // link is a batch that was heard, with the rights of who signed it.
 type link struct {
-	batch *session.Batch
-	hash  session.Hash
-	key   *session.SigningKey
-	size  int
+	batch  *session.Batch
+	hash   session.Hash
+	key    *session.SigningKey
+	signer session.KeyID
+	size   int
 	// stored is set for a batch that was read from the log.
 	stored bool
+	// rejected is set when a writer has said that the batch is not in the log.
+	// It denies nobody unless a heartbeat says otherwise.
+	rejected bool
+	// at is when it was heard, and cut how much running work it ended.
+	at  time.Duration
+	cut int
 }
 
 func (l *link) may(e *session.Entry) bool  { return l.key.May(e.Key) }
 func (l *link) sets(e *session.Entry) bool { return e.Op == session.OpSet && l.key.May(e.Key) }
+
+func (l *link) lifts() bool {
+	return slices.ContainsFunc(l.batch.Entries, func(e session.Entry) bool { return e.Op == session.OpLift })
+}
 
 // Bounds of what is held unconfirmed.
 const (
@@ -75,39 +138,26 @@ const (
 	settleSlack = 10 * time.Second
 )
 
-func newChain(origin session.Hash, f floor) *chain {
-	s := state{hash: origin, set: &filter.Set{}}
+func newChain(origin session.Hash, floor head) *chain {
+	s := state{head: head{hash: origin}, set: &filter.Set{}}
 	return &chain{
-		confirmed: s, base: s, floor: f,
+		confirmed: s, base: s, floor: floor,
 		loose:   map[session.Hash]*link{},
+		after:   map[session.Hash][]*link{},
 		settled: map[session.Hash]session.Instant{},
 	}
 }
 
-func (c *chain) tip() (uint64, session.Hash) {
+func (c *chain) tip() head {
 	if n := len(c.links); n > 0 {
-		return c.links[n-1].batch.Number, c.links[n-1].hash
+		return head{c.links[n-1].batch.Number, c.links[n-1].hash}
 	}
-	return c.base.number, c.base.hash
+	return c.base.head
 }
-
-// added is what became of a batch.
-type added int
-
-const (
-	duplicate  added = iota // known already
-	linked                  // extends the chain
-	parked                  // held, off the chain
-	overflowed              // not held: to be read from the log later
-	rolledBack              // contradicts what an earlier run had confirmed
-)
 
 // seen reports whether a batch of that hash needs no further look, and notes
 // when a held one turns out to be stored.
 func (c *chain) seen(h session.Hash, number uint64, stored bool) bool {
-	if _, ok := c.settled[h]; ok {
-		return true
-	}
 	if stored && number <= c.base.number {
 		return true
 	}
@@ -123,133 +173,161 @@ func (c *chain) seen(h session.Hash, number uint64, stored bool) bool {
 		}
 		return true
 	}
-	return false
+	// A rejection is not the last word on what is stored: a writer may have
+	// given up on a batch that the store then took. The heartbeat knows.
+	_, settled := c.settled[h]
+	return settled && !stored
 }
 
 func (c *chain) find(h session.Hash, number uint64) *link {
-	if i := int(int64(number) - int64(c.base.number) - 1); i >= 0 && i < len(c.links) && c.links[i].hash == h {
-		return c.links[i]
+	if l := c.at(number); l != nil && l.hash == h {
+		return l
 	}
 	return nil
 }
 
-// add takes a verified batch that has not been seen.
-func (c *chain) add(l *link) added {
+// at returns the link with that number, if there is one on the chain.
+func (c *chain) at(number uint64) *link {
+	if number <= c.base.number || number-c.base.number > uint64(len(c.links)) {
+		return nil
+	}
+	return c.links[number-c.base.number-1]
+}
+
+// add takes a verified batch that has not been seen. It reports false when there
+// is no room for it.
+func (c *chain) add(l *link) bool {
 	if c.full(l) {
-		c.trim()
-		for h, x := range c.loose {
-			if !l.stored || !c.full(l) {
-				break
-			}
-			// What is stored goes first; what it pushes out was only heard and
-			// is in the log too, or will be rejected. What it denied stays
-			// denied until the next heartbeat.
-			if !x.stored {
-				c.unpark(c.loose[h])
-			}
+		c.trim(keepLinks)
+		if l.stored && c.full(l) {
+			c.makeRoom(l)
 		}
 		if c.full(l) {
-			return overflowed
+			return false
 		}
 	}
-	what := c.attach(l)
-	if what == linked || what == parked {
-		c.deny(l)
-	}
-	return what
+	_, l.rejected = c.settled[l.hash]
+	c.attach(l)
+	c.deny(l)
+	return true
 }
 
 func (c *chain) full(l *link) bool {
 	return c.size+l.size > maxHeld || len(c.links)+len(c.loose) >= maxLinks
 }
 
-// deny puts what a batch denies in force before it is confirmed.
-func (c *chain) deny(l *link) {
-	if !c.live {
-		return
-	}
-	for i := range l.batch.Entries {
-		if l.sets(&l.batch.Entries[i]) {
-			c.overlay = c.overlay.Apply(l.batch, l.sets)
+// makeRoom gives what is stored the room of what was only heard, which is in the
+// log too or will be rejected; what that denied stays denied until the next
+// heartbeat.
+func (c *chain) makeRoom(l *link) {
+	for _, x := range c.loose {
+		if !c.full(l) {
 			return
 		}
-	}
-}
-
-func (c *chain) attach(l *link) added {
-	if l.batch.Number == c.floor.Number && l.batch.Epoch == c.floor.Epoch && l.hash != c.floor.Hash {
-		return rolledBack
-	}
-	number, hash := c.tip()
-	switch {
-	case l.batch.Number == number+1 && l.batch.Prev == hash:
-		c.append(l)
-	case l.stored && c.fork(l.batch.Prev, l.batch.Number-1):
-		// What is stored outranks what was only heard.
-		c.append(l)
-	default:
-		c.loose[l.hash] = l
-		c.size += l.size
-		return parked
-	}
-	for c.follow() {
-	}
-	return linked
-}
-
-// follow moves a parked batch that fits the tip onto the chain.
-func (c *chain) follow() bool {
-	number, hash := c.tip()
-	for _, l := range c.loose {
-		if l.batch.Number == number+1 && l.batch.Prev == hash {
-			c.unpark(l)
-			c.append(l)
-			return true
+		if !x.stored {
+			c.unpark(x)
 		}
 	}
-	return false
+	for n := len(c.links); n > 0 && c.full(l) && !c.links[n-1].stored; n-- {
+		c.size -= c.links[n-1].size
+		c.links = c.links[: n-1 : n-1]
+	}
+	if c.full(l) {
+		c.trim(0)
+	}
+}
+
+// deny puts what a batch denies in force before it is confirmed.
+func (c *chain) deny(l *link) {
+	if c.live && !l.rejected && slices.ContainsFunc(l.batch.Entries, func(e session.Entry) bool { return l.sets(&e) }) {
+		c.overlay = c.overlay.Apply(l.batch, l.sets)
+	}
+}
+
+// attach puts a batch on the chain or, where it does not fit, beside it.
+func (c *chain) attach(l *link) {
+	tip := c.tip()
+	switch have := c.at(l.batch.Number); {
+	case l.batch.Number == tip.number+1 && l.batch.Prev == tip.hash:
+		c.append(l)
+	case l.stored && have != nil && !have.stored && c.fork(head{l.batch.Number - 1, l.batch.Prev}):
+		// What is stored outranks what was only heard; of two that are stored,
+		// the first counts.
+		c.append(l)
+	default:
+		c.park(l)
+		return
+	}
+	c.follow()
+}
+
+// follow moves parked batches that fit the tip onto the chain.
+func (c *chain) follow() {
+	for {
+		tip := c.tip()
+		var next *link
+		for _, l := range c.after[tip.hash] {
+			if l.batch.Number == tip.number+1 && (next == nil || l.stored && !next.stored) {
+				next = l
+			}
+		}
+		if next == nil {
+			return
+		}
+		c.unpark(next)
+		c.append(next)
+	}
 }
 
 func (c *chain) append(l *link) {
 	c.links = append(c.links, l)
+	c.linked = append(c.linked, l)
 	c.size += l.size
 	if len(c.links) > 2*keepLinks {
-		c.trim()
+		c.trim(keepLinks)
 	}
+}
+
+func (c *chain) park(l *link) {
+	c.loose[l.hash] = l
+	c.after[l.batch.Prev] = append(c.after[l.batch.Prev], l)
+	c.size += l.size
 }
 
 func (c *chain) unpark(l *link) {
-	if _, ok := c.loose[l.hash]; ok {
-		delete(c.loose, l.hash)
-		c.size -= l.size
+	if c.loose[l.hash] != l {
+		return
 	}
+	delete(c.loose, l.hash)
+	rest := slices.DeleteFunc(c.after[l.batch.Prev], func(x *link) bool { return x == l })
+	if len(rest) == 0 {
+		delete(c.after, l.batch.Prev)
+	} else {
+		c.after[l.batch.Prev] = rest
+	}
+	c.size -= l.size
 }
 
-// fork cuts the chain behind the batch of that hash, if it is on it, and parks
-// what was behind it.
-func (c *chain) fork(h session.Hash, number uint64) bool {
-	keep := -1
-	switch {
-	case c.base.number == number && c.base.hash == h:
-		keep = 0
-	case c.find(h, number) != nil:
-		keep = int(number - c.base.number)
-	}
-	if keep < 0 {
+// fork cuts the chain behind h, if h is on it, and parks what was behind it.
+func (c *chain) fork(h head) bool {
+	if h != c.base.head && c.find(h.hash, h.number) == nil {
 		return false
 	}
-	for _, l := range c.links[keep:] {
-		c.loose[l.hash] = l
-	}
+	keep := int(h.number - c.base.number)
+	gone := c.links[keep:]
 	c.links = c.links[:keep:keep]
+	for _, l := range gone {
+		c.size -= l.size
+		c.park(l)
+	}
 	return true
 }
 
-// trim folds the oldest stored links into base. A link that was only heard is
-// never folded: another batch may yet take its place.
-func (c *chain) trim() {
+// trim folds the oldest stored links into base, but for the newest keep. A link
+// that was only heard is never folded: another batch may yet take its place.
+func (c *chain) trim(keep int) {
 	n := 0
-	for n < len(c.links)-keepLinks && c.links[n].stored {
+	for n < len(c.links)-keep && c.links[n].stored {
 		n++
 	}
 	c.fold(n)
@@ -258,31 +336,52 @@ func (c *chain) trim() {
 // fold applies the first n links to base.
 func (c *chain) fold(n int) {
 	for _, l := range c.links[:n] {
-		c.base = state{number: l.batch.Number, hash: l.hash, set: c.base.set.Apply(l.batch, l.may)}
+		b := l.batch
+		c.base.head, c.base.set = head{b.Number, l.hash}, c.base.set.Apply(b, l.may)
+		c.base.signed(l.signer, b.Number)
+		c.broken = c.broken || b.Number == c.floor.number && l.hash != c.floor.hash
 		c.size -= l.size
-		if len(c.settled) < maxSettled {
-			c.settled[l.hash] = l.batch.Deadline
-		}
-		if c.collect && l.lifts() {
-			c.lifts = append(c.lifts, l)
+		c.settle(l.hash, b.Deadline, b.Time)
+		if c.collect && (l.lifts() || b.Horizon > c.swept) {
+			c.lifts, c.swept = append(c.lifts, l), max(c.swept, b.Horizon)
 		}
 	}
-	c.links = append([]*link(nil), c.links[n:]...)
+	c.links = slices.Clone(c.links[n:])
 }
 
-func (l *link) lifts() bool {
-	for i := range l.batch.Entries {
-		if l.batch.Entries[i].Op == session.OpLift {
-			return true
+// settle remembers a batch until its deadline; now is as late as the authority's
+// clock is known to be.
+func (c *chain) settle(h session.Hash, deadline, now session.Instant) {
+	if len(c.settled) >= maxSettled && !c.crowded {
+		c.forget(now)
+	}
+	if len(c.settled) >= maxSettled {
+		c.crowded = true
+		return
+	}
+	c.settled[h] = deadline
+}
+
+func (c *chain) forget(now session.Instant) {
+	for h, deadline := range c.settled {
+		if now > deadline.Add(settleSlack) {
+			delete(c.settled, h)
 		}
 	}
-	return false
+	c.crowded = c.crowded && len(c.settled) > 0
 }
 
 // takeLifts hands over the confirmed batches that lift something.
 func (c *chain) takeLifts() []*link {
 	out := c.lifts
 	c.lifts = nil
+	return out
+}
+
+// takeLinked hands over the batches that have come onto the chain.
+func (c *chain) takeLinked() []*link {
+	out := c.linked
+	c.linked = nil
 	return out
 }
 
@@ -293,37 +392,33 @@ const (
 	unknownHead confirmation = iota // not heard of: to be read from the log
 	sameHead                        // confirmed already
 	newHead                         // confirmed now
-	olderHead                       // behind what is confirmed
-	conflicting                     // another batch under a number that is confirmed
-	belowFloor                      // behind what an earlier run had confirmed
+	olderHead                       // behind what was ever confirmed
+	otherHead                       // on a chain that is not the one that was confirmed
 )
 
 // confirm moves the confirmed part up to the head that a heartbeat vouches for.
-func (c *chain) confirm(epoch, number uint64, h session.Hash) confirmation {
-	if epoch == c.floor.Epoch && (number < c.floor.Number || number == c.floor.Number && h != c.floor.Hash) {
-		return belowFloor
-	}
+func (c *chain) confirm(h head) confirmation {
 	switch {
-	case number < c.confirmed.number:
+	case h.number < c.floor.number:
 		return olderHead
-	case number == c.confirmed.number && h == c.confirmed.hash:
+	case h.number == c.floor.number && c.floor.number > 0 && h != c.floor:
+		return otherHead
+	case h == c.confirmed.head:
 		c.live = true
 		return sameHead
-	case number == c.confirmed.number:
-		return conflicting
-	case number < c.base.number:
-		return olderHead
-	}
-	if number > c.base.number && c.find(h, number) == nil && !c.adopt(h) {
+	case h.number == c.confirmed.number:
+		return otherHead
+	case h != c.base.head && c.find(h.hash, h.number) == nil && !c.adopt(h.hash):
 		return unknownHead
 	}
-	if number == c.base.number && h != c.base.hash {
-		return conflicting
+	if l := c.at(c.floor.number); c.broken || l != nil && l.hash != c.floor.hash {
+		return otherHead
 	}
-	c.fold(int(number - c.base.number))
-	c.confirmed, c.live = c.base, true
-	for c.follow() {
-	}
+	c.fold(int(h.number - c.base.number))
+	c.confirmed = c.base
+	c.confirmed.signers = slices.Clone(c.base.signers)
+	c.floor, c.live = h, true
+	c.follow()
 	c.rebuild()
 	return newHead
 }
@@ -331,22 +426,61 @@ func (c *chain) confirm(epoch, number uint64, h session.Hash) confirmation {
 // adopt makes the parked branch that ends in h the chain.
 func (c *chain) adopt(h session.Hash) bool {
 	var path []*link
-	for l := c.loose[h]; l != nil && len(path) <= len(c.loose); l = c.loose[l.batch.Prev] {
+	for l := c.loose[h]; l != nil && len(path) < len(c.loose); l = c.loose[l.batch.Prev] {
 		path = append(path, l)
 	}
 	if len(path) == 0 {
 		return false
 	}
 	first := path[len(path)-1].batch
-	if !c.fork(first.Prev, first.Number-1) {
+	if !c.fork(head{first.Number - 1, first.Prev}) {
 		return false
 	}
-	for i := len(path) - 1; i >= 0; i-- {
-		c.unpark(path[i])
-		c.links = append(c.links, path[i])
-		c.size += path[i].size
+	for _, l := range slices.Backward(path) {
+		c.unpark(l)
+		c.links = append(c.links, l)
+		c.linked = append(c.linked, l)
+		c.size += l.size
 	}
 	return true
+}
+
+// restart forgets all that is not confirmed, because it leads nowhere: it will
+// be read again. What it denies stays denied until the next confirmation.
+func (c *chain) restart() {
+	c.base = c.confirmed
+	c.base.signers = slices.Clone(c.confirmed.signers)
+	c.links, c.linked, c.lifts, c.size, c.broken = nil, nil, nil, 0, false
+	clear(c.loose)
+	clear(c.after)
+}
+
+// retrust looks again at who signed what is unconfirmed, under a new key set. It
+// reports whether anything was dropped.
+func (c *chain) retrust(ks *session.KeySet) bool {
+	dropped := anyRevoked(ks, c.base.signers)
+	if dropped {
+		c.restart()
+	}
+	var gone []*link
+	each := func(l *link) {
+		if revoked(ks, l.signer, l.batch.Number) {
+			gone = append(gone, l)
+		}
+	}
+	for _, l := range c.links {
+		each(l)
+	}
+	for _, l := range c.loose {
+		each(l)
+	}
+	for _, l := range gone {
+		c.drop(l)
+	}
+	if len(gone) > 0 {
+		c.rebuild()
+	}
+	return dropped || len(gone) > 0
 }
 
 // rebuild makes the overlay anew from what is still unconfirmed.
@@ -365,47 +499,37 @@ func (c *chain) rebuild() {
 	}
 }
 
-// reject drops a batch that will never be in the log. It reports whether
-// anything was dropped.
-func (c *chain) reject(h session.Hash, number uint64, until session.Instant) bool {
-	if number <= c.confirmed.number && c.loose[h] == nil {
+// reject drops a batch that will never be in the log, or remembers it until
+// then. It reports whether anything was dropped.
+func (c *chain) reject(h head, until session.Instant) bool {
+	l := c.loose[h.hash]
+	if l == nil {
+		l = c.find(h.hash, h.number)
+	}
+	if l == nil {
+		if h.number > c.base.number {
+			c.settle(h.hash, until, 0)
+		}
 		return false
 	}
-	dropped := c.drop(h, number)
-	if !dropped && number > c.base.number && len(c.settled) < maxSettled {
-		// Not heard yet, or no more: do not take it when it comes late.
-		c.settled[h] = until
-	}
-	if dropped {
-		c.rebuild()
-	}
-	return dropped
-}
-
-func (c *chain) drop(h session.Hash, number uint64) bool {
-	l := c.loose[h]
-	if l == nil {
-		if l = c.find(h, number); l == nil || l.stored {
-			return false
-		}
-		c.fork(l.batch.Prev, number-1)
-	}
-	c.unpark(l)
-	if len(c.settled) < maxSettled {
-		c.settled[h] = l.batch.Deadline
-	}
+	c.drop(l)
+	c.settle(l.hash, max(until, l.batch.Deadline), 0)
+	c.rebuild()
 	return true
 }
 
-// expire drops what has been unconfirmed for longer than its deadline, seen by
-// the authority's clock in a log that is fresh. fresh is the authority's time of
-// the newest heartbeat whose head is confirmed, now its clock.
-func (c *chain) expire(fresh, now session.Instant) bool {
-	for h, deadline := range c.settled {
-		if now > deadline.Add(settleSlack) {
-			delete(c.settled, h)
-		}
+// drop takes a link out; what was chained to it stays, beside the chain.
+func (c *chain) drop(l *link) {
+	if c.loose[l.hash] != l {
+		c.fork(head{l.batch.Number - 1, l.batch.Prev})
 	}
+	c.unpark(l)
+}
+
+// expire drops what is unconfirmed and past its deadline in a log that is known
+// to have been without it at fresh. now is the authority's clock.
+func (c *chain) expire(fresh, now session.Instant) bool {
+	c.forget(now)
 	limit := min(fresh, now)
 	var late []*link
 	for _, l := range c.loose {
@@ -414,14 +538,12 @@ func (c *chain) expire(fresh, now session.Instant) bool {
 		}
 	}
 	for _, l := range c.links {
-		if !l.stored && l.batch.Deadline < limit {
+		if l.batch.Deadline < limit {
 			late = append(late, l)
-			break
 		}
 	}
 	for _, l := range late {
-		c.drop(l.hash, l.batch.Number)
-		delete(c.settled, l.hash)
+		c.drop(l)
 	}
 	if len(late) > 0 {
 		c.rebuild()

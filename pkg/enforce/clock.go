@@ -31,6 +31,13 @@ func drift(elapsed time.Duration) time.Duration { return elapsed / 2000 }
 // MaxStale.
 const jumpLimit = time.Second
 
+// jumped reports whether the clocks have moved against each other since they
+// were skew apart.
+func jumped(now reading, skew int64) bool {
+	d := now.wall - int64(now.mono) - skew
+	return d > int64(jumpLimit) || d < -int64(jumpLimit)
+}
+
 // anchor places a writer's clocks on the local monotonic one: its clocks showed
 // mono and wall at some local moment between sent and received.
 type anchor struct {
@@ -38,8 +45,11 @@ type anchor struct {
 	sent, received time.Duration
 	mono           time.Duration
 	wall           int64 // nanoseconds
-	beat           time.Duration
-	beaten         bool
+
+	// beat is the newest heartbeat heard of the writer, by its clock. Only the
+	// follower looks at it; the rest never changes.
+	beat   time.Duration
+	beaten bool
 }
 
 // earliest is the earliest local moment at which the writer's monotonic clock
@@ -49,16 +59,12 @@ func (a *anchor) earliest(m time.Duration) time.Duration {
 	return a.sent + d - drift(max(d, -d))
 }
 
-// latest is the latest such moment.
-func (a *anchor) latest(m time.Duration) time.Duration {
-	d := m - a.mono
-	return a.received + d + drift(max(d, -d))
-}
+// middle is the best estimate of the writer's wall clock at now, and bound how
+// far it may be off, on either side.
+func (a *anchor) middle(now time.Duration) int64 { return (a.lower(now) + a.upper(now)) / 2 }
 
-// bound is how far the estimate of the writer's clock may be off at now, on
-// either side of its middle.
 func (a *anchor) bound(now time.Duration) time.Duration {
-	return (a.received-a.sent)/2 + drift(now-a.sent)
+	return (a.received-a.sent)/2 + drift(max(now-a.sent, a.sent-now)) + time.Millisecond
 }
 
 // lower and upper are the writer's wall clock at the local moment now, at least

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -50,8 +51,10 @@ type Options struct {
 	// logged per request.
 	Logger *slog.Logger
 
-	// clock replaces the operating system's clocks in tests.
-	clock func() reading
+	// clock replaces the operating system's clocks in tests; registered is
+	// called by Bind between registering work and checking again.
+	clock      func() reading
+	registered func()
 }
 
 func (o Options) validate() (Options, error) {
@@ -109,39 +112,80 @@ type Enforcer struct {
 	view   atomic.Pointer[view]
 	bound  registry
 	count  counters
-	ready  chan struct{}
+	ready  chan struct{} // closed once a fresh state has been in force
+	gone   chan struct{} // closed by Close
 	once   sync.Once
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 	feed   Feed
-	closed atomic.Bool
 	boot   session.WriterID
 }
 
 // view is one immutable state of affairs.
 type view struct {
+	// set is the confirmed state, overlay what unconfirmed batches deny, and
+	// inherited what earlier epochs left in force.
 	set, overlay, inherited *filter.Set
+	// verified is set once any state was confirmed, closed after Close.
+	verified, closed bool
 	// origin is the local moment at which the state was surely current.
 	origin time.Duration
-	// skew is wall minus monotonic clock when the clocks were last anchored.
-	skew int64
-	// authority, added to the monotonic clock, is the least that the
-	// authority's wall clock can show, in nanoseconds.
-	authority int64
-	// unusable, when not empty, says why nothing may be allowed by this state.
-	unusable string
+	// anchor places the authority's clock, when it is known, and skew is wall
+	// minus monotonic clock when it was anchored.
+	anchor *anchor
+	skew   int64
+	// unusable, when not empty, says why nothing may be allowed by this state,
+	// and hint why it may be getting old.
+	unusable, hint string
 
-	epoch, number, confirmed uint64
-	head                     session.Hash
-	keySet                   uint64
-	anchored                 bool
+	epoch, confirmed, keySet uint64
+	tip                      head
+}
+
+// stale says why the state is too old for the call, or cannot be told to be
+// recent enough; empty when it is fresh.
+func (v *view) stale(call *session.Call, now reading, limit time.Duration) string {
+	if call.MaxStale > 0 {
+		limit = min(limit, call.MaxStale)
+	}
+	switch {
+	case v.unusable != "":
+		return v.unusable
+	case jumped(now, v.skew):
+		return "the clock jumped"
+	case v.age(now) <= limit:
+		return ""
+	case v.hint != "":
+		return v.hint
+	}
+	return "no sign of life from the authority"
+}
+
+// age is how old the state may be, by the clock that ran further: the monotonic
+// one stands still in a host that is suspended.
+func (v *view) age(now reading) time.Duration {
+	return now.mono - v.origin + time.Duration(max(0, now.wall-int64(now.mono)-v.skew))
+}
+
+// authority is the least that the authority's clock can show; zero when it is
+// not known.
+func (v *view) authority(now reading) session.Instant {
+	if v.anchor == nil {
+		return 0
+	}
+	return session.Instant(v.anchor.lower(now.mono) / int64(time.Millisecond))
+}
+
+// latest is the later of the local and the authority's clock.
+func (v *view) latest(now reading) session.Instant {
+	return max(session.Instant(now.wall/int64(time.Millisecond)), v.authority(now))
 }
 
 // counters are totals since the start.
 type counters struct {
-	denied, wouldDeny, drills, exposed, cut     atomic.Uint64
-	refused, replayed, foreign, lost, orphans   atomic.Uint64
-	repairs, diverged, rolledBack, jumps, beats atomic.Uint64
+	denied, wouldDeny, drills, exposed, cut   atomic.Uint64
+	refused, replayed, foreign, lost, orphans atomic.Uint64
+	repairs, diverged, rolledBack, jumps      atomic.Uint64
 }
 
 // Start begins to follow the feed and returns at once. Until the first verified
@@ -157,7 +201,7 @@ func Start(feed Feed, o *Options) (*Enforcer, error) {
 	}
 	var f floor
 	if err == nil {
-		f, err = loadFloor(opts.StateDir)
+		f, err = loadFloor(opts)
 	}
 	if err != nil {
 		if feed != nil {
@@ -166,15 +210,16 @@ func Start(feed Feed, o *Options) (*Enforcer, error) {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	e := &Enforcer{opts: opts, ready: make(chan struct{}), cancel: cancel, feed: feed}
+	e := &Enforcer{opts: opts, ready: make(chan struct{}), gone: make(chan struct{}), cancel: cancel, feed: feed}
 	_, _ = rand.Read(e.boot[:]) // never fails (crypto/rand)
 	fw, err := newFollower(e, f)
 	if err != nil {
 		cancel()
 		return nil, errors.Join(err, feed.Close())
 	}
-	e.view.Store(&view{unusable: "no verified state yet"})
+	e.view.Store(&view{origin: never, unusable: "no verified state yet"})
 	e.done.Go(func() { fw.run(ctx) })
+	e.done.Go(func() { e.watch(ctx) })
 	return e, nil
 }
 
@@ -193,7 +238,7 @@ func Open(ctx context.Context, feed Feed, o *Options) (*Enforcer, error) {
 }
 
 // WaitReady waits until a verified, fresh state has been in force once. The
-// error says what was still missing when ctx ended.
+// error says what was still missing when ctx ended, or is session.ErrClosed.
 func (e *Enforcer) WaitReady(ctx context.Context) error {
 	if e == nil || e.ready == nil {
 		return session.ErrClosed
@@ -201,8 +246,12 @@ func (e *Enforcer) WaitReady(ctx context.Context) error {
 	select {
 	case <-e.ready:
 		return nil
+	case <-e.gone:
+		return session.ErrClosed
 	case <-ctx.Done():
-		return fmt.Errorf("enforcer %s has no verified state: %s: %w", e.opts.Enrollment.Enforcer, e.view.Load().unusable, ctx.Err())
+		v := e.view.Load()
+		why := v.stale(&session.Call{}, e.opts.clock(), e.opts.MaxStale)
+		return fmt.Errorf("enforcer %s has no verified state: %s: %w", e.opts.Enrollment.Enforcer, why, context.Cause(ctx))
 	}
 }
 
@@ -215,11 +264,13 @@ func (e *Enforcer) Close() error {
 	}
 	var err error
 	e.once.Do(func() {
-		e.closed.Store(true)
+		close(e.gone)
 		e.cancel()
 		err = e.feed.Close()
 		e.done.Wait()
-		e.view.Store(&view{unusable: "closed"})
+		v := *e.view.Load()
+		v.closed, v.unusable = true, "closed"
+		e.view.Store(&v)
 		e.bound.close(&session.DeniedError{Err: session.ErrClosed})
 	})
 	e.done.Wait()
@@ -253,8 +304,15 @@ func (e *Enforcer) Check(p *session.Prepared, call session.Call) error {
 	if v == nil {
 		return denyZero()
 	}
-	if d := e.judge(v, p, &call, e.opts.clock(), e.opts.MaxStale); d != nil {
-		return e.denied(d)
+	verdict := e.judge(v, p, &call, e.opts.clock(), e.opts.MaxStale)
+	if verdict.denied != nil {
+		return e.denied(verdict.denied)
+	}
+	if verdict.exposed {
+		e.count.exposed.Add(1)
+	}
+	if verdict.drill {
+		e.count.drills.Add(1)
 	}
 	return nil
 }
@@ -265,7 +323,7 @@ func denyZero() error {
 
 // denied counts a denial and gives it the effect that the mode asks for.
 func (e *Enforcer) denied(d *session.DeniedError) error {
-	if e.opts.Mode == session.ModeShadow && !e.closed.Load() {
+	if e.opts.Mode == session.ModeShadow && !errors.Is(d, session.ErrClosed) {
 		e.count.wouldDeny.Add(1)
 		return nil
 	}
@@ -273,57 +331,69 @@ func (e *Enforcer) denied(d *session.DeniedError) error {
 	return d
 }
 
-// judge is the verdict, before the mode has its say on anything but staleness.
-// limit is how old the state may be.
-func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now reading, limit time.Duration) *session.DeniedError {
-	if !p.Valid() || !e.serves(p) {
-		return &session.DeniedError{Err: session.ErrNoIdentity}
+// verdict is what becomes of a call: denied when that is set, else allowed,
+// exposed where the state was too old, and drilled where a drill would have
+// denied it.
+type verdict struct {
+	denied         *session.DeniedError
+	exposed, drill bool
+}
+
+// judge finds the verdict by v. limit is how old the state may be.
+func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now reading, limit time.Duration) verdict {
+	refuse := func(err error) verdict { return verdict{denied: &session.DeniedError{Err: err}} }
+	switch {
+	case v.closed:
+		return refuse(session.ErrClosed)
+	case !p.Valid() || !e.serves(p):
+		return refuse(session.ErrNoIdentity)
 	}
-	m := session.Moment{Authority: session.Instant((int64(now.mono) + v.authority) / int64(time.Millisecond))}
-	if exp := p.Expires(); exp != 0 {
+	stale := v.stale(call, now, limit)
+	// To fail open takes a state: without any there is nothing to be exposed
+	// about, only a deny list that has not been loaded.
+	exposed := stale != "" && e.opts.Mode == session.ModeBestEffort && !call.Strict && v.verified
+	if v.unusable != "" && !exposed {
+		// What a state in doubt says of a caller is in doubt, too.
+		return e.tooOld(v, now, stale)
+	}
+	m := session.Moment{Authority: v.authority(now)}
+	if exp := p.Expires(); exp != 0 && v.latest(now) >= exp.Add(p.Skew()) {
 		// By the later of the two clocks: a host whose clock was set back must
 		// not bring a token back to life.
-		later := max(session.Instant(now.wall/int64(time.Millisecond)), m.Authority)
-		if later >= exp.Add(p.Skew()) {
-			return &session.DeniedError{Err: session.ErrExpired}
-		}
+		return refuse(session.ErrExpired)
 	}
 	match, err := v.set.Decide(p, call, m)
-	if err == nil && v.overlay != nil {
-		var o filter.Match
-		o, err = v.overlay.Decide(p, call, m)
-		if o.Record != nil && (match.Record == nil || o.Record.Effect > match.Record.Effect) {
-			match = match.Stronger(o)
-			return deny(match, true)
-		}
-	}
 	if err == nil && v.inherited != nil {
 		var o filter.Match
 		o, err = v.inherited.Decide(p, call, m)
 		match = match.Stronger(o)
 	}
-	if match.Record != nil {
-		return deny(match, false)
+	provisional := false
+	if err == nil && v.overlay != nil {
+		var o filter.Match
+		o, err = v.overlay.Decide(p, call, m)
+		had := match.Record
+		match = match.Stronger(o)
+		provisional = match.Record != had
 	}
-	if err != nil {
-		var d *session.DeniedError
-		if !errors.As(err, &d) {
-			d = &session.DeniedError{Err: session.ErrNoIdentity}
-		}
-		return d
+	switch {
+	case match.Record != nil:
+		d := match.Record.Denial(match.Shape, provisional)
+		return verdict{denied: &session.DeniedError{Denial: d, Err: d.Effect.Sentinel()}}
+	case err != nil:
+		return verdict{denied: asDenied(err)}
+	case stale != "" && !exposed:
+		return e.tooOld(v, now, stale)
 	}
-	if d := e.stale(v, call, now, limit); d != nil {
-		return d
-	}
-	if match.Drill != nil {
-		e.count.drills.Add(1)
-	}
-	return nil
+	return verdict{exposed: exposed, drill: match.Drill != nil}
 }
 
-func deny(m filter.Match, provisional bool) *session.DeniedError {
-	d := m.Record.Denial(m.Shape, provisional)
-	return &session.DeniedError{Denial: d, Err: d.Effect.Sentinel()}
+func (e *Enforcer) tooOld(v *view, now reading, why string) verdict {
+	d := &session.DeniedError{Err: session.ErrStale, Detail: why}
+	if v.unusable == "" {
+		d.Age = v.age(now)
+	}
+	return verdict{denied: d}
 }
 
 func (e *Enforcer) serves(p *session.Prepared) bool {
@@ -333,35 +403,6 @@ func (e *Enforcer) serves(p *session.Prepared) bool {
 		}
 	}
 	return false
-}
-
-// stale reports why the state is too old for the call, or cannot be told to be
-// recent enough. With ModeBestEffort, calls that are not strict go on; closing
-// ends them all the same.
-func (e *Enforcer) stale(v *view, call *session.Call, now reading, limit time.Duration) *session.DeniedError {
-	if call.MaxStale > 0 {
-		limit = min(limit, call.MaxStale)
-	}
-	age := now.mono - v.origin
-	d := now.wall - int64(now.mono) - v.skew
-	jumped := d > int64(jumpLimit) || d < -int64(jumpLimit)
-	if v.unusable == "" && age <= limit && !jumped {
-		return nil
-	}
-	if e.opts.Mode == session.ModeBestEffort && !call.Strict && !e.closed.Load() {
-		e.count.exposed.Add(1)
-		return nil
-	}
-	out := &session.DeniedError{Err: session.ErrStale, Age: age}
-	switch {
-	case v.unusable != "":
-		out.Age, out.Detail = 0, v.unusable
-	case jumped:
-		out.Detail = "the clock jumped"
-	default:
-		out.Detail = "no sign of life from the authority"
-	}
-	return out
 }
 
 // Status is what an operator sees of an enforcer.
@@ -399,8 +440,7 @@ type Status struct {
 	Jumps      uint64 `json:"clock_jumps"`
 }
 
-// Status reports the state of affairs. It takes no lock that Check or the
-// follower waits for.
+// Status reports the state of affairs. It takes no lock.
 func (e *Enforcer) Status() Status {
 	if e == nil || e.ready == nil {
 		return Status{Why: "not opened"}
@@ -409,26 +449,29 @@ func (e *Enforcer) Status() Status {
 	c := &e.count
 	s := Status{
 		Enforcer: e.opts.Enrollment.Enforcer, Mode: e.opts.Mode.String(), MaxStale: e.opts.MaxStale,
-		Epoch: v.epoch, Applied: v.number, Confirmed: v.confirmed,
+		Epoch: v.epoch, Applied: v.tip.number, Confirmed: v.confirmed,
 		Entries: v.set.Len(), Inherited: v.inherited.Len(), KeySet: v.keySet, Running: e.bound.len(),
 		Denied: c.denied.Load(), WouldDeny: c.wouldDeny.Load(), Drills: c.drills.Load(), Exposed: c.exposed.Load(),
 		Cut: c.cut.Load(), Refused: c.refused.Load(), Replayed: c.replayed.Load(), Orphans: c.orphans.Load(),
 		Foreign: c.foreign.Load(), Lost: c.lost.Load(), Repairs: c.repairs.Load(), Diverged: c.diverged.Load(),
 		RolledBack: c.rolledBack.Load(), Jumps: c.jumps.Load(),
 	}
-	select {
-	case <-e.ready:
-		s.Ready = true
-		s.Age = now.mono - v.origin
-	default:
+	s.Ready = e.isReady()
+	if v.origin > never && v.verified {
+		s.Age = v.age(now)
 	}
 	digest := v.set.Digest()
-	s.Digest = fmt.Sprintf("%x", digest[:])
-	strict := session.Call{Strict: true}
-	if d := e.stale(v, &strict, now, e.opts.MaxStale); d != nil {
-		s.Why = d.Detail
-	} else {
-		s.Fresh = true
-	}
+	s.Digest = hex.EncodeToString(digest[:])
+	s.Why = v.stale(&session.Call{}, now, e.opts.MaxStale)
+	s.Fresh = s.Why == ""
 	return s
+}
+
+func (e *Enforcer) isReady() bool {
+	select {
+	case <-e.ready:
+		return true
+	default:
+		return false
+	}
 }

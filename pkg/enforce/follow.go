@@ -1,8 +1,13 @@
 package enforce
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
+	"maps"
+	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,8 +17,8 @@ import (
 )
 
 // follower keeps an enforcer's state up to date. One goroutine, run, owns it;
-// what waits for the network runs beside it, one of each kind at most, and
-// answers through events.
+// what waits for the network or the disk runs beside it, one of each kind at
+// most, and answers through events.
 type follower struct {
 	e     *Enforcer
 	trust *session.Trust
@@ -27,10 +32,14 @@ type follower struct {
 
 	anchor   *anchor
 	previous *anchor // of the writer before, whose heartbeats may still be due
+	// skew is wall minus monotonic clock when the clocks were last anchored.
+	skew int64
 	// origin is the newest local moment at which the state was surely current;
-	// fresh is the authority's time then.
+	// fresh is the authority's time then. headAt is when the newest head was
+	// confirmed: one that is proven later cannot be behind it.
 	origin time.Duration
 	fresh  session.Instant
+	headAt time.Duration
 	// beats are heartbeats whose head has not been heard of, oldest first.
 	beats []beat
 
@@ -38,16 +47,29 @@ type follower struct {
 	// the last that was read.
 	logPos    uint64
 	logNumber uint64
-	logIdle   int // repairs in a row that read nothing
+	// tipSeen is the newest tip, and stuckAt when it or a confirmation last
+	// moved: when heartbeats wait for longer than rereadWait since, the log is
+	// read from its beginning.
+	tipSeen    uint64
+	stuckAt    time.Duration
+	rereadWait time.Duration
 
 	repairing, anchoring, fetching bool
 	repairAt, anchorAt, fetchAt    time.Duration // not before
 	repairWait, anchorWait         time.Duration // back-off
+	fetched, fetchWait             time.Duration // when the last fetch began, and the least time to the next
 
-	unusable  string
-	expiredAt time.Duration // when chain.expire last ran
+	// verified is set once any state was confirmed. unusable says why nothing
+	// may be allowed now, and hint what to say of a state that is too old.
+	verified bool
+	unusable string
+	hint     string
+	alarmed  string // the last alarm
+	// When it was raised, and when chain.expire runs next.
+	alarmedAt, expireAt time.Duration
 
-	floorSaved  floor
+	floor       floor // of an earlier run
+	floorSaved  []byte
 	floorAt     time.Duration
 	floorFailed bool
 	saving      bool
@@ -69,12 +91,23 @@ const (
 	// drift that must be allowed for stays below 30 ms.
 	reanchor = time.Minute
 	jobLimit = 5 * time.Second
-	backMin  = 20 * time.Millisecond
+	// clockLimit bounds the error of an anchor, and so what it adds to the age.
+	clockLimit = time.Second
+	// logSilence is how long reading the log may make no progress.
+	logSilence = 15 * time.Second
+	backMin    = 20 * time.Millisecond
+	backMax    = time.Second
+	// An enforcer asks for key sets at most so often, whatever it hears: less and
+	// less often while that brings nothing new.
+	fetchMin, fetchMax = 200 * time.Millisecond, 2 * time.Second
+	// The log is read anew from its beginning at most so often.
+	rereadMin, rereadMax = 2 * time.Second, time.Minute
 	// readAhead bounds the messages of the log, and maxQueued the bytes heard,
 	// that wait to be taken.
 	readAhead = 64
 	maxQueued = 64 << 20
-	backMax   = time.Second
+	// never is an origin so long ago that it is not a time.
+	never = time.Duration(math.MinInt64 / 4)
 )
 
 func newFollower(e *Enforcer, f floor) (*follower, error) {
@@ -83,8 +116,8 @@ func newFollower(e *Enforcer, f floor) (*follower, error) {
 		return nil, err
 	}
 	return &follower{
-		e: e, trust: trust, chain: newChain(session.Hash{}, f), floorSaved: f,
-		events: make(chan func(), eventQueue), unusable: "no key set yet",
+		e: e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
+		events: make(chan func(), eventQueue), origin: never, fetched: never, rereadWait: rereadMin,
 		fetchAt: -1, anchorAt: -1, repairAt: -1,
 	}, nil
 }
@@ -130,6 +163,7 @@ func (s sink) Connected(up bool) {
 		s.push(func() {
 			// Whatever was sent meanwhile is missing.
 			f.repairWait, f.anchorWait = 0, 0
+			f.fetched = f.now() - fetchMax
 			f.needKeySets()
 			f.needAnchor()
 			f.needRepair()
@@ -160,7 +194,7 @@ func (f *follower) authority() session.Instant {
 }
 
 func (f *follower) run(ctx context.Context) {
-	defer f.saveLastFloor()
+	defer f.saveLastFloor() // after the jobs, one of which may be saving
 	defer f.jobs.Wait()
 	f.start(ctx)
 	tick := time.NewTicker(tickEvery)
@@ -228,23 +262,28 @@ func (f *follower) say(why string) {
 	}
 }
 
+// alarm says what an operator must know, once a minute and not with each frame
+// that shows it again.
+func (f *follower) alarm(why string, args ...any) {
+	if now := f.now(); f.alarmed != why || now-f.alarmedAt >= time.Minute {
+		f.alarmed, f.alarmedAt = why, now
+		f.e.opts.Logger.Error(why, args...)
+	}
+	if f.hint != why {
+		f.hint = why
+		f.publish()
+	}
+}
+
 func (f *follower) tick(ctx context.Context) {
 	now := f.e.opts.clock()
-	v := f.e.view.Load()
-	if v.anchored {
-		if d := now.wall - int64(now.mono) - v.skew; d > int64(jumpLimit) || d < -int64(jumpLimit) {
-			// Everything that was known of the authority's clock is in doubt.
-			f.e.count.jumps.Add(1)
-			f.e.opts.Logger.Warn("the wall clock jumped against the monotonic one: denying until the authority's clock is anchored anew",
-				"by", time.Duration(d))
-			f.anchor, f.previous, f.beats = nil, nil, nil
-			f.needAnchor()
-			f.origin = now.mono - 24*time.Hour
-			f.publish()
-		}
-	}
-	if f.e.bound.len() > 0 {
-		f.e.sweep(f.e.view.Load())
+	if f.anchor != nil && jumped(now, f.skew) {
+		// Everything that was known of the authority's clock is in doubt.
+		f.e.count.jumps.Add(1)
+		f.e.opts.Logger.Warn("the wall clock jumped against the monotonic one: denying until the authority's clock is anchored anew",
+			"by", time.Duration(now.wall-int64(now.mono)-f.skew))
+		f.anchor, f.previous, f.beats, f.origin = nil, nil, nil, never
+		f.publish()
 	}
 	if f.anchor == nil || now.mono-f.anchor.sent > reanchor {
 		f.needAnchor()
@@ -252,8 +291,8 @@ func (f *follower) tick(ctx context.Context) {
 	if f.trust.KeySet() == nil {
 		f.needKeySets()
 	}
-	if f.anchor != nil && f.chain.live && now.mono-f.origin <= f.e.opts.MaxStale && now.mono-f.expiredAt >= time.Second {
-		f.expiredAt = now.mono
+	if f.anchor != nil && now.mono >= f.expireAt {
+		f.expireAt = now.mono + time.Second
 		if f.chain.expire(f.fresh, f.authority()) {
 			f.e.count.orphans.Add(1)
 			f.publish()
@@ -266,23 +305,26 @@ func (f *follower) tick(ctx context.Context) {
 func (f *follower) tend(ctx context.Context) {
 	now := f.now()
 	if f.fetchAt >= 0 && !f.fetching && now >= f.fetchAt {
-		f.fetching, f.fetchAt = true, -1
+		f.fetching, f.fetchAt, f.fetched = true, -1, now
+		f.fetchWait = min(max(2*f.fetchWait, fetchMin), fetchMax)
 		f.job(ctx, jobLimit, func(ctx context.Context) func() {
 			sets, err := f.e.feed.KeySets(ctx)
 			return func() {
 				f.fetching = false
-				for _, s := range sets {
+				// The newest first: it makes the others superfluous.
+				for _, s := range slices.Backward(sets) {
 					f.keySet(s)
 				}
-				if err != nil || f.trust.KeySet() == nil {
-					f.fetchAt = f.now() + 10*backMin
+				if err != nil {
+					f.say("the key sets cannot be read: " + err.Error())
+					f.needKeySets()
 				}
 			}
 		})
 	}
 	if f.anchorAt >= 0 && !f.anchoring && now >= f.anchorAt && f.trust.KeySet() != nil {
 		f.anchoring, f.anchorAt = true, -1
-		f.job(ctx, jobLimit, f.askClock)
+		f.job(ctx, clockLimit, f.askClock)
 	}
 	if f.repairAt >= 0 && !f.repairing && now >= f.repairAt && f.trust.KeySet() != nil {
 		f.repairing, f.repairAt = true, -1
@@ -292,7 +334,7 @@ func (f *follower) tend(ctx context.Context) {
 
 func (f *follower) needKeySets() {
 	if f.fetchAt < 0 {
-		f.fetchAt = f.now()
+		f.fetchAt = max(f.now(), f.fetched+f.fetchWait)
 	}
 }
 
@@ -323,18 +365,24 @@ func (f *follower) keySet(frame []byte) {
 		return
 	}
 	ks := f.trust.KeySet()
-	if ks.Version < f.chain.floor.KeySet {
+	if ks.Version < f.floor.KeySet {
 		// An earlier run knew a newer one: what this one trusts may have been
 		// withdrawn since.
-		f.e.count.rolledBack.Add(1)
-		f.e.opts.Logger.Error("the bus offers an older key set than an earlier run of this enforcer knew", "have", f.chain.floor.KeySet, "offered", ks.Version)
 		f.trust, _ = session.NewTrust(f.e.opts.Enrollment.Root)
-		f.say("the bus offers an older key set than was known before")
+		f.rolledBack("the bus offers an older key set than an earlier run of this enforcer knew", "have", f.floor.KeySet, "offered", ks.Version)
 		return
 	}
+	f.fetchWait = 0
 	f.e.opts.Logger.Info("key set in force", "version", ks.Version, "epoch", ks.Epoch)
-	if before == nil || ks.Epoch > before.Epoch {
-		f.openEpoch(before == nil)
+	switch {
+	case before == nil || ks.Epoch > before.Epoch:
+		f.openEpoch(ks)
+	case anyRevoked(ks, f.chain.confirmed.signers):
+		f.e.opts.Logger.Warn("a key was withdrawn that had signed what is in force: denying and rebuilding", "version", ks.Version)
+		f.rebuild("a withdrawn key had signed what is in force", head{})
+	case f.chain.retrust(ks):
+		f.logPos, f.logNumber = 0, 0
+		f.needRepair()
 	}
 	f.needAnchor()
 	f.say("no heartbeat from the authority yet")
@@ -342,33 +390,33 @@ func (f *follower) keySet(frame []byte) {
 }
 
 // openEpoch begins a new chain. What was in force stays so until lifted by name.
-func (f *follower) openEpoch(first bool) {
-	if !first {
-		f.inherited = inherit(inherit(f.inherited, f.chain.confirmed.set), f.chain.overlay)
-		f.e.opts.Logger.Warn("new epoch: entries of the one before stay in force until lifted", "epoch", f.trust.KeySet().Epoch, "entries", f.inherited.Len())
+func (f *follower) openEpoch(ks *session.KeySet) {
+	var bottom head
+	if f.verified {
+		v := f.e.view.Load()
+		f.inherited = filter.Merge(v.inherited, v.set, v.overlay)
+		f.e.opts.Logger.Warn("new epoch: entries of the one before stay in force until lifted", "epoch", ks.Epoch, "entries", f.inherited.Len())
+	} else if f.floor.Epoch == ks.Epoch && !anyRevoked(ks, f.floor.Signers) {
+		bottom = head{f.floor.Number, f.floor.Hash}
 	}
-	f.chain = newChain(f.trust.Origin(), f.chain.floor)
-	f.chain.live, f.chain.collect = !first, f.inherited != nil
-	f.beats, f.logPos, f.logNumber, f.repairWait = nil, 0, 0, 0
+	f.begin(bottom)
+	f.chain.live = f.verified
+}
+
+// begin starts on the chain of the current epoch, from its origin.
+func (f *follower) begin(floor head) {
+	f.chain = newChain(f.trust.Origin(), floor)
+	f.chain.collect = f.inherited.Len() > 0
+	f.beats, f.logPos, f.logNumber, f.tipSeen, f.headAt = nil, 0, 0, 0, 0
+	f.repairWait = 0
 	f.needRepair()
 }
 
-// inherit puts every record of from into to, which may be nil.
-func inherit(to, from *filter.Set) *filter.Set {
-	from.Range(func(k session.Key, r *session.Record) bool {
-		if r.Drill {
-			return true
-		}
-		to = to.Apply(&session.Batch{
-			Number: r.Seq, Time: r.Since,
-			Entries: []session.Entry{{
-				Op: session.OpSet, Effect: r.Effect, Reason: r.Reason, Key: k, IssuedBefore: r.IssuedBefore,
-				Expires: r.Expires, Incident: r.Incident, ACR: r.ACR, Except: r.Except,
-			}},
-		}, nil)
-		return true
-	})
-	return to
+// rebuild denies everything and reads the log anew.
+func (f *follower) rebuild(why string, floor head) {
+	f.unusable = why
+	f.begin(floor)
+	f.publish()
 }
 
 // heard takes a batch from the bus or the log. It returns the batch's number if
@@ -376,7 +424,7 @@ func inherit(to, from *filter.Set) *filter.Set {
 func (f *follower) heard(b []byte, stored bool) uint64 {
 	frame, err := session.ParseFrame(b)
 	if err != nil || frame.Type != session.TypeBatch {
-		f.e.count.refused.Add(1)
+		f.refuse(err)
 		return 0
 	}
 	ks := f.trust.KeySet()
@@ -387,7 +435,7 @@ func (f *follower) heard(b []byte, stored bool) uint64 {
 	epoch, number, err := session.PeekBatch(frame.Body)
 	switch {
 	case err != nil:
-		f.e.count.refused.Add(1)
+		f.refuse(err)
 		return 0
 	case epoch != ks.Epoch:
 		if epoch > ks.Epoch {
@@ -397,51 +445,81 @@ func (f *follower) heard(b []byte, stored bool) uint64 {
 		}
 		return 0
 	case f.chain.seen(hash, number, stored):
+		f.progress()
 		return number
 	}
 	key, err := f.trust.Writer(&frame, number, false, f.wall())
 	if err != nil {
-		f.e.count.refused.Add(1)
+		f.refuse(err)
 		return 0
 	}
 	batch, err := session.UnmarshalBatch(frame.Body)
 	if err != nil {
-		// It is authentic but not of a version that can be enforced here: to go
-		// on without it would be to skip a decision. The state goes stale.
+		// It is authentic but not of a form that can be enforced here: to go on
+		// without it would be to skip a decision. The state goes stale.
 		f.e.count.refused.Add(1)
-		f.e.opts.Logger.Error("a signed batch cannot be understood: upgrade this enforcer; it denies once its state is stale", "number", number, "error", err)
+		f.alarm("a signed batch cannot be understood: upgrade this enforcer", "number", number, "error", err)
 		return 0
 	}
-	if !stored && batch.Number <= f.chain.confirmed.number {
-		// Either it lost its place to another batch, and its decisions are about
-		// to be taken again, or somebody plays an old one.
-		if now := f.authority(); now == 0 || now >= batch.Deadline {
-			f.e.count.replayed.Add(1)
-			return 0
-		}
+	if !stored && f.late(batch) {
+		f.e.count.replayed.Add(1)
+		return 0
 	}
+	foreign := 0
 	for i := range batch.Entries {
 		if !key.May(batch.Entries[i].Key) {
-			f.e.count.foreign.Add(1)
+			foreign++
 		}
 	}
-	at := f.now()
-	switch f.chain.add(&link{batch: batch, hash: hash, key: key, size: len(b), stored: stored}) {
-	case rolledBack:
-		f.rolledBack("the log has another batch where an earlier run of this enforcer confirmed one")
-		return 0
-	case overflowed:
+	l := &link{batch: batch, hash: hash, key: key, signer: frame.Key, size: len(b), stored: stored, at: f.now()}
+	if !f.chain.add(l) {
+		// It is read from the log later.
 		f.e.count.lost.Add(1)
-		f.logPos, f.logNumber = 0, 0 // it must be read again
 		f.needRepair()
 		return 0
 	}
-	f.retry()
-	if f.chain.live {
-		v := f.publish()
-		f.receipts.applied(batch.Number, at, f.cutBy(v, batch))
+	if foreign > 0 {
+		f.e.count.foreign.Add(uint64(foreign))
+		f.e.opts.Logger.Warn("a batch decides for tenants that its signer has no right to: those entries are ignored", "number", number, "entries", foreign)
 	}
+	if f.chain.live {
+		l.cut = f.cutBy(f.publish(), batch)
+	}
+	f.retry()
+	f.progress()
 	return number
+}
+
+// refuse counts a frame that is not believed. One of another version may be the
+// authority's: nobody can tell, but it is worth a word.
+func (f *follower) refuse(err error) {
+	f.e.count.refused.Add(1)
+	if errors.Is(err, session.ErrVersion) {
+		f.alarm("there are frames on the bus of a version that is not known here: this enforcer may be too old", "error", err)
+	}
+}
+
+// late reports whether a batch that was heard comes too late to count: either it
+// lost its place, and its decisions have been taken again, or somebody plays an
+// old one.
+func (f *follower) late(b *session.Batch) bool {
+	now := f.authority()
+	if b.Number <= f.chain.confirmed.number {
+		return f.chain.crowded || now == 0 || now >= b.Deadline
+	}
+	return b.Deadline < min(f.fresh, now)
+}
+
+// progress notes what has come onto the chain.
+func (f *follower) progress() {
+	for _, l := range f.chain.takeLinked() {
+		if f.chain.live {
+			f.receipts.applied(stamp{l.batch.Number, l.at, l.cut})
+		}
+	}
+	if n := f.chain.tip().number; n > f.tipSeen {
+		f.tipSeen, f.stuckAt = n, f.now()
+	}
 }
 
 // cutBy ends the running work that a batch's entries match.
@@ -452,12 +530,14 @@ func (f *follower) cutBy(v *view, b *session.Batch) int {
 			f.e.bound.touched(b.Entries[i].Key, works)
 		}
 	}
-	return f.e.cut(v, works)
+	return f.e.cut(v, maps.Keys(works))
 }
 
-func (f *follower) rolledBack(why string) {
+// rolledBack reports that the bus or the authority has gone back behind what was
+// in force. There is no way on in this epoch: the state goes stale.
+func (f *follower) rolledBack(why string, args ...any) {
 	f.e.count.rolledBack.Add(1)
-	f.e.opts.Logger.Error(why)
+	f.alarm(why, args...)
 	f.say(why)
 }
 
@@ -465,37 +545,34 @@ func (f *follower) rolledBack(why string) {
 func (f *follower) beat(b []byte) {
 	frame, err := session.ParseFrame(b)
 	if err != nil {
-		f.e.count.refused.Add(1)
+		f.refuse(err)
 		return
 	}
-	ks := f.trust.KeySet()
-	if ks == nil {
+	if f.trust.KeySet() == nil {
 		return
 	}
 	switch frame.Type {
 	case session.TypeHeartbeat:
 		h, err := session.UnmarshalHeartbeat(frame.Body)
-		if err != nil {
-			f.e.count.refused.Add(1)
-			return
+		if err == nil {
+			_, err = f.trust.Writer(&frame, h.Number, true, f.wall())
 		}
-		if _, err := f.trust.Writer(&frame, h.Number, true, f.wall()); err != nil {
-			f.e.count.refused.Add(1)
+		if err != nil {
+			f.refuse(err)
 			f.needKeySets()
 			return
 		}
 		f.heartbeat(h)
 	case session.TypeRejection:
 		x, err := session.UnmarshalRejection(frame.Body)
-		if err != nil || x.Epoch != ks.Epoch {
-			f.e.count.refused.Add(1)
+		if err == nil {
+			_, err = f.trust.Writer(&frame, x.Number, true, f.wall())
+		}
+		if err != nil {
+			f.refuse(err)
 			return
 		}
-		if _, err := f.trust.Writer(&frame, x.Number, true, f.wall()); err != nil {
-			f.e.count.refused.Add(1)
-			return
-		}
-		if f.chain.reject(x.Batch, x.Number, f.authority().Add(session.BatchTTL)) {
+		if x.Epoch == f.trust.KeySet().Epoch && f.chain.reject(head{x.Number, x.Batch}, f.authority().Add(session.BatchTTL)) {
 			f.e.count.orphans.Add(1)
 			f.publish()
 		}
@@ -505,19 +582,19 @@ func (f *follower) beat(b []byte) {
 }
 
 func (f *follower) heartbeat(h session.Heartbeat) {
-	f.e.count.beats.Add(1)
 	ks := f.trust.KeySet()
 	if h.KeySet > ks.Version || h.Epoch > ks.Epoch {
+		// There is a key set that is not known here: it may withdraw what is
+		// trusted, so nothing is fresh without it.
 		f.needKeySets()
+		return
 	}
 	if h.Epoch != ks.Epoch {
 		return
 	}
 	a := f.anchor
 	if a == nil || a.writer != h.Writer {
-		if f.previous != nil && f.previous.writer == h.Writer {
-			a = f.previous
-		} else {
+		if a = f.previous; a == nil || a.writer != h.Writer {
 			// A writer whose clock is not known: until it is, nothing that it
 			// says can be told from a recording.
 			f.needAnchor()
@@ -528,30 +605,38 @@ func (f *follower) heartbeat(h session.Heartbeat) {
 		f.e.count.replayed.Add(1)
 		return
 	}
-	now := f.now()
-	if a.earliest(h.Mono) > now {
+	if a.earliest(h.Mono) > f.now() {
 		// From the future: one of the two clocks is not what it was.
 		f.e.count.refused.Add(1)
 		f.anchor = nil
 		f.needAnchor()
+		f.publish()
 		return
 	}
 	a.beaten, a.beat = true, h.Mono
 	b := beat{Heartbeat: h, origin: a.earliest(h.Mono) - h.Proven}
-	if !f.confirm(b) {
-		if len(f.beats) >= maxBeats {
-			f.beats = f.beats[1:]
-		}
-		f.beats = append(f.beats, b)
-		f.needRepair()
+	if f.confirm(b) {
+		f.progress()
+		return
 	}
+	if len(f.beats) == 0 {
+		f.stuckAt = f.now()
+	}
+	if len(f.beats) >= maxBeats {
+		f.beats = f.beats[1:]
+	}
+	f.beats = append(f.beats, b)
+	f.needRepair()
 }
 
-// retry tries the heartbeats that wait for batches, newest first.
+// retry tries the heartbeats that wait for batches, newest first. What is older
+// than one that is done with is of no more use.
 func (f *follower) retry() {
-	for i := len(f.beats) - 1; i >= 0; i-- {
-		if f.confirm(f.beats[i]) {
-			f.beats = append([]beat(nil), f.beats[i+1:]...)
+	for i, b := range slices.Backward(f.beats) {
+		if f.confirm(b) {
+			if i < len(f.beats) { // else a rebuild has begun, without any
+				f.beats = slices.Clone(f.beats[i+1:])
+			}
 			f.repairWait = 0
 			return
 		}
@@ -561,46 +646,45 @@ func (f *follower) retry() {
 // confirm lets a heartbeat vouch for the chain and renew the lease. It reports
 // whether there is nothing more to be had from it.
 func (f *follower) confirm(b beat) bool {
-	switch f.chain.confirm(b.Epoch, b.Number, b.Head) {
+	wasLive := f.chain.live
+	switch f.chain.confirm(head{b.Number, b.Head}) {
 	case unknownHead:
 		return false
-	case olderHead:
-		f.e.count.replayed.Add(1)
-		return true
-	case belowFloor:
-		f.rolledBack("the authority's log ends before what an earlier run of this enforcer had in force: a new epoch is needed")
-		return true
-	case conflicting:
-		f.diverge("the authority's chain has another batch at a number that is in force here", b)
+	case olderHead, otherHead:
+		if b.origin < f.headAt {
+			f.e.count.replayed.Add(1)
+		} else {
+			f.rolledBack("the authority's log is not the one that was in force here: it was rolled back, and a new epoch is needed", "epoch", b.Epoch, "number", b.Number)
+		}
 		return true
 	case newHead:
+		f.headAt = f.now()
 		f.liftInherited()
 	}
 	if f.chain.confirmed.set.Digest() != b.State {
-		f.diverge("the state differs from the authority's at the same batch", b)
+		f.e.count.diverged.Add(1)
+		f.e.opts.Logger.Error("the state differs from the authority's at the same batch: denying and rebuilding", "number", b.Number, "epoch", b.Epoch)
+		f.rebuild("the state differs from the authority's", f.chain.floor)
+		// A fault that lasts must not have every enforcer read the log for ever.
+		f.repairAt = f.now() + f.rereadWait - rereadMin
+		f.rereadWait = min(2*f.rereadWait, rereadMax)
 		return true
 	}
-	first := !f.e.isReady()
-	f.unusable = ""
-	f.origin, f.fresh = max(f.origin, b.origin), max(f.fresh, b.Time)
-	if first {
-		f.origin, f.fresh = b.origin, b.Time
+	if b.origin > f.origin {
+		f.origin, f.fresh = b.origin, b.Time.Add(-b.Proven)
 	}
-	f.publish()
-	if first {
+	f.unusable, f.hint, f.verified = "", "", true
+	f.rereadWait, f.stuckAt = rereadMin, f.now()
+	v := f.publish()
+	if !wasLive {
+		// What came into force during a rebuild has cut nothing yet.
+		f.e.cut(v, slices.Values(f.e.bound.snapshot()))
+	}
+	if !f.e.isReady() && f.now()-f.origin <= f.e.opts.MaxStale {
 		close(f.e.ready)
 	}
 	f.receipts.confirmed()
 	return true
-}
-
-func (e *Enforcer) isReady() bool {
-	select {
-	case <-e.ready:
-		return true
-	default:
-		return false
-	}
 }
 
 // liftInherited applies the new epoch's lifts to what earlier ones left.
@@ -615,18 +699,6 @@ func (f *follower) liftInherited() {
 	}
 }
 
-// diverge denies everything and reads the log anew.
-func (f *follower) diverge(why string, b beat) {
-	f.e.count.diverged.Add(1)
-	f.e.opts.Logger.Error(why+": denying and rebuilding", "number", b.Number, "epoch", b.Epoch)
-	f.unusable = why
-	f.publish()
-	f.chain = newChain(f.trust.Origin(), f.chain.floor)
-	f.beats, f.logPos, f.logNumber = nil, 0, 0
-	f.repairWait = backMax
-	f.needRepair()
-}
-
 // repair reads the log from where it is known up to.
 func (f *follower) repair(ctx context.Context) {
 	f.e.count.repairs.Add(1)
@@ -637,16 +709,19 @@ func (f *follower) repair(ctx context.Context) {
 		from += n - f.logNumber
 	}
 	f.jobs.Go(func() {
+		rctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		silence := time.AfterFunc(logSilence, cancel)
+		defer silence.Stop()
 		// What is read waits here, not in memory, until run has taken it.
 		room := make(chan struct{}, readAhead)
-		read := 0
-		next, err := f.e.feed.Log(ctx, from, func(_ uint64, frame []byte) error {
-			read++
+		next, err := f.e.feed.Log(rctx, from, func(_ uint64, frame []byte) error {
 			select {
 			case room <- struct{}{}:
 			case <-ctx.Done():
 				return ctx.Err()
 			}
+			silence.Reset(logSilence)
 			if !f.post(ctx, func() {
 				<-room
 				if ks := f.trust.KeySet(); ks != nil && ks.Epoch == epoch {
@@ -657,13 +732,13 @@ func (f *follower) repair(ctx context.Context) {
 			}
 			return nil
 		})
-		f.post(ctx, func() { f.repaired(epoch, next, last, read, err) })
+		f.post(ctx, func() { f.repaired(epoch, from, next, last, err) })
 	})
 }
 
-// repaired takes the outcome of a repair: last is the number of the newest batch
-// that the log held before position next.
-func (f *follower) repaired(epoch, next, last uint64, read int, err error) {
+// repaired takes the outcome of a repair that began at from: last is the number
+// of the newest batch that the log held before position next.
+func (f *follower) repaired(epoch, from, next, last uint64, err error) {
 	f.repairing = false
 	if ks := f.trust.KeySet(); ks == nil || ks.Epoch != epoch {
 		f.needRepair()
@@ -671,22 +746,24 @@ func (f *follower) repaired(epoch, next, last uint64, read int, err error) {
 	}
 	waiting := len(f.beats)
 	f.retry()
-	switch {
-	case err != nil:
+	f.progress()
+	now := f.now()
+	if err != nil {
 		f.say("the log cannot be read: " + err.Error())
-	case read > 0:
-		f.logPos, f.logNumber, f.logIdle = next, last, 0
-	case len(f.beats) > 0:
-		// Nothing where there must be something: a replica that lags, or another
-		// stream than before.
-		if f.logIdle++; f.logIdle >= 5 {
-			f.logPos, f.logNumber, f.logIdle = 0, 0, 0
-		}
+	} else if next > from {
+		f.logPos, f.logNumber = next, last
 	}
 	if err == nil && len(f.beats) < waiting {
 		f.repairWait = 0
 	} else {
 		f.repairWait = min(max(2*f.repairWait, backMin), backMax)
+	}
+	if err == nil && len(f.beats) > 0 && now-f.stuckAt >= f.rereadWait {
+		// Nothing where there must be something: a replica that lags, another
+		// stream than before, or a branch that leads nowhere.
+		f.chain.restart()
+		f.logPos, f.logNumber, f.tipSeen, f.stuckAt = 0, 0, 0, now
+		f.rereadWait = min(2*f.rereadWait, rereadMax)
 	}
 	if len(f.beats) > 0 || err != nil {
 		f.needRepair()
@@ -695,8 +772,6 @@ func (f *follower) repaired(epoch, next, last uint64, read int, err error) {
 
 // askClock anchors the writer's clocks by a nonce.
 func (f *follower) askClock(ctx context.Context) func() {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
 	var nonce [32]byte
 	_, _ = rand.Read(nonce[:]) // never fails (crypto/rand)
 	sent := f.e.opts.clock()
@@ -738,7 +813,8 @@ func (f *follower) anchored(nonce [32]byte, sent, received reading, answer []byt
 	if _, err := f.trust.Writer(&frame, 0, true, f.wall()); err != nil {
 		return err
 	}
-	if d := (received.wall - int64(received.mono)) - (sent.wall - int64(sent.mono)); d > int64(jumpLimit) || d < -int64(jumpLimit) {
+	skew := received.wall - int64(received.mono)
+	if jumped(sent, skew) {
 		return session.ErrStale
 	}
 	next := &anchor{
@@ -750,38 +826,27 @@ func (f *follower) anchored(nonce [32]byte, sent, received reading, answer []byt
 	} else if a != nil {
 		f.previous = a
 	}
-	f.anchor = next
-	f.publishSkew(received.wall - int64(received.mono))
+	f.anchor, f.skew = next, skew
+	f.publish()
 	return nil
 }
 
 // publish makes what the follower knows what Check reads.
 func (f *follower) publish() *view {
-	return f.publishSkew(f.e.view.Load().skew)
-}
-
-func (f *follower) publishSkew(skew int64) *view {
 	c := f.chain
-	number, head := c.tip()
 	v := &view{
 		set: c.confirmed.set, overlay: c.overlay, inherited: f.inherited,
-		origin: f.origin, skew: skew, unusable: f.unusable,
-		number: number, confirmed: c.confirmed.number, head: head, anchored: f.anchor != nil,
+		verified: f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, hint: f.hint,
+		tip: c.tip(), confirmed: c.confirmed.number,
 	}
 	if v.unusable == "" && f.anchor == nil {
 		v.unusable = "the authority's clock is not anchored"
 	}
-	if f.unusable != "" && !c.live {
+	if f.verified && !c.live {
 		// A rebuild is under way: keep denying what was denied, in the modes
 		// that do not deny everything meanwhile.
 		old := f.e.view.Load()
-		if old.set != nil {
-			v.set, v.overlay, v.inherited = old.set, old.overlay, old.inherited
-		}
-	}
-	if a := f.anchor; a != nil {
-		now := f.now()
-		v.authority = a.lower(now) - int64(now)
+		v.set, v.overlay, v.inherited = old.set, old.overlay, old.inherited
 	}
 	if ks := f.trust.KeySet(); ks != nil {
 		v.epoch, v.keySet = ks.Epoch, ks.Version
@@ -790,15 +855,24 @@ func (f *follower) publishSkew(skew int64) *view {
 	return v
 }
 
-// floorNow is the head that a later run must not go behind, if there is a new
-// one.
-func (f *follower) floorNow() (floor, bool) {
+// floorNow is the head that a later run must not go behind, marshalled, or nil
+// if there is none or it is saved.
+func (f *follower) floorNow() []byte {
 	ks := f.trust.KeySet()
-	if f.e.opts.StateDir == "" || ks == nil || !f.e.isReady() || f.unusable != "" {
-		return floor{}, false
+	if f.e.opts.StateDir == "" || ks == nil || !f.verified || f.unusable != "" {
+		return nil
 	}
-	want := floor{Epoch: ks.Epoch, Number: f.chain.confirmed.number, Hash: f.chain.confirmed.hash, KeySet: ks.Version}
-	return want, want != f.floorSaved
+	c := &f.chain.confirmed
+	if c.number == 0 && ks.Epoch == f.floor.Epoch {
+		return nil
+	}
+	b := floor{
+		Root: f.trust.Root(), Epoch: ks.Epoch, Number: c.number, Hash: c.hash, Signers: c.signers, KeySet: ks.Version,
+	}.marshal()
+	if bytes.Equal(b, f.floorSaved) {
+		return nil
+	}
+	return b
 }
 
 // saveFloor persists it, at most once a second, beside run: a slow disk must not
@@ -808,26 +882,26 @@ func (f *follower) saveFloor(ctx context.Context) {
 	if f.saving || now-f.floorAt < time.Second {
 		return
 	}
-	want, ok := f.floorNow()
-	if !ok {
+	b := f.floorNow()
+	if b == nil {
 		return
 	}
 	f.floorAt, f.saving = now, true
 	f.job(ctx, jobLimit, func(context.Context) func() {
-		err := want.save(f.e.opts.StateDir)
-		return func() { f.saving = false; f.savedFloor(want, err) }
+		err := writeFloor(f.e.opts, b)
+		return func() { f.saving = false; f.savedFloor(b, err) }
 	})
 }
 
 func (f *follower) saveLastFloor() {
-	if want, ok := f.floorNow(); ok {
-		f.savedFloor(want, want.save(f.e.opts.StateDir))
+	if b := f.floorNow(); b != nil {
+		f.savedFloor(b, writeFloor(f.e.opts, b))
 	}
 }
 
-func (f *follower) savedFloor(saved floor, err error) {
+func (f *follower) savedFloor(b []byte, err error) {
 	if err == nil {
-		f.floorFailed, f.floorSaved = false, saved
+		f.floorFailed, f.floorSaved = false, b
 		return
 	}
 	if !f.floorFailed {

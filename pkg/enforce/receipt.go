@@ -10,10 +10,13 @@ import (
 // receipts collects what the next receipt says.
 type receipts struct {
 	batches []stamp
-	dirty   bool
-	sentAny bool
-	sentAt  time.Duration
+	dirty   bool // there is news
+	begun   bool // the first state has been confirmed
+	sending bool
 	count   uint64
+	// When the last receipt with news was sent, and the last two of any kind.
+	news time.Duration
+	sent [2]time.Duration
 }
 
 // stamp is when a batch was put in force, by the local monotonic clock.
@@ -24,65 +27,94 @@ type stamp struct {
 }
 
 const (
-	// receiptEvery bounds receipts to two a second.
+	// receiptEvery spaces receipts with news. Together with the signs of life
+	// there are at most two a second.
 	receiptEvery = 500 * time.Millisecond
 	// receiptIdle is how often an enforcer with nothing new shows that it is
 	// there.
 	receiptIdle = 2 * time.Second
 )
 
-func (r *receipts) applied(number uint64, at time.Duration, cut int) {
-	if len(r.batches) >= session.MaxApplied {
-		r.batches = r.batches[1:]
-	}
-	r.batches = append(r.batches, stamp{number, at, cut})
+func (r *receipts) applied(s stamp) {
+	r.batches = append(r.batches, s)
+	r.clip()
 	r.dirty = true
 }
 
-func (r *receipts) confirmed() {
-	if !r.sentAny {
-		r.dirty = true
+// clip leaves out the oldest of more than a receipt holds.
+func (r *receipts) clip() {
+	if n := len(r.batches) - session.MaxApplied; n > 0 {
+		r.batches = r.batches[n:]
 	}
 }
 
-// sendReceipt sends a receipt when one is due: the first news at once, later
-// ones at most two a second, and a sign of life when there is none.
+// confirmed makes the first state news in itself.
+func (r *receipts) confirmed() {
+	r.dirty = r.dirty || !r.begun
+	r.begun = true
+}
+
+func (r *receipts) due(now time.Duration) bool {
+	switch {
+	case !r.begun || r.sending:
+		return false
+	case r.count == 0:
+		return true
+	case !r.dirty:
+		return now-r.sent[1] >= receiptIdle
+	}
+	return now-r.news >= receiptEvery && (r.count == 1 || now-r.sent[0] >= time.Second)
+}
+
+// sendReceipt sends a receipt when one is due: news at once, or as soon as the
+// rate permits, and a sign of life when there is none. Like all that touches the
+// network it runs beside run, so that a bus that hangs holds up no decision.
 func (f *follower) sendReceipt(ctx context.Context) {
 	r := &f.receipts
 	now := f.now()
-	since := now - r.sentAt
-	if f.anchor == nil || r.sentAny && (r.dirty && since < receiptEvery || !r.dirty && since < receiptIdle) || !r.sentAny && !r.dirty {
+	if f.anchor == nil || !r.due(now) {
 		return
 	}
 	frame, err := f.receipt(now)
-	if err == nil {
-		rctx, cancel := context.WithTimeout(ctx, time.Second)
-		err = f.e.feed.Receipt(rctx, frame)
-		cancel()
+	if r.dirty {
+		r.news = now
 	}
-	r.sentAt, r.sentAny = now, true
-	if err != nil {
-		return // what it said stays for the next one
-	}
+	said := r.batches
+	r.sent = [2]time.Duration{r.sent[1], now}
 	r.batches, r.dirty = nil, false
+	if err != nil {
+		f.e.opts.Logger.Error("cannot make a receipt", "error", err)
+		return
+	}
+	r.sending = true
+	f.job(ctx, time.Second, func(ctx context.Context) func() {
+		err := f.e.feed.Receipt(ctx, frame)
+		return func() {
+			r.sending = false
+			if err != nil { // the next one says it
+				r.batches, r.dirty = append(said, r.batches...), true
+				r.clip()
+			}
+		}
+	})
 }
 
 func (f *follower) receipt(now time.Duration) ([]byte, error) {
 	v, a, c := f.e.view.Load(), f.anchor, &f.e.count
 	f.receipts.count++
-	middle := func(at time.Duration) int64 { return (a.lower(at) + a.upper(at)) / 2 }
 	strict := session.Call{Strict: true}
 	out := session.Receipt{
 		Enforcer: f.e.opts.Enrollment.Enforcer, Boot: f.e.boot, Count: f.receipts.count,
-		Epoch: v.epoch, Number: v.number, Head: v.head, Confirmed: v.confirmed,
-		At: middle(now), Error: a.bound(now) + time.Millisecond,
+		Epoch: v.epoch, Number: v.tip.number, Head: v.tip.hash, Confirmed: v.confirmed,
+		At: a.middle(now), Error: a.bound(now),
 		Mode: f.e.opts.Mode, MaxStale: f.e.opts.MaxStale, Age: max(0, now-v.origin),
-		Denying: f.e.stale(v, &strict, f.e.opts.clock(), f.e.opts.MaxStale) != nil,
+		Denying: v.stale(&strict, f.e.opts.clock(), f.e.opts.MaxStale) != "",
 		Cut:     c.cut.Load(), Running: uint64(f.e.bound.len()), Denied: c.denied.Load(),
 		Refused: c.refused.Load(), Foreign: c.foreign.Load(), Repairs: c.repairs.Load(), Diverged: c.diverged.Load(),
 	}
 	for _, s := range f.receipts.batches {
-		out.Batches = append(out.Batches, session.Applied{Number: s.number, At: middle(s.at), Cut: uint32(s.cut)})
+		out.Batches = append(out.Batches, session.Applied{Number: s.number, At: a.middle(s.at), Cut: uint32(s.cut)})
+		out.Error = max(out.Error, a.bound(s.at))
 	}
 	body, err := out.MarshalBody()
 	if err != nil {

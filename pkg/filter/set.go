@@ -31,6 +31,8 @@ type Set struct {
 	perTen  map[session.TenantID]int
 	digest  session.StateDigest
 	horizon session.Instant
+	// soonest is not after the first end of a record; zero when none ends.
+	soonest session.Instant
 }
 
 // Len returns the number of records in force.
@@ -72,7 +74,7 @@ func (s *Set) TenantLen(id session.TenantID) int {
 
 // Lookup returns the records under a key. The slice must not be changed.
 func (s *Set) Lookup(k session.Key) []session.Record {
-	if s == nil || !s.shapes.Has(k.Shape) {
+	if s == nil {
 		return nil
 	}
 	switch session.Kind(k.Shape) {
@@ -159,7 +161,9 @@ func (s *Set) Decide(p *session.Prepared, call *session.Call, now session.Moment
 	}
 	if s.shapes&p.Shapes() != 0 {
 		for _, k := range p.Keys() {
-			m.consider(s.Lookup(k), k.Shape, p, call, now)
+			if s.shapes.Has(k.Shape) {
+				m.consider(s.Lookup(k), k.Shape, p, call, now)
+			}
 		}
 	}
 	if s.shapes&session.PerCallShapes != 0 {
@@ -214,6 +218,32 @@ func (s *Set) Apply(b *session.Batch, take func(*session.Entry) bool) *Set {
 	return w
 }
 
+// Merge returns a state that matches whatever any of the given ones matches,
+// drills left out; nil when that is nobody. Where two have the same effect on the
+// same key, the earlier set's decision is the one that a caller is told of if it
+// reaches further. The result has no horizon yet.
+func Merge(sets ...*Set) *Set {
+	w := (*Set)(nil).edit()
+	for _, s := range sets {
+		s.Range(func(k session.Key, r *session.Record) bool {
+			if !r.Drill {
+				w.put(k, func(have *session.Record) (session.Record, bool) {
+					if have == nil {
+						return *r, true
+					}
+					return stricter(have, *r), true
+				}, r.Effect, false)
+			}
+			return true
+		})
+	}
+	w.settle()
+	if w.shapes == 0 {
+		return nil
+	}
+	return w
+}
+
 // mergeAt is how large a delta grows before it is merged into a new base.
 // Copying the delta with each batch and the base with each merge costs the
 // least, per batch, when the delta is about the square root of the base; a
@@ -260,19 +290,6 @@ func (s *Set) settle() {
 	}
 }
 
-func (s *Set) records(k session.Key) []session.Record {
-	switch session.Kind(k.Shape) {
-	case session.KindGlobal:
-		return s.global
-	case session.KindTenant:
-		return s.tenants[k.Tenant]
-	}
-	if r, ok := s.delta[k]; ok {
-		return r
-	}
-	return s.base[k]
-}
-
 func (s *Set) store(k session.Key, records []session.Record) {
 	switch session.Kind(k.Shape) {
 	case session.KindGlobal:
@@ -304,13 +321,18 @@ func (s *Set) account(k session.Key, r *session.Record, n int) {
 }
 
 func (s *Set) apply(e *session.Entry, b *session.Batch) {
-	old := s.records(e.Key)
-	i := slices.IndexFunc(old, func(r session.Record) bool { return r.Effect == e.Effect && r.Drill == e.Drill })
+	s.put(e.Key, func(have *session.Record) (session.Record, bool) { return Step(have, e, b) }, e.Effect, e.Drill)
+}
+
+// put replaces the record of an effect under a key by what step makes of it.
+func (s *Set) put(k session.Key, step func(*session.Record) (session.Record, bool), effect session.Effect, drill bool) {
+	old := s.Lookup(k)
+	i := slices.IndexFunc(old, func(r session.Record) bool { return r.Effect == effect && r.Drill == drill })
 	var have *session.Record
 	if i >= 0 {
 		have = &old[i]
 	}
-	next, keep := Step(have, e, b)
+	next, keep := step(have)
 	if have == nil && !keep {
 		return
 	}
@@ -322,13 +344,16 @@ func (s *Set) apply(e *session.Entry, b *session.Batch) {
 		}
 	}
 	if have != nil {
-		s.account(e.Key, have, -1)
+		s.account(k, have, -1)
 	}
 	if keep {
 		records = append(records, next)
-		s.account(e.Key, &next, +1)
+		s.account(k, &next, +1)
+		if next.Expires != 0 && (s.soonest == 0 || next.Expires < s.soonest) {
+			s.soonest = next.Expires
+		}
 	}
-	s.store(e.Key, records)
+	s.store(k, records)
 }
 
 // Step is the rule of DESIGN's vocabulary for one effect on one key: given the
@@ -399,7 +424,14 @@ func stricter(have *session.Record, set session.Record) session.Record {
 	}
 	widens = widens || len(except) < len(set.Except)
 	out.Except = except
-	out.Share = 0
+	out.Share = min(have.Share, set.Share)
+	out.Since = max(have.Since, set.Since)
+	if set.ACR == "" {
+		// A set that asks for any authentication does not make do with less
+		// than was asked for before. Of two that ask for different ones, which
+		// no caller could both have, the later counts.
+		out.ACR = have.ACR
+	}
 	if widens {
 		// The first decision reaches further in some way: it stays the one that
 		// a caller is told of.
@@ -411,33 +443,31 @@ func stricter(have *session.Record, set session.Record) session.Record {
 // expire drops what the horizon says has nothing left to match.
 func (s *Set) expire(horizon session.Instant) {
 	s.horizon = horizon
-	type gone struct {
-		key  session.Key
-		drop []session.Record
+	if s.soonest == 0 || s.soonest > horizon {
+		return
 	}
-	var all []gone
-	var at *gone
+	s.soonest = 0
+	ended := func(r session.Record) bool { return r.Expires != 0 && r.Expires <= horizon }
+	var keys []session.Key
 	s.Range(func(k session.Key, r *session.Record) bool {
-		if r.Expires == 0 || r.Expires > horizon {
-			return true
+		switch {
+		case ended(*r):
+			keys = append(keys, k)
+		case r.Expires != 0 && (s.soonest == 0 || r.Expires < s.soonest):
+			s.soonest = r.Expires
 		}
-		if at == nil || at.key != k {
-			all = append(all, gone{key: k})
-			at = &all[len(all)-1]
-		}
-		at.drop = append(at.drop, *r)
 		return true
 	})
-	for _, g := range all {
-		for i := range g.drop {
-			s.account(g.key, &g.drop[i], -1)
-		}
+	for _, k := range slices.Compact(keys) { // a key's records come together
 		var keep []session.Record
-		for _, r := range s.records(g.key) {
-			if r.Expires == 0 || r.Expires > horizon {
-				keep = append(keep, r)
+		old := s.Lookup(k)
+		for i := range old {
+			if ended(old[i]) {
+				s.account(k, &old[i], -1)
+			} else {
+				keep = append(keep, old[i])
 			}
 		}
-		s.store(g.key, keep)
+		s.store(k, keep)
 	}
 }
