@@ -5,10 +5,16 @@
 // and asks it without locks; the single writer derives the next one with Apply.
 // A Set is a function of the batches applied to it and of nothing else, so that
 // two that applied the same log have the same Digest.
+//
+// Underneath, a Set is a Segment, sealed and immutable, and a small delta above
+// it. Seal makes a new segment of both, in a file or on the heap, beside checks
+// and arriving batches; Onto puts what has arrived meanwhile onto it. Whoever
+// keeps a Set for long does so when Due says so.
 package filter
 
 import (
 	"maps"
+	"math/bits"
 	"slices"
 
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -19,20 +25,23 @@ import (
 // elsewhere that it is the verified state and not merely one that has not been
 // loaded. All methods are safe for concurrent use.
 type Set struct {
-	// delta overrides base, key by key; an empty slice in it means that the
-	// key's records in base are gone.
-	base, delta map[session.Key][]session.Record
-	// Global and tenant entries are kept apart: every check asks for them.
-	global  []session.Record
-	tenants map[session.TenantID][]session.Record
+	seg *Segment // may be nil
+	// layers override seg, key by key; a node without records in them means that
+	// the key's records in seg are gone. They also count records by tenant.
+	layers layers
+	// Global entries are kept apart: every check asks for them.
+	global []session.Record
 
-	shapes  session.ShapeSet
-	counts  [64]int
-	perTen  map[session.TenantID]int
-	digest  session.StateDigest
+	shapes session.ShapeSet
+	counts [64]int
+	digest session.StateDigest
+	// Records that end at or before the horizon are gone, wherever they still
+	// stand.
 	horizon session.Instant
-	// soonest is not after the first end of a record; zero when none ends.
+	// soonest is not after the first end of a record in the layers or global;
+	// zero when none ends.
 	soonest session.Instant
+	bad     error
 }
 
 // Len returns the number of records in force.
@@ -63,67 +72,213 @@ func (s *Set) Shapes() session.ShapeSet {
 	return s.shapes
 }
 
+// Err returns an error wrapping ErrDamaged once something that the set needs
+// could not be read. From then on it decides nothing, and whoever holds it
+// denies until it has another, built from the log or from a sound segment.
+func (s *Set) Err() error {
+	if s == nil {
+		return nil
+	}
+	if s.bad != nil {
+		return s.bad
+	}
+	return s.seg.Err()
+}
+
 // TenantLen returns the number of records in force in a tenant, which is what a
 // quota counts.
 func (s *Set) TenantLen(id session.TenantID) int {
 	if s == nil {
 		return 0
 	}
-	return s.perTen[id]
+	k := session.Key{Tenant: id}
+	if n := s.layers.find(&k); n != nil {
+		return int(n.first.expires)
+	}
+	if s.seg != nil {
+		return s.seg.tenants[id]
+	}
+	return 0
 }
 
-// Lookup returns the records under a key. The slice must not be changed.
+func (s *Set) tenantCounts() map[session.TenantID]int {
+	out := map[session.TenantID]int{}
+	if s.seg != nil {
+		maps.Copy(out, s.seg.tenants)
+	}
+	s.layers.each(func(n *node) bool {
+		if n.key.Shape != 0 {
+			return true
+		}
+		if out[n.key.Tenant] = int(n.first.expires); n.first.expires == 0 {
+			delete(out, n.key.Tenant)
+		}
+		return true
+	})
+	return out
+}
+
+// residents are the global and tenant records, which a segment keeps in memory.
+func (s *Set) residents() map[session.Key][]session.Record {
+	out := map[session.Key][]session.Record{}
+	put := func(k session.Key, records []session.Record) {
+		if len(records) > 0 {
+			out[k] = records
+		}
+	}
+	put(session.GlobalKey(), s.global)
+	if s.seg != nil {
+		for k := range s.seg.residents {
+			if k.Shape == session.Shape(session.KindTenant) {
+				put(k, s.Lookup(k))
+			}
+		}
+	}
+	s.layers.each(func(n *node) bool {
+		if n.key.Shape == session.Shape(session.KindTenant) {
+			put(n.key, s.Lookup(n.key))
+		}
+		return true
+	})
+	return out
+}
+
+// Lookup returns the records under a key. The slice must not be changed. When
+// they cannot be read it returns none, and Err is set.
 func (s *Set) Lookup(k session.Key) []session.Record {
-	if s == nil {
-		return nil
-	}
-	switch session.Kind(k.Shape) {
-	case session.KindGlobal:
-		return s.global
-	case session.KindTenant:
-		return s.tenants[k.Tenant]
-	}
-	if r, ok := s.delta[k]; ok {
-		return r
-	}
-	return s.base[k]
+	records, _ := s.Find(k) // Err repeats the error
+	return records
 }
 
-// Range calls fn for every record in force, in no order, until fn returns
-// false.
+// Find is Lookup with the error, which wraps ErrDamaged.
+func (s *Set) Find(k session.Key) ([]session.Record, error) {
+	if s == nil {
+		return nil, nil
+	}
+	if k == session.GlobalKey() {
+		return s.global, s.Err()
+	}
+	var buf [8]packed
+	all, err := s.under(s.layers, &k, true, buf[:0])
+	if err != nil || len(all) == 0 {
+		return nil, err
+	}
+	out := make([]session.Record, len(all))
+	for i, p := range all {
+		out[i] = p.record()
+	}
+	return out, nil
+}
+
+// under appends the records under a key other than the global one, as the layers
+// and the segment have them. maybe is false when the filter has said already that
+// the segment has none.
+func (s *Set) under(ls layers, k *session.Key, maybe bool, to []packed) ([]packed, error) {
+	if n := ls.find(k); n != nil {
+		return n.append(s.horizon, to), nil
+	}
+	switch {
+	case s.seg == nil:
+	case s.bad != nil:
+		return to, s.bad
+	case k.Shape == session.Shape(session.KindTenant):
+		for _, r := range s.seg.residents[*k] {
+			if p := pack(&r); p.live(s.horizon) {
+				to = append(to, p)
+			}
+		}
+	case maybe && s.seg.filter.has(k):
+		return s.seg.records(k, s.horizon, to)
+	}
+	return to, s.seg.Err()
+}
+
+// pack divides a record.
+func pack(r *session.Record) packed {
+	m := *r
+	m.Expires = 0
+	return packed{meta: &m, expires: r.Expires}
+}
+
+// Range calls fn for every record in force, in no order but that a key's come
+// together, until fn returns false. When Err is set afterwards, some may be
+// missing.
 func (s *Set) Range(fn func(session.Key, *session.Record) bool) {
 	if s == nil {
 		return
 	}
-	each := func(k session.Key, records []session.Record) bool {
-		for i := range records {
-			if !fn(k, &records[i]) {
+	goOn := true
+	for i := range s.global {
+		if goOn = fn(session.GlobalKey(), &s.global[i]); !goOn {
+			return
+		}
+	}
+	s.layers.each(func(n *node) bool {
+		if n.key.Shape != 0 {
+			n.each(s.horizon, func(p packed) {
+				if goOn {
+					r := p.record()
+					goOn = fn(n.key, &r)
+				}
+			})
+		}
+		return goOn
+	})
+	if s.seg == nil || !goOn {
+		return
+	}
+	for k, records := range s.seg.residents {
+		if k.Shape != session.Shape(session.KindTenant) || s.layers.find(&k) != nil {
+			continue
+		}
+		for _, r := range records {
+			if pack(&r).live(s.horizon) && !fn(k, &r) {
+				return
+			}
+		}
+	}
+	_ = s.rows(nil, func(k session.Key, p packed) bool { // Err repeats the error
+		r := p.record()
+		return fn(k, &r)
+	})
+}
+
+// rows calls fn for every record in force that stands in a block of the segment
+// that want does not rule out.
+func (s *Set) rows(want func(block int) bool, fn func(session.Key, packed) bool) error {
+	var merr error
+	err := s.seg.scan(want, func(_ int, b []byte) bool {
+		var metas [maxMetas + 1]*session.Record
+		for i, n := 0, blockRows(b); i < n; i++ {
+			r := row(b, i)
+			p := packed{expires: rowExpires(r)}
+			if p.expires != 0 && p.expires <= s.horizon {
+				continue
+			}
+			k := rowKey(r)
+			if len(s.layers) > 0 && s.layers.find(&k) != nil {
+				continue
+			}
+			mi := rowMeta(r)
+			if metas[mi] == nil {
+				m, err := blockMeta(b, mi)
+				if err != nil {
+					merr = s.seg.damage(err)
+					return false
+				}
+				metas[mi] = m.record()
+			}
+			p.meta = metas[mi]
+			if !fn(k, p) {
 				return false
 			}
 		}
 		return true
+	})
+	if err == nil {
+		err = merr
 	}
-	if !each(session.GlobalKey(), s.global) {
-		return
-	}
-	for id, records := range s.tenants {
-		if !each(session.TenantKey(id), records) {
-			return
-		}
-	}
-	for k, records := range s.delta {
-		if !each(k, records) {
-			return
-		}
-	}
-	for k, records := range s.base {
-		if _, over := s.delta[k]; over {
-			continue
-		}
-		if !each(k, records) {
-			return
-		}
-	}
+	return err
 }
 
 // Match is the strongest record that matches a call. The zero Match matches
@@ -149,27 +304,52 @@ func (m Match) Stronger(o Match) Match {
 }
 
 // Decide finds the strongest record that matches this call of p. It takes no
-// lock, and allocates nothing. The error is that of a call which cannot be
-// named; it wraps session.ErrDenied.
+// lock, and allocates nothing unless something matches. The error wraps
+// session.ErrDenied: the call cannot be named, or what decides about it cannot
+// be read (then Err is set).
 func (s *Set) Decide(p *session.Prepared, call *session.Call, now session.Moment) (m Match, err error) {
 	if s == nil || s.shapes == 0 {
 		return m, nil
 	}
-	m.consider(s.global, session.Shape(session.KindGlobal), p, call, now)
-	if len(s.tenants) > 0 {
-		m.consider(s.tenants[p.Tenant()], session.Shape(session.KindTenant), p, call, now)
+	if s.bad != nil || s.seg.Err() != nil {
+		return m, unreadable()
+	}
+	for i := range s.global {
+		m.consider(&s.global[i], session.Shape(session.KindGlobal), p, call, now)
+	}
+	if s.shapes.Has(session.Shape(session.KindTenant)) {
+		s.decideTenant(&m, p, call, now)
 	}
 	if s.shapes&p.Shapes() != 0 {
-		for _, k := range p.Keys() {
-			if s.shapes.Has(k.Shape) {
-				m.consider(s.Lookup(k), k.Shape, p, call, now)
-			}
+		if err := s.decideKeys(&m, p.Keys(), p, call, now); err != nil {
+			return m, err
 		}
 	}
 	if s.shapes&session.PerCallShapes != 0 {
 		return s.decideCall(m, p, call, now)
 	}
 	return m, nil
+}
+
+func unreadable() error {
+	return &session.DeniedError{Err: session.ErrStale, Detail: "the revocation state is damaged"}
+}
+
+func (s *Set) decideTenant(m *Match, p *session.Prepared, call *session.Call, now session.Moment) {
+	k := session.TenantKey(p.Tenant())
+	if n := s.layers.find(&k); n != nil {
+		m.node(n, s.horizon, p, call, now)
+		return
+	}
+	if s.seg == nil {
+		return
+	}
+	records := s.seg.residents[k]
+	for i := range records {
+		if r := &records[i]; r.Expires == 0 || r.Expires > s.horizon {
+			m.consider(r, k.Shape, p, call, now)
+		}
+	}
 }
 
 // decideCall is apart, so that its buffer is on the stack of only those checks
@@ -182,40 +362,142 @@ func (s *Set) decideCall(m Match, p *session.Prepared, call *session.Call, now s
 	if err != nil {
 		return m, err
 	}
-	for i := range keys {
-		m.consider(s.Lookup(keys[i]), keys[i].Shape, p, call, now)
-	}
-	return m, nil
+	return m, s.decideKeys(&m, keys, p, call, now)
 }
 
-func (m *Match) consider(records []session.Record, shape session.Shape, p *session.Prepared, call *session.Call, now session.Moment) {
-	for i := range records {
-		r := &records[i]
-		if r.Drill && m.Drill != nil || !r.Drill && m.Record != nil && m.Record.Effect >= r.Effect || !r.Matches(p, call, now) {
-			continue
-		}
-		if r.Drill {
-			m.Drill = r
-		} else {
-			m.Record, m.Shape = r, shape
+// decideKeys looks up at most 64 keys.
+func (s *Set) decideKeys(m *Match, keys []session.Key, p *session.Prepared, call *session.Call, now session.Moment) error {
+	var mask uint64
+	for i := range keys {
+		mask |= uint64(s.shapes) >> (keys[i].Shape & 63) & 1 << i
+	}
+	for l := len(s.layers) - 1; l >= 0 && mask != 0; l-- {
+		layer := &s.layers[l]
+		for rest := mask; rest != 0; rest &= rest - 1 {
+			i := bits.TrailingZeros64(rest)
+			if n := layer.find(&keys[i]); n != nil {
+				mask &^= 1 << i
+				m.node(n, s.horizon, p, call, now)
+			}
 		}
 	}
+	if s.seg == nil || mask == 0 {
+		return nil
+	}
+	for rest := s.seg.filter.sift(keys, mask); rest != 0; rest &= rest - 1 {
+		if err := s.confirm(m, &keys[bits.TrailingZeros64(rest)], p, call, now); err != nil {
+			return unreadable()
+		}
+	}
+	return nil
+}
+
+// confirm asks the segment's exact entries about a key that the filter did not
+// rule out.
+//
+//go:noinline
+func (s *Set) confirm(m *Match, k *session.Key, p *session.Prepared, call *session.Call, now session.Moment) error {
+	h, err := s.seg.seek(k)
+	if err != nil {
+		return err
+	}
+	defer h.done()
+	for i := h.lo; i < h.hi; i++ {
+		row := row(h.b, i)
+		x, err := blockMeta(h.b, rowMeta(row))
+		if err != nil {
+			return s.seg.damage(err)
+		}
+		var except [session.MaxExcept]session.Key
+		var acr string
+		if len(x.acr) > 0 {
+			acr = p.Identity().ACR
+		}
+		r := x.lean(acr, &except)
+		r.Expires = rowExpires(row)
+		if r.Expires != 0 && r.Expires <= s.horizon || !m.weaker(&r) || !r.Matches(p, call, now) {
+			continue
+		}
+		whole := x.record()
+		whole.Expires = r.Expires
+		m.take(whole, k.Shape)
+	}
+	return nil
+}
+
+// weaker reports whether a record, if it matched, would change m.
+func (m *Match) weaker(r *session.Record) bool {
+	if r.Drill {
+		return m.Drill == nil
+	}
+	return m.Record == nil || m.Record.Effect < r.Effect
+}
+
+func (m *Match) take(r *session.Record, shape session.Shape) {
+	if r.Drill {
+		m.Drill = r
+	} else {
+		m.Record, m.Shape = r, shape
+	}
+}
+
+func (m *Match) consider(r *session.Record, shape session.Shape, p *session.Prepared, call *session.Call, now session.Moment) {
+	if m.weaker(r) && r.Matches(p, call, now) {
+		m.take(r, shape)
+	}
+}
+
+func (m *Match) node(n *node, horizon session.Instant, p *session.Prepared, call *session.Call, now session.Moment) {
+	if n.first.live(horizon) {
+		m.packed(n.first, n.key.Shape, p, call, now)
+	}
+	if n.more != nil {
+		for _, x := range *n.more {
+			if x.live(horizon) {
+				m.packed(x, n.key.Shape, p, call, now)
+			}
+		}
+	}
+}
+
+func (m *Match) packed(x packed, shape session.Shape, p *session.Prepared, call *session.Call, now session.Moment) {
+	r := x.record()
+	if !m.weaker(&r) || !r.Matches(p, call, now) {
+		return
+	}
+	out := new(session.Record)
+	*out = r
+	m.take(out, shape)
 }
 
 // Apply returns the state after the batch. Only entries that take reports true
-// for are applied; nil takes all. The receiver is unchanged and may be nil.
+// for are applied; nil takes all. The receiver is unchanged and may be nil. What
+// the horizon has passed already comes into force no more.
+//
+// It costs what the batch's entries cost, whatever the size of the state, but
+// for two things: a batch that moves the horizon looks through what may end by
+// it; and when nobody has merged for so long that the delta outgrows the
+// segment, Apply does so itself, on the heap. Two states may be derived from
+// one, by any goroutines; the second costs more than the first.
 func (s *Set) Apply(b *session.Batch, take func(*session.Entry) bool) *Set {
 	w := s.edit()
-	for i := range b.Entries {
-		if e := &b.Entries[i]; take == nil || take(e) {
-			w.apply(e, b)
+	for at := 0; at < len(b.Entries); at += 64 {
+		part := b.Entries[at:min(at+64, len(b.Entries))]
+		maybe := uint64(0)
+		if w.seg != nil {
+			maybe = w.seg.filter.siftEntries(part)
+		}
+		w.t.touch(part)
+		for i := range part {
+			if e := &part[i]; take == nil || take(e) {
+				w.put(e.Key, maybe>>i&1 == 1, e.Effect, e.Drill, func(have *session.Record) (session.Record, bool) { return Step(have, e, b) })
+			}
 		}
 	}
 	if b.Horizon > w.horizon {
 		w.expire(b.Horizon)
 	}
-	w.settle()
-	return w
+	return w.publish()
 }
 
 // Merge returns a state that matches whatever any of the given ones matches,
@@ -227,57 +509,65 @@ func Merge(sets ...*Set) *Set {
 	for _, s := range sets {
 		s.Range(func(k session.Key, r *session.Record) bool {
 			if !r.Drill {
-				w.put(k, func(have *session.Record) (session.Record, bool) {
+				w.put(k, true, r.Effect, false, func(have *session.Record) (session.Record, bool) {
 					if have == nil {
 						return *r, true
 					}
 					return stricter(have, *r), true
-				}, r.Effect, false)
+				})
 			}
 			return true
 		})
+		if err := s.Err(); err != nil {
+			w.bad = err
+		}
 	}
-	w.settle()
-	if w.shapes == 0 {
+	out := w.publish()
+	if out.shapes == 0 && out.bad == nil {
 		return nil
 	}
-	return w
+	return out
 }
 
-// mergeAt is how large a delta grows before it is merged into a new base.
-// Copying the delta with each batch and the base with each merge costs the
-// least, per batch, when the delta is about the square root of the base; a
-// sixteenth keeps memory churn low at the sizes that a map is meant for.
-const mergeAt = 512
+// edit is a Set in the making.
+type edit struct {
+	Set
+	t   *table
+	ver uint32
+	// The tenant whose records were counted last, and its count's node.
+	tenant session.TenantID
+	count  *node
+	meta   *session.Record // written last
+}
 
-func (s *Set) edit() *Set {
+func (s *Set) edit() *edit {
 	if s == nil {
 		s = &Set{}
 	}
-	w := *s
-	w.tenants = maps.Clone(s.tenants)
-	w.perTen = maps.Clone(s.perTen)
-	if w.perTen == nil {
-		w.perTen = map[session.TenantID]int{}
-	}
-	if len(s.delta) > mergeAt+len(s.base)/16 {
-		w.base = make(map[session.Key][]session.Record, len(s.base)+len(s.delta))
-		maps.Copy(w.base, s.base)
-		for k, records := range s.delta {
-			if len(records) == 0 {
-				delete(w.base, k)
-			} else {
-				w.base[k] = records
-			}
-		}
-		w.delta = map[session.Key][]session.Record{}
-	} else {
-		w.delta = maps.Clone(s.delta)
-		if w.delta == nil {
-			w.delta = map[session.Key][]session.Record{}
+	if s.layers.nodes() > mergeAt(s.seg) {
+		// Nobody merges: do it here. On failure the state is damaged anyway.
+		if g, err := s.Seal("", Mark{}); err == nil {
+			s = s.onto(g)
+		} else {
+			c := *s
+			c.bad, s = err, &c
 		}
 	}
-	return &w
+	w := &edit{Set: *s}
+	w.layers, w.ver = s.layers.open()
+	w.t = w.layers[len(w.layers)-1].t
+	return w
+}
+
+// publish ends the editing.
+func (w *edit) publish() *Set {
+	top := &w.layers[len(w.layers)-1]
+	from := top.from
+	*top = w.t.layer(w.ver)
+	top.from = from
+	w.settle()
+	out := w.Set
+	return &out
 }
 
 // settle recomputes which shapes are present.
@@ -290,70 +580,115 @@ func (s *Set) settle() {
 	}
 }
 
-func (s *Set) store(k session.Key, records []session.Record) {
-	switch session.Kind(k.Shape) {
-	case session.KindGlobal:
-		s.global = records
-	case session.KindTenant:
-		if s.tenants == nil {
-			s.tenants = map[session.TenantID][]session.Record{}
+func (w *edit) account(k *session.Key, r *session.Record, n int) {
+	w.counts[k.Shape] += n
+	if w.count == nil || w.tenant != k.Tenant {
+		c := session.Key{Tenant: k.Tenant}
+		w.tenant, w.count = k.Tenant, w.t.at(&c, w.ver)
+		if w.count == nil {
+			have := w.TenantLen(k.Tenant) // as it was before this batch
+			w.count = w.t.put(&c, w.ver)
+			w.count.first.expires = session.Instant(have)
 		}
-		s.tenants[k.Tenant] = records
-		if len(records) == 0 {
-			delete(s.tenants, k.Tenant)
-		}
-	default:
-		s.delta[k] = records
 	}
-}
-
-func (s *Set) account(k session.Key, r *session.Record, n int) {
-	s.counts[k.Shape] += n
-	s.perTen[k.Tenant] += n
-	if s.perTen[k.Tenant] == 0 {
-		delete(s.perTen, k.Tenant)
-	}
+	w.count.first.expires += session.Instant(n)
 	if n > 0 {
-		s.digest.Plus(r.Sum(k))
+		w.digest.Plus(r.Sum(*k))
 	} else {
-		s.digest.Minus(r.Sum(k))
+		w.digest.Minus(r.Sum(*k))
 	}
-}
-
-func (s *Set) apply(e *session.Entry, b *session.Batch) {
-	s.put(e.Key, func(have *session.Record) (session.Record, bool) { return Step(have, e, b) }, e.Effect, e.Drill)
 }
 
 // put replaces the record of an effect under a key by what step makes of it.
-func (s *Set) put(k session.Key, step func(*session.Record) (session.Record, bool), effect session.Effect, drill bool) {
-	old := s.Lookup(k)
-	i := slices.IndexFunc(old, func(r session.Record) bool { return r.Effect == effect && r.Drill == drill })
+// maybe is false when the segment's filter has ruled the key out.
+func (w *edit) put(k session.Key, maybe bool, effect session.Effect, drill bool, step func(*session.Record) (session.Record, bool)) {
+	var buf [8]packed
+	old := buf[:0]
+	if k.Shape == session.Shape(session.KindGlobal) {
+		for i := range w.global {
+			old = append(old, pack(&w.global[i]))
+		}
+	} else {
+		var err error
+		if old, err = w.current(&k, maybe, old); err != nil {
+			w.bad = err
+			return
+		}
+	}
+	at := -1
 	var have *session.Record
-	if i >= 0 {
-		have = &old[i]
+	for i := range old {
+		if m := old[i].meta; m.Effect == effect && m.Drill == drill {
+			r := old[i].record()
+			at, have = i, &r
+		}
 	}
 	next, keep := step(have)
+	keep = keep && (next.Expires == 0 || next.Expires > w.horizon)
 	if have == nil && !keep {
 		return
 	}
-	// Readers hold the old slice: never write to it.
-	records := make([]session.Record, 0, len(old)+1)
-	for j := range old {
-		if j != i {
-			records = append(records, old[j])
-		}
-	}
 	if have != nil {
-		s.account(k, have, -1)
+		w.account(&k, have, -1)
+		old = slices.Delete(old, at, at+1)
 	}
 	if keep {
-		records = append(records, next)
-		s.account(k, &next, +1)
-		if next.Expires != 0 && (s.soonest == 0 || next.Expires < s.soonest) {
-			s.soonest = next.Expires
+		w.account(&k, &next, +1)
+		old = append(old, w.pack(next))
+	}
+	w.store(&k, old)
+}
+
+// current is under for a Set in the making: the newest node of its own table is
+// not in its layers yet.
+func (w *edit) current(k *session.Key, maybe bool, to []packed) ([]packed, error) {
+	if idx, _ := newest(w.t, w.t.slots, k); idx != 0 {
+		if n := w.t.node(idx - 1); n.ver > w.layers[len(w.layers)-1].from {
+			return n.append(w.horizon, to), nil
 		}
 	}
-	s.store(k, records)
+	return w.under(w.layers[:len(w.layers)-1], k, maybe, to)
+}
+
+// pack shares what the records of one decision have in common.
+func (w *edit) pack(r session.Record) packed {
+	expires := r.Expires
+	r.Expires = 0
+	if w.meta == nil || !same(w.meta, &r) {
+		m := r // only now on the heap
+		w.meta = &m
+	}
+	return packed{meta: w.meta, expires: expires}
+}
+
+func same(a, b *session.Record) bool {
+	return a.Effect == b.Effect && a.Reason == b.Reason && a.Drill == b.Drill && a.Share == b.Share &&
+		a.IssuedBefore == b.IssuedBefore && a.Since == b.Since && a.Seq == b.Seq &&
+		a.Incident == b.Incident && a.ACR == b.ACR && slices.Equal(a.Except, b.Except)
+}
+
+func (w *edit) store(k *session.Key, records []packed) {
+	for _, p := range records { // some may come from the segment
+		if p.expires != 0 && (w.soonest == 0 || p.expires < w.soonest) {
+			w.soonest = p.expires
+		}
+	}
+	if k.Shape == session.Shape(session.KindGlobal) {
+		w.global = make([]session.Record, len(records)) // readers hold the old one
+		for i, p := range records {
+			w.global[i] = p.record()
+		}
+		return
+	}
+	n := w.t.put(k, w.ver)
+	n.first, n.more = packed{}, nil
+	if len(records) > 0 {
+		n.first = records[0]
+	}
+	if len(records) > 1 {
+		more := slices.Clone(records[1:])
+		n.more = &more
+	}
 }
 
 // Step is the rule of DESIGN's vocabulary for one effect on one key: given the
@@ -440,34 +775,83 @@ func stricter(have *session.Record, set session.Record) session.Record {
 	return out
 }
 
-// expire drops what the horizon says has nothing left to match.
-func (s *Set) expire(horizon session.Instant) {
-	s.horizon = horizon
-	if s.soonest == 0 || s.soonest > horizon {
-		return
-	}
-	s.soonest = 0
-	ended := func(r session.Record) bool { return r.Expires != 0 && r.Expires <= horizon }
-	var keys []session.Key
-	s.Range(func(k session.Key, r *session.Record) bool {
-		switch {
-		case ended(*r):
-			keys = append(keys, k)
-		case r.Expires != 0 && (s.soonest == 0 || r.Expires < s.soonest):
-			s.soonest = r.Expires
-		}
-		return true
-	})
-	for _, k := range slices.Compact(keys) { // a key's records come together
-		var keep []session.Record
-		old := s.Lookup(k)
-		for i := range old {
-			if ended(old[i]) {
-				s.account(k, &old[i], -1)
-			} else {
-				keep = append(keep, old[i])
+// expire drops what the horizon says has nothing left to match. Only the sums
+// change: what has ended is skipped wherever it stands, until the next merge
+// leaves it out.
+func (w *edit) expire(horizon session.Instant) {
+	before := w.Set
+	before.layers = slices.Clone(before.layers)
+	before.layers[len(before.layers)-1] = func() layer {
+		l := w.t.layer(w.ver)
+		l.from = w.layers[len(w.layers)-1].from
+		return l
+	}()
+	ended := func(e session.Instant) bool { return e != 0 && e <= horizon }
+	if before.soonest != 0 && before.soonest <= horizon {
+		w.soonest = 0
+		note := func(e session.Instant) {
+			if e != 0 && (w.soonest == 0 || e < w.soonest) {
+				w.soonest = e
 			}
 		}
-		s.store(k, keep)
+		var gone []*node
+		before.layers.each(func(n *node) bool {
+			if n.key.Shape == 0 {
+				return true
+			}
+			some := false
+			n.each(before.horizon, func(p packed) {
+				if ended(p.expires) {
+					some = true
+				} else {
+					note(p.expires)
+				}
+			})
+			if some {
+				gone = append(gone, n)
+			}
+			return true
+		})
+		for _, n := range gone {
+			n.each(before.horizon, func(p packed) {
+				if ended(p.expires) {
+					r := p.record()
+					w.account(&n.key, &r, -1)
+				}
+			})
+		}
+		var global []session.Record
+		for i := range w.global {
+			if r := &w.global[i]; ended(r.Expires) {
+				k := session.GlobalKey()
+				w.account(&k, r, -1)
+			} else {
+				note(r.Expires)
+				global = append(global, *r)
+			}
+		}
+		w.global = global
 	}
+	if g := w.seg; g != nil {
+		for k, records := range g.residents {
+			for i := range records {
+				if r := &records[i]; k.Shape == session.Shape(session.KindTenant) && ended(r.Expires) && r.Expires > before.horizon && before.layers.find(&k) == nil {
+					w.account(&k, r, -1)
+				}
+			}
+		}
+		err := before.rows(
+			func(block int) bool { return g.soonest[block] <= horizon },
+			func(k session.Key, p packed) bool {
+				if ended(p.expires) {
+					r := p.record()
+					w.account(&k, &r, -1)
+				}
+				return true
+			})
+		if err != nil {
+			w.bad = err
+		}
+	}
+	w.horizon = horizon
 }

@@ -166,41 +166,45 @@ func (r *reader) entry() (e Entry) {
 	return e
 }
 
-// Sum returns what a record under a key adds to the state digest.
+// Sum returns what a record under a key adds to the state digest. It is on the
+// path of every entry that is applied, and does not allocate.
 func (r *Record) Sum(k Key) StateDigest {
+	// Through a writer's pointer, the buffer would escape.
 	var buf [512]byte
-	w := writer{b: buf[:0]}
-	w.key(k)
-	w.u8(uint8(r.Effect))
-	w.u8(uint8(r.Reason))
-	w.u16(r.Share)
+	b := appendKey(buf[:0], k)
+	drill := byte(0)
 	if r.Drill {
-		w.u8(1)
-	} else {
-		w.u8(0)
+		drill = 1
 	}
-	w.instant(r.IssuedBefore)
-	w.instant(r.Expires)
-	w.instant(r.Since)
-	w.u64(r.Seq)
-	w.text(r.Incident)
-	w.text(r.ACR)
+	b = append(b, byte(r.Effect), byte(r.Reason), byte(r.Share>>8), byte(r.Share), drill)
+	for _, v := range [...]uint64{uint64(r.IssuedBefore), uint64(r.Expires), uint64(r.Since), r.Seq} {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	for _, s := range [...]string{r.Incident, r.ACR} {
+		b = append(binary.BigEndian.AppendUint16(b, uint16(len(s))), s...)
+	}
 	for _, x := range r.Except {
-		w.key(x)
+		b = appendKey(b, x)
 	}
-	return sha256.Sum256(w.b)
+	return sha256.Sum256(b)
+}
+
+func appendKey(b []byte, k Key) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(k.Tenant))
+	return append(append(b, byte(k.Shape)), k.Digest[:]...)
 }
 
 // Plus adds s to the digest.
-func (d *StateDigest) Plus(s StateDigest) { d.combine(s, func(a, b uint64) uint64 { return a + b }) }
+func (d *StateDigest) Plus(s StateDigest) {
+	for i := 0; i < len(d); i += 8 {
+		binary.BigEndian.PutUint64(d[i:], binary.BigEndian.Uint64(d[i:])+binary.BigEndian.Uint64(s[i:]))
+	}
+}
 
 // Minus takes s out of the digest.
-func (d *StateDigest) Minus(s StateDigest) { d.combine(s, func(a, b uint64) uint64 { return a - b }) }
-
-func (d *StateDigest) combine(s StateDigest, f func(a, b uint64) uint64) {
+func (d *StateDigest) Minus(s StateDigest) {
 	for i := 0; i < len(d); i += 8 {
-		v := f(binary.BigEndian.Uint64(d[i:]), binary.BigEndian.Uint64(s[i:]))
-		binary.BigEndian.PutUint64(d[i:], v)
+		binary.BigEndian.PutUint64(d[i:], binary.BigEndian.Uint64(d[i:])-binary.BigEndian.Uint64(s[i:]))
 	}
 }
 

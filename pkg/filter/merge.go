@@ -1,0 +1,87 @@
+package filter
+
+import "slices"
+
+// mergeFloor is how many entries a delta may hold before it is worth a merge:
+// they take about 10 MiB.
+const mergeFloor = 1 << 17
+
+// mergeAt is where Apply merges by itself. With the delta as large as the
+// segment, each entry is rewritten about as often as the state has doubled.
+func mergeAt(g *Segment) int {
+	n := 2 * mergeFloor
+	if g != nil {
+		n = max(n, g.rows)
+	}
+	return n
+}
+
+// Due reports whether the delta is large enough to be merged with the segment:
+// beyond a floor, an eighth of it, so that what a merge rewrites stays in
+// proportion to what has arrived. The delta takes about 100 bytes an entry.
+func (s *Set) Due() bool {
+	if s == nil {
+		return false
+	}
+	n := s.layers.nodes()
+	return n > mergeFloor && (s.seg == nil || n > s.seg.rows/8)
+}
+
+// Segment returns the segment that the set stands on, or nil.
+func (s *Set) Segment() *Segment {
+	if s == nil {
+		return nil
+	}
+	return s.seg
+}
+
+// Delta returns how many changes stand above the segment.
+func (s *Set) Delta() int {
+	if s == nil {
+		return 0
+	}
+	return s.layers.nodes()
+}
+
+// Onto returns s on the segment that was sealed of an earlier state of it, with
+// all that was applied since. It reports false, and returns s, when sealed is not
+// such an earlier state. It copies nothing, so that it can be done between two
+// batches, and the result goes on where s was: only one of the two may be
+// applied to.
+func (s *Set) Onto(sealed *Set, g *Segment) (*Set, bool) {
+	if g == nil {
+		return s, false
+	}
+	if s == nil {
+		s = &Set{}
+	}
+	if sealed == nil {
+		sealed = &Set{}
+	}
+	n := len(sealed.layers)
+	if s.seg != sealed.seg || len(s.layers) < n || g.digest != sealed.digest || s.bad != nil {
+		return s, false
+	}
+	for i := range n {
+		a, b := &sealed.layers[i], &s.layers[i]
+		if a.t.line != b.t.line || a.from != b.from || b.to < a.to || i < n-1 && b.to != a.to {
+			return s, false
+		}
+	}
+	out := *s
+	out.seg, out.layers = g, slices.Clone(s.layers[n:])
+	if n > 0 && s.layers[n-1].to > sealed.layers[n-1].to {
+		// Versions after the one that was sealed.
+		top := s.layers[n-1]
+		top.from = sealed.layers[n-1].to
+		top.n -= min(top.n, sealed.layers[n-1].n)
+		out.layers = append(layers{top}, out.layers...)
+	}
+	return &out, true
+}
+
+// onto is Onto for the very state that was sealed.
+func (s *Set) onto(g *Segment) *Set {
+	out, _ := s.Onto(s, g)
+	return out
+}

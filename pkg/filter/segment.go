@@ -1,0 +1,862 @@
+package filter
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"hash/crc32"
+	"io"
+	"math"
+	"os"
+	"slices"
+	"sort"
+	"sync"
+	"sync/atomic"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// SegmentVersion is the version of the segment's form that this package writes.
+// A newer one is refused.
+//
+//	1  2026-11: first form
+const SegmentVersion = 1
+
+// The errors of segments. A holder of a segment that is refused or damaged
+// denies, and fetches or builds another.
+var (
+	// ErrSegment is the parent of every refusal of a segment.
+	ErrSegment = errors.New("segment refused")
+	// ErrNewer: the segment's version is one that this code does not know.
+	ErrNewer = fmt.Errorf("%w: newer version", ErrSegment)
+	// ErrTorn: the segment is not whole, or not one at all.
+	ErrTorn = fmt.Errorf("%w: cut short or not a segment", ErrSegment)
+	// ErrAltered: a checksum does not hold, or the content contradicts itself.
+	ErrAltered = fmt.Errorf("%w: altered", ErrSegment)
+	// ErrDamaged: a segment that was sound when it was opened is not any more.
+	// What cannot be read is not "not found": whoever sees it denies.
+	ErrDamaged = errors.New("revocation state damaged")
+)
+
+// Form of a segment. Integers are big-endian, the filter's words little-endian.
+//
+//	header   one block: see encodeHeader
+//	blocks   rows in ascending order of (digest, tenant, shape), in blocks
+//	extra    tenants with their counts; the global and tenant records
+//	filter   words of the bloom filter
+//
+//	block    crc (4) | number (4) | soonest (8) | rows (2) | metas (2) | salt (4)
+//	         | rows, 30 bytes each | … | metas | offsets of the metas, 2 bytes each
+//	row      digest (16) | tenant (4) | shape (1) | meta (1) | expires (8)
+//	meta     effect | reason | flags | share (2) | issued-before (8) | since (8)
+//	         | seq (8) | incident | acr | exemptions: each with its length first (1)
+//
+// The rows of one key are in one block, so a block is all that a confirmation
+// reads. A block's metas are what its rows share: rows of one decision cost 30
+// bytes each. The salt keeps a block of another segment from passing for one.
+const (
+	segmentMagic = "ILKSEG\r\n"
+	blockSize    = 4096
+	blockHeader  = 24
+	rowSize      = 30
+	metaFixed    = 3 + 2 + 8 + 8 + 8 + 3
+	maxMetas     = 255
+	maxSegment   = 64 << 30
+)
+
+// Mark says where in the log a state is.
+type Mark struct {
+	Epoch, Number uint64
+	// Head is the hash of that batch, or the epoch's origin.
+	Head session.Hash
+	// Time is that batch's time.
+	Time session.Instant
+}
+
+// Segment is a sealed, immutable snapshot of the state: a bloom filter in
+// memory, and behind it the exact entries, in a file or on the heap. A filter
+// hit is always confirmed by the entries. All methods are safe for concurrent
+// use.
+type Segment struct {
+	mark    Mark
+	horizon session.Instant
+	digest  session.StateDigest
+	counts  [64]int
+	shapes  session.ShapeSet // of the rows
+	salt    uint32
+	rows    int
+	size    int64
+	sum     [sha256.Size]byte
+
+	header []byte
+	extra  []byte
+	body   body
+	filter *sealedBloom
+	// first is the first digest's first 8 bytes of each block, soonest the first
+	// end of a row in it, or MaxInt64.
+	first   []uint64
+	soonest []session.Instant
+	indexed uint32 // checksum of the two
+
+	tenants   map[session.TenantID]int
+	residents map[session.Key][]session.Record
+
+	broken atomic.Pointer[error]
+}
+
+// body is where the blocks are: in a file, behind its header, or in slabs.
+type body struct {
+	file   *os.File
+	slabs  [][]byte
+	blocks int
+}
+
+const slabBlocks = 256
+
+// block returns block i, unverified; buf is used when it is in a file.
+func (b *body) block(i int, buf *[blockSize]byte) ([]byte, error) {
+	if i < 0 || i >= b.blocks {
+		return nil, fmt.Errorf("%w: no block %d", ErrDamaged, i)
+	}
+	if b.file == nil {
+		at := i % slabBlocks * blockSize
+		return b.slabs[i/slabBlocks][at : at+blockSize], nil
+	}
+	if _, err := b.file.ReadAt(buf[:], int64(i+1)*blockSize); err != nil {
+		return nil, fmt.Errorf("%w: block %d: %w", ErrDamaged, i, err)
+	}
+	return buf[:], nil
+}
+
+// Mark returns where in the log the segment's state is.
+func (g *Segment) Mark() Mark { return g.mark }
+
+// Digest returns the state digest there.
+func (g *Segment) Digest() session.StateDigest { return g.digest }
+
+// Len returns the number of records, those included that a later horizon has
+// ended.
+func (g *Segment) Len() int {
+	n := 0
+	for _, c := range g.counts {
+		n += c
+	}
+	return n
+}
+
+// Size returns the length of the segment's form in bytes.
+func (g *Segment) Size() int64 { return g.size }
+
+// Sum returns the checksum that the header carries: the SHA-256 of everything
+// else. Equal sums mean equal segments.
+func (g *Segment) Sum() [sha256.Size]byte { return g.sum }
+
+// Err returns an error wrapping ErrDamaged once damage has been seen.
+func (g *Segment) Err() error {
+	if g == nil {
+		return nil
+	}
+	if p := g.broken.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+func (g *Segment) damage(err error) error {
+	if !errors.Is(err, ErrDamaged) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	g.broken.CompareAndSwap(nil, &err)
+	return err
+}
+
+// Close closes the file of a segment that has one; lookups fail from then on. A
+// segment that nobody holds any more needs no Close.
+func (g *Segment) Close() error {
+	if g == nil || g.body.file == nil {
+		return nil
+	}
+	return g.body.file.Close()
+}
+
+// Set returns the state that the segment holds.
+func (g *Segment) Set() *Set {
+	s := &Set{seg: g, counts: g.counts, digest: g.digest, horizon: g.horizon, global: g.residents[session.GlobalKey()]}
+	for i := range s.global {
+		if e := s.global[i].Expires; e != 0 && (s.soonest == 0 || e < s.soonest) {
+			s.soonest = e
+		}
+	}
+	s.settle()
+	return s
+}
+
+// buffers are for blocks that are read from a file.
+var buffers = sync.Pool{New: func() any { return new([blockSize]byte) }}
+
+// hits are the rows under one key. They hold a buffer until done.
+type hits struct {
+	b      []byte
+	buf    *[blockSize]byte
+	lo, hi int
+}
+
+func (h *hits) done() {
+	if h.buf != nil {
+		buffers.Put(h.buf)
+	}
+	*h = hits{}
+}
+
+// seek finds the rows under a key, in a block whose checksum it has verified.
+// done must be called on what it returns without an error.
+func (g *Segment) seek(k *session.Key) (h hits, err error) {
+	if g.rows == 0 {
+		return h, nil
+	}
+	prefix := binary.BigEndian.Uint64(k.Digest[:8])
+	// The last block that begins at or before the key; and, as two keys may have
+	// these 8 bytes in common, those before it that begin with the same.
+	i := sort.Search(len(g.first), func(i int) bool { return g.first[i] > prefix }) - 1
+	for ; i >= 0; i-- {
+		if h.buf == nil && g.body.file != nil {
+			h.buf = buffers.Get().(*[blockSize]byte)
+		}
+		if h.b, err = g.body.block(i, h.buf); err == nil {
+			err = checkBlock(h.b, i, g.salt)
+		}
+		if err != nil {
+			h.done()
+			return h, g.damage(err)
+		}
+		n := blockRows(h.b)
+		h.lo = sort.Search(n, func(j int) bool { return compareRow(h.b, j, k) >= 0 })
+		for h.hi = h.lo; h.hi < n && compareRow(h.b, h.hi, k) == 0; h.hi++ {
+		}
+		if h.lo < h.hi || g.first[i] != prefix {
+			break
+		}
+	}
+	return h, nil
+}
+
+// checkBlock verifies a block's checksum, that it is the one that was asked for,
+// and that its counts fit.
+func checkBlock(b []byte, i int, salt uint32) error {
+	rows, metas := blockRows(b), blockMetas(b)
+	switch {
+	case crc32.Checksum(b[4:], castagnoli) != binary.BigEndian.Uint32(b):
+		return fmt.Errorf("%w: checksum of block %d", ErrDamaged, i)
+	case binary.BigEndian.Uint32(b[4:]) != uint32(i) || binary.BigEndian.Uint32(b[20:]) != salt:
+		return fmt.Errorf("%w: another block in the place of %d", ErrDamaged, i)
+	case rows == 0 || metas == 0 || metas > maxMetas || blockHeader+rows*rowSize+metas*(metaFixed+2) > blockSize:
+		return fmt.Errorf("%w: %d rows, %d metas in block %d", ErrDamaged, rows, metas, i)
+	}
+	return nil
+}
+
+func blockSoonest(b []byte) session.Instant { return session.Instant(binary.BigEndian.Uint64(b[8:])) }
+func blockRows(b []byte) int                { return int(binary.BigEndian.Uint16(b[16:])) }
+func blockMetas(b []byte) int               { return int(binary.BigEndian.Uint16(b[18:])) }
+
+func row(b []byte, i int) []byte {
+	return b[blockHeader+i*rowSize : blockHeader+(i+1)*rowSize]
+}
+
+func compareRow(b []byte, i int, k *session.Key) int {
+	r := row(b, i)
+	if c := bytes.Compare(r[:16], k.Digest[:]); c != 0 {
+		return c
+	}
+	a, c := binary.BigEndian.Uint32(r[16:]), uint32(k.Tenant)
+	switch {
+	case a != c:
+		return 1 - 2*b2i(a < c)
+	case r[20] != uint8(k.Shape):
+		return 1 - 2*b2i(r[20] < uint8(k.Shape))
+	}
+	return 0
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func rowKey(r []byte) (k session.Key) {
+	copy(k.Digest[:], r)
+	k.Tenant, k.Shape = session.TenantID(binary.BigEndian.Uint32(r[16:])), session.Shape(r[20])
+	return k
+}
+
+func rowMeta(r []byte) int                { return int(r[21]) }
+func rowExpires(r []byte) session.Instant { return session.Instant(binary.BigEndian.Uint64(r[22:])) }
+
+// meta is a record's shared part as a block has it.
+type meta struct {
+	form          []byte // all of it
+	fixed         []byte
+	incident, acr []byte
+	except        []byte
+}
+
+// blockMeta takes meta i of a verified block apart. It trusts no length.
+func blockMeta(b []byte, i int) (m meta, err error) {
+	bad := fmt.Errorf
+	n := blockMetas(b)
+	if i >= n {
+		return m, bad("%w: meta %d of %d", ErrDamaged, i, n)
+	}
+	table := blockSize - 2*n
+	low := blockHeader + blockRows(b)*rowSize
+	off := int(binary.BigEndian.Uint16(b[table+2*i:]))
+	if off < low || off+metaFixed > table {
+		return m, bad("%w: meta %d at %d", ErrDamaged, i, off)
+	}
+	return parseMeta(b[off:table])
+}
+
+func parseMeta(rest []byte) (m meta, err error) {
+	if len(rest) < metaFixed-3 {
+		return m, fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+	}
+	m.form = rest
+	m.fixed, rest = rest[:metaFixed-3], rest[metaFixed-3:]
+	for _, f := range []struct {
+		to         *[]byte
+		unit, most int
+	}{{&m.incident, 1, session.MaxIncidentLen}, {&m.acr, 1, 64}, {&m.except, keyLen, session.MaxExcept}} {
+		if len(rest) == 0 || int(rest[0]) > f.most || 1+int(rest[0])*f.unit > len(rest) {
+			return m, fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+		}
+		end := 1 + int(rest[0])*f.unit
+		*f.to, rest = rest[1:end], rest[end:]
+	}
+	m.form = m.form[:len(m.form)-len(rest)]
+	return m, nil
+}
+
+const keyLen = 21
+
+func putKey(b []byte, k *session.Key) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(k.Tenant))
+	return append(append(b, uint8(k.Shape)), k.Digest[:]...)
+}
+
+func getKey(b []byte) (k session.Key) {
+	k.Tenant, k.Shape = session.TenantID(binary.BigEndian.Uint32(b)), session.Shape(b[4])
+	copy(k.Digest[:], b[5:keyLen])
+	return k
+}
+
+const flagDrill = 1
+
+func appendMeta(b []byte, r *session.Record) []byte {
+	flags := uint8(0)
+	if r.Drill {
+		flags = flagDrill
+	}
+	b = append(b, uint8(r.Effect), uint8(r.Reason), flags)
+	b = binary.BigEndian.AppendUint16(b, r.Share)
+	b = binary.BigEndian.AppendUint64(b, uint64(r.IssuedBefore))
+	b = binary.BigEndian.AppendUint64(b, uint64(r.Since))
+	b = binary.BigEndian.AppendUint64(b, r.Seq)
+	b = append(append(b, uint8(len(r.Incident))), r.Incident...)
+	b = append(append(b, uint8(len(r.ACR))), r.ACR...)
+	b = append(b, uint8(len(r.Except)))
+	for i := range r.Except {
+		b = putKey(b, &r.Except[i])
+	}
+	return b
+}
+
+// lean returns what decides whether the record matches, without allocating:
+// everything but the incident, and for the ACR, acr if it is that one and a text
+// that nobody has otherwise. The exemptions stay in except.
+func (m meta) lean(acr string, except *[session.MaxExcept]session.Key) (r session.Record) {
+	f := m.fixed
+	r.Effect, r.Reason, r.Drill = session.Effect(f[0]), session.Reason(f[1]), f[2]&flagDrill != 0
+	r.Share = binary.BigEndian.Uint16(f[3:])
+	r.IssuedBefore = session.Instant(binary.BigEndian.Uint64(f[5:]))
+	r.Since = session.Instant(binary.BigEndian.Uint64(f[13:]))
+	r.Seq = binary.BigEndian.Uint64(f[21:])
+	switch {
+	case len(m.acr) == 0:
+		r.ACR = ""
+	case string(m.acr) == acr:
+		r.ACR = acr
+	default:
+		r.ACR = "\x00"
+	}
+	n := len(m.except) / keyLen
+	for i := range n {
+		except[i] = getKey(m.except[i*keyLen:])
+	}
+	r.Except = except[:n]
+	return r
+}
+
+// record returns the whole record, but for its end.
+func (m meta) record() *session.Record {
+	var except [session.MaxExcept]session.Key
+	r := m.lean("", &except)
+	r.Incident, r.ACR, r.Except = string(m.incident), string(m.acr), slices.Clone(r.Except)
+	return &r
+}
+
+// records appends the whole records under a key that are in force.
+func (g *Segment) records(k *session.Key, horizon session.Instant, to []packed) ([]packed, error) {
+	h, err := g.seek(k)
+	if err != nil {
+		return to, err
+	}
+	defer h.done()
+	for i := h.lo; i < h.hi; i++ {
+		r := row(h.b, i)
+		m, err := blockMeta(h.b, rowMeta(r))
+		if err != nil {
+			return to, g.damage(err)
+		}
+		p := packed{meta: m.record(), expires: rowExpires(r)}
+		if p.live(horizon) {
+			to = append(to, p)
+		}
+	}
+	return to, nil
+}
+
+// scan reads the blocks from first on in order, verifies each, and calls fn with
+// it until fn returns false. It uses a buffer of its own and reads ahead, so
+// that it goes at the speed of the disk.
+func (g *Segment) scan(want func(i int) bool, fn func(i int, b []byte) bool) error {
+	const ahead = 64
+	var buf []byte
+	have, end := 0, 0
+	for i := 0; i < g.body.blocks; i++ {
+		if want != nil && !want(i) {
+			continue
+		}
+		var b []byte
+		if g.body.file == nil {
+			var err error
+			if b, err = g.body.block(i, nil); err != nil {
+				return g.damage(err)
+			}
+		} else {
+			if i >= end {
+				if buf == nil {
+					buf = make([]byte, ahead*blockSize)
+				}
+				have, end = i, min(i+ahead, g.body.blocks)
+				if _, err := g.body.file.ReadAt(buf[:(end-have)*blockSize], int64(i+1)*blockSize); err != nil {
+					return g.damage(fmt.Errorf("%w: block %d: %w", ErrDamaged, i, err))
+				}
+			}
+			b = buf[(i-have)*blockSize : (i-have+1)*blockSize]
+		}
+		if err := checkBlock(b, i, g.salt); err != nil {
+			return g.damage(err)
+		}
+		if !fn(i, b) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// sumIndex is the checksum of what is derived from the blocks.
+func (g *Segment) sumIndex() uint32 {
+	var b [16]byte
+	crc := uint32(0)
+	for i := range g.first {
+		binary.BigEndian.PutUint64(b[:], g.first[i])
+		binary.BigEndian.PutUint64(b[8:], uint64(g.soonest[i]))
+		crc = crc32.Update(crc, castagnoli, b[:])
+	}
+	return crc
+}
+
+// encodeHeader writes the header but for its last 32 bytes, which are the
+// SHA-256 of the header up to there and the SHA-256 of all that follows it.
+//
+//	magic (8) | version (4) | salt (4) | size (8) | epoch (8) | number (8)
+//	| head (32) | time (8) | horizon (8) | digest (32) | rows (8) | blocks (8)
+//	| extra (8) | words (8) | probes (4) | bits a key (4) | counts (64 × 8)
+//	| pad … | sum (32)
+func (g *Segment) encodeHeader() []byte {
+	b := make([]byte, 0, blockSize)
+	b = append(b, segmentMagic...)
+	b = binary.BigEndian.AppendUint32(b, SegmentVersion)
+	b = binary.BigEndian.AppendUint32(b, g.salt)
+	u64 := func(v uint64) { b = binary.BigEndian.AppendUint64(b, v) }
+	u64(uint64(g.size))
+	u64(g.mark.Epoch)
+	u64(g.mark.Number)
+	b = append(b, g.mark.Head[:]...)
+	u64(uint64(g.mark.Time))
+	u64(uint64(g.horizon))
+	b = append(b, g.digest[:]...)
+	u64(uint64(g.rows))
+	u64(uint64(g.body.blocks))
+	u64(uint64(len(g.extra)))
+	u64(uint64(len(g.filter.words)))
+	b = binary.BigEndian.AppendUint32(b, probes)
+	b = binary.BigEndian.AppendUint32(b, bitsPerKey)
+	for _, n := range g.counts {
+		u64(uint64(n))
+	}
+	return b[:blockSize]
+}
+
+func headerSum(header, body []byte) (sum [sha256.Size]byte) {
+	h := sha256.New()
+	h.Write(header[:blockSize-sha256.Size])
+	h.Write(body)
+	h.Sum(sum[:0])
+	return sum
+}
+
+// decodeHeader reads a header and what the sizes in it bound. size is the length
+// of what holds the segment.
+func decodeHeader(b []byte, size int64) (g *Segment, extra, words int, err error) {
+	switch {
+	case len(b) < blockSize || string(b[:8]) != segmentMagic:
+		return nil, 0, 0, ErrTorn
+	case binary.BigEndian.Uint32(b[8:]) > SegmentVersion:
+		return nil, 0, 0, fmt.Errorf("%w %d, this is version %d", ErrNewer, binary.BigEndian.Uint32(b[8:]), SegmentVersion)
+	case binary.BigEndian.Uint32(b[8:]) != SegmentVersion:
+		return nil, 0, 0, ErrAltered
+	}
+	g = &Segment{header: bytes.Clone(b[:blockSize]), salt: binary.BigEndian.Uint32(b[12:])}
+	p := 16
+	u64 := func() uint64 { p += 8; return binary.BigEndian.Uint64(b[p-8:]) }
+	small := func() int {
+		v := u64()
+		if v > maxSegment {
+			err = ErrAltered
+			return 0
+		}
+		return int(v)
+	}
+	instant := func() session.Instant {
+		v := session.Instant(u64())
+		if v < 0 {
+			err = ErrAltered
+		}
+		return v
+	}
+	g.size = int64(small())
+	g.mark.Epoch, g.mark.Number = u64(), u64()
+	p += copy(g.mark.Head[:], b[p:])
+	g.mark.Time, g.horizon = instant(), instant()
+	p += copy(g.digest[:], b[p:])
+	g.rows, g.body.blocks = small(), small()
+	extra, words = small(), small()
+	k, per := binary.BigEndian.Uint32(b[p:]), binary.BigEndian.Uint32(b[p+4:])
+	p += 8
+	rows := 0
+	for i := range g.counts {
+		g.counts[i] = small()
+		if i > int(session.KindTenant) {
+			rows += g.counts[i]
+		}
+	}
+	copy(g.sum[:], b[blockSize-sha256.Size:])
+	want := int64(blockSize)*int64(g.body.blocks+1) + int64(extra) + 8*int64(words)
+	switch {
+	case err != nil:
+		return nil, 0, 0, err
+	case g.size != size:
+		return nil, 0, 0, fmt.Errorf("%w: %d of %d bytes", ErrTorn, size, g.size)
+	case want != size, k != probes, per != bitsPerKey, words != bloomWords(g.rows), g.body.blocks > g.rows, g.rows != rows,
+		g.rows > 0 && g.body.blocks == 0:
+		return nil, 0, 0, fmt.Errorf("%w: sizes", ErrAltered)
+	}
+	return g, extra, words, nil
+}
+
+// OpenSegment opens a segment in a file of the state directory and reads it once
+// from end to end: nothing of it is believed before its checksums, version and
+// bounds are known to hold. Its entries stay in the file, which must not be
+// written to any more; it may be removed. Errors wrap ErrSegment, or are the
+// file's.
+func OpenSegment(path string) (*Segment, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	g, err := load(io.NewSectionReader(f, 0, fi.Size()), fi.Size(), false)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	g.body.file = f
+	return g, nil
+}
+
+// ReadSegment reads a segment of the given size onto the heap, and verifies it
+// as OpenSegment does. Errors wrap ErrSegment, or are the reader's.
+func ReadSegment(r io.Reader, size int64) (*Segment, error) { return load(r, size, true) }
+
+func load(r io.Reader, size int64, keep bool) (*Segment, error) {
+	head := make([]byte, blockSize)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return nil, torn(err)
+	}
+	g, extra, words, err := decodeHeader(head, size)
+	if err != nil {
+		return nil, err
+	}
+	sha := startHash()
+	defer sha.stop()
+	if err := g.loadBlocks(r, sha, keep); err != nil {
+		return nil, err
+	}
+	if g.extra, err = readExactly(r, extra); err != nil {
+		return nil, err
+	}
+	sha.write(g.extra)
+	if err := g.loadFilter(r, sha, words); err != nil {
+		return nil, err
+	}
+	if headerSum(head, sha.stop()) != g.sum {
+		return nil, fmt.Errorf("%w: checksum", ErrAltered)
+	}
+	if err := g.parseExtra(); err != nil {
+		return nil, err
+	}
+	g.filter.seal()
+	g.indexed = g.sumIndex()
+	return g, nil
+}
+
+func torn(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return ErrTorn
+	}
+	return err
+}
+
+// readExactly reads n bytes, allocating only as they come: n is not to be
+// trusted yet.
+func readExactly(r io.Reader, n int) ([]byte, error) {
+	var out bytes.Buffer
+	if m, err := io.CopyN(&out, r, int64(n)); err != nil || m != int64(n) {
+		return nil, torn(err)
+	}
+	return out.Bytes(), nil
+}
+
+// hashing computes a SHA-256 beside what reads the bytes, since each takes as
+// long as the other.
+type hashing struct {
+	in   chan []byte
+	back chan []byte
+	sum  chan []byte
+	h    hash.Hash
+	out  []byte
+}
+
+func startHash() *hashing {
+	s := &hashing{in: make(chan []byte, 1), back: make(chan []byte, 2), sum: make(chan []byte, 1), h: sha256.New()}
+	s.back <- nil
+	s.back <- nil
+	go func() {
+		for b := range s.in {
+			s.h.Write(b)
+			s.back <- b
+		}
+		s.sum <- s.h.Sum(nil)
+	}()
+	return s
+}
+
+// buffer returns a buffer of n bytes that may be filled and written.
+func (s *hashing) buffer(n int) []byte {
+	if b := <-s.back; cap(b) >= n {
+		return b[:n]
+	}
+	return make([]byte, n)
+}
+
+// write takes over a buffer of buffer's.
+func (s *hashing) send(b []byte) { s.in <- b }
+
+// write hashes b, which stays the caller's.
+func (s *hashing) write(b []byte) {
+	buf := s.buffer(len(b))
+	copy(buf, b)
+	s.send(buf)
+}
+
+// stop ends the goroutine and returns the sum.
+func (s *hashing) stop() []byte {
+	if s.out == nil {
+		close(s.in)
+		s.out = <-s.sum
+	}
+	return s.out
+}
+
+func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) error {
+	var last [keyLen]byte
+	for i := 0; i < g.body.blocks; {
+		n := min(slabBlocks, g.body.blocks-i)
+		buf := sha.buffer(n * blockSize)
+		if _, err := io.ReadFull(r, buf); err != nil {
+			return torn(err)
+		}
+		if keep {
+			g.body.slabs = append(g.body.slabs, bytes.Clone(buf))
+		}
+		for j := range n {
+			b := buf[j*blockSize : (j+1)*blockSize]
+			if err := checkBlock(b, i+j, g.salt); err != nil {
+				return fmt.Errorf("%w: %w", ErrAltered, err)
+			}
+			// Keys never span blocks, so they ascend strictly between them.
+			first, end := row(b, 0), row(b, blockRows(b)-1)
+			if i+j > 0 && bytes.Compare(last[:], first[:keyLen]) >= 0 || bytes.Compare(first[:keyLen], end[:keyLen]) > 0 {
+				return fmt.Errorf("%w: order of blocks", ErrAltered)
+			}
+			copy(last[:], end)
+			g.index(b)
+		}
+		sha.send(buf)
+		i += n
+	}
+	return nil
+}
+
+// index notes where a block begins and when its first row ends.
+func (g *Segment) index(b []byte) {
+	g.first = append(g.first, binary.BigEndian.Uint64(row(b, 0)))
+	s := blockSoonest(b)
+	if s <= 0 {
+		s = math.MaxInt64
+	}
+	g.soonest = append(g.soonest, s)
+}
+
+func (g *Segment) loadFilter(r io.Reader, sha *hashing, words int) error {
+	all := make([]uint64, 0, words) // decodeHeader held it to the size
+	for left := words; left > 0; {
+		n := min(left, slabBlocks*blockSize/8)
+		buf := sha.buffer(8 * n)
+		if _, err := io.ReadFull(r, buf); err != nil {
+			return torn(err)
+		}
+		for i := range n {
+			all = append(all, binary.LittleEndian.Uint64(buf[8*i:]))
+		}
+		sha.send(buf)
+		left -= n
+	}
+	g.filter = sealBloom(all)
+	return nil
+}
+
+// The extra section: tenants (4) | each: id (4), count (8) | residents (4) |
+// each: key (21), expires (8), length of meta (2), meta.
+func (g *Segment) encodeExtra() []byte {
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(g.tenants)))
+	for _, id := range sortedTenants(g.tenants) {
+		b = binary.BigEndian.AppendUint32(b, uint32(id))
+		b = binary.BigEndian.AppendUint64(b, uint64(g.tenants[id]))
+	}
+	n := 0
+	for _, records := range g.residents {
+		n += len(records)
+	}
+	b = binary.BigEndian.AppendUint32(b, uint32(n))
+	for _, k := range sortedKeys(g.residents) {
+		for i := range g.residents[k] {
+			r := &g.residents[k][i]
+			b = putKey(b, &k)
+			b = binary.BigEndian.AppendUint64(b, uint64(r.Expires))
+			m := appendMeta(nil, r)
+			b = append(binary.BigEndian.AppendUint16(b, uint16(len(m))), m...)
+		}
+	}
+	return b
+}
+
+func (g *Segment) parseExtra() error {
+	b, ok := g.extra, true
+	take := func(n int) []byte {
+		if !ok || n > len(b) {
+			ok = false
+			return make([]byte, n)
+		}
+		out := b[:n]
+		b = b[n:]
+		return out
+	}
+	g.tenants, g.residents = map[session.TenantID]int{}, map[session.Key][]session.Record{}
+	for n := binary.BigEndian.Uint32(take(4)); n > 0 && ok; n-- {
+		id, c := session.TenantID(binary.BigEndian.Uint32(take(4))), binary.BigEndian.Uint64(take(8))
+		if c == 0 || c > maxSegment {
+			ok = false
+		}
+		g.tenants[id] = int(c)
+	}
+	residents := 0
+	for n := binary.BigEndian.Uint32(take(4)); n > 0 && ok; n-- {
+		k, expires := getKey(take(keyLen)), session.Instant(binary.BigEndian.Uint64(take(8)))
+		m, err := parseMeta(take(int(binary.BigEndian.Uint16(take(2)))))
+		if err != nil || !ok || k.Shape > session.Shape(session.KindTenant) {
+			ok = false
+			break
+		}
+		r := m.record()
+		r.Expires = expires
+		g.residents[k] = append(g.residents[k], *r)
+		residents++
+	}
+	if !ok || len(b) > 0 || residents != g.Len()-g.rows {
+		return fmt.Errorf("%w: tenants", ErrAltered)
+	}
+	g.shapes = 0
+	for shape, n := range g.counts {
+		if n > 0 && shape > int(session.KindTenant) {
+			g.shapes = g.shapes.With(session.Shape(shape))
+		}
+	}
+	return nil
+}
+
+// WriteTo writes the segment's form, as ReadSegment takes it. It verifies each
+// block on the way.
+func (g *Segment) WriteTo(w io.Writer) (total int64, err error) {
+	put := func(b []byte) bool {
+		var n int
+		if err == nil {
+			n, err = w.Write(b)
+			total += int64(n)
+		}
+		return err == nil
+	}
+	put(g.header)
+	if serr := g.scan(nil, func(_ int, b []byte) bool { return put(b) }); err == nil {
+		err = serr
+	}
+	put(g.extra)
+	var buf [8 * 512]byte
+	for words := g.filter.words; len(words) > 0 && err == nil; {
+		n := min(len(words), 512)
+		for i := range n {
+			binary.LittleEndian.PutUint64(buf[8*i:], words[i])
+		}
+		put(buf[:8*n])
+		words = words[n:]
+	}
+	return total, err
+}
