@@ -708,6 +708,7 @@ func (s *hashing) stop() []byte {
 
 func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) error {
 	var last [keyLen]byte
+	rows := 0
 	for i := 0; i < g.body.blocks; {
 		n := min(slabBlocks, g.body.blocks-i)
 		buf := sha.buffer(n * blockSize)
@@ -728,10 +729,38 @@ func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) error {
 				return fmt.Errorf("%w: order of blocks", ErrAltered)
 			}
 			copy(last[:], end)
+			if err := checkContent(b); err != nil {
+				return err
+			}
+			rows += blockRows(b)
 			g.index(b)
 		}
 		sha.send(buf)
 		i += n
+	}
+	if rows != g.rows {
+		return fmt.Errorf("%w: %d rows of %d", ErrAltered, rows, g.rows)
+	}
+	return nil
+}
+
+// checkContent holds what is in a block to what its readers take for granted.
+func checkContent(b []byte) error {
+	metas := blockMetas(b)
+	for i := range metas {
+		m, err := blockMeta(b, i)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrAltered, err)
+		}
+		if !session.Effect(m.fixed[0]).Valid() {
+			return fmt.Errorf("%w: effect", ErrAltered)
+		}
+	}
+	for i, n := 0, blockRows(b); i < n; i++ {
+		r := row(b, i)
+		if r[20] <= uint8(session.KindTenant) || r[20] > 63 || rowMeta(r) >= metas || rowExpires(r) < 0 {
+			return fmt.Errorf("%w: row", ErrAltered)
+		}
 	}
 	return nil
 }
