@@ -173,7 +173,11 @@ func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepar
 	go func() {
 		defer close(ended)
 		defer cancel()
-		<-bound.Done()
+		select {
+		case <-g.closing:
+			return
+		case <-bound.Done():
+		}
 		if denied(bound) == nil {
 			return
 		}

@@ -104,6 +104,9 @@ func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func
 	g.mu.Unlock()
 
 	select {
+	case <-g.closing:
+		cancel(errClosed())
+		return nil, g.rpcError(errClosed())
 	case <-bound.Done():
 		// Released before the outcome could be taken: the work is over.
 		if d := denied(bound); d == nil {

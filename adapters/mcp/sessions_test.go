@@ -302,8 +302,15 @@ func TestClosedGuardDeniesAndClosesItsSessions(t *testing.T) {
 		w := newWorld(t, nil)
 		c := w.mustDial(t, era, w.token(t, "ann"))
 		mustAllow(t, c, "echo")
+		w.await(t, w.started, "echo")
+		w.await(t, w.ended, "echo")
+		done := w.goCall(t, c, "wait")
 		if err := w.guard.Close(); err != nil {
 			t.Fatal(err)
+		}
+		w.await(t, w.ended, "wait")
+		if err := within(t, done); err == nil {
+			t.Fatal("a running call outlived its guard")
 		}
 		if _, err := c.call("echo"); err == nil {
 			t.Fatal("allowed")
