@@ -333,6 +333,9 @@ func (s *Set) put(k session.Key, step func(*session.Record) (session.Record, boo
 		have = &old[i]
 	}
 	next, keep := step(have)
+	// What the horizon has passed already never comes in, so that the state does
+	// not depend on where one batch ends and the next begins.
+	keep = keep && !ended(&next, s.horizon)
 	if have == nil && !keep {
 		return
 	}
@@ -440,6 +443,11 @@ func stricter(have *session.Record, set session.Record) session.Record {
 	return out
 }
 
+// ended reports whether the horizon has passed the record.
+func ended(r *session.Record, horizon session.Instant) bool {
+	return r.Expires != 0 && r.Expires <= horizon
+}
+
 // expire drops what the horizon says has nothing left to match.
 func (s *Set) expire(horizon session.Instant) {
 	s.horizon = horizon
@@ -447,11 +455,10 @@ func (s *Set) expire(horizon session.Instant) {
 		return
 	}
 	s.soonest = 0
-	ended := func(r session.Record) bool { return r.Expires != 0 && r.Expires <= horizon }
 	var keys []session.Key
 	s.Range(func(k session.Key, r *session.Record) bool {
 		switch {
-		case ended(*r):
+		case ended(r, horizon):
 			keys = append(keys, k)
 		case r.Expires != 0 && (s.soonest == 0 || r.Expires < s.soonest):
 			s.soonest = r.Expires
@@ -462,7 +469,7 @@ func (s *Set) expire(horizon session.Instant) {
 		var keep []session.Record
 		old := s.Lookup(k)
 		for i := range old {
-			if ended(old[i]) {
+			if ended(&old[i], horizon) {
 				s.account(k, &old[i], -1)
 			} else {
 				keep = append(keep, old[i])
