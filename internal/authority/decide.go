@@ -178,6 +178,10 @@ func fits(r *authority.Request) error {
 		return invalid("give a time to come", "for is negative")
 	case r.Share < 0 || r.Share > 100 || r.Share != 0 && r.Share < 0.01 || math.IsNaN(r.Share):
 		return invalid("give 0.01 to 100 percent", "share is out of range")
+	case op == authority.Kill && slices.ContainsFunc(r.Targets, func(t authority.Target) bool {
+		return len(t.Terms) != 1 || t.Terms[0].Kind != session.KindGlobal.String() && t.Terms[0].Kind != session.KindTenant.String()
+	}):
+		return invalid("kill global, or kill tenant NAME; to deny one caller, revoke or suspend it", "a kill is of everything, in one tenant or in all")
 	case op == authority.Kill && r.Reason != "" && r.Reason != session.ReasonKill.String():
 		return invalid("leave the reason out, and say why in the incident", "a kill's reason is always %q", session.ReasonKill)
 	}
@@ -336,9 +340,6 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 	}
 	switch r.Operation {
 	case authority.Kill:
-		if !everything {
-			return invalid("kill global, or kill tenant NAME; to deny one caller, revoke or suspend it", "a kill is of everything, not of %s", n.text)
-		}
 		out.entries = append(out.entries, base)
 
 	case authority.Resume:
