@@ -55,6 +55,7 @@ type busFeed struct {
 	b        *bus
 	sink     Sink
 	closed   bool
+	deaf     bool // Receipt hangs
 	receipts []timedReceipt
 	frames   [][]byte
 }
@@ -411,9 +412,16 @@ func (f *busFeed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
 	return frame, nil
 }
 
-func (f *busFeed) Receipt(_ context.Context, frame []byte) error {
+func (f *busFeed) Receipt(ctx context.Context, frame []byte) error {
 	if err := f.up(); err != nil {
 		return err
+	}
+	f.b.mu.Lock()
+	deaf := f.deaf
+	f.b.mu.Unlock()
+	if deaf {
+		<-ctx.Done()
+		return ctx.Err()
 	}
 	p, err := session.ParseFrame(frame)
 	if err != nil {
