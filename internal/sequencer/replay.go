@@ -140,8 +140,13 @@ func (s *Sequencer) onRead(m *nats.Msg) {
 		if n, err := strconv.ParseUint(seq, 10, 64); err == nil && m.Header.Get("Status") == "" {
 			msg = &stored{Seq: n, Data: m.Data}
 		}
-		more := m.Header.Get("Nats-Num-Pending") != "0"
-		s.post(func() { s.w.haveBulk(token, msg, more) })
+		pending, err := strconv.ParseUint(m.Header.Get("Nats-Num-Pending"), 10, 64)
+		s.post(func() {
+			if msg != nil && err == nil {
+				s.w.stored = max(s.w.stored, msg.Seq+pending)
+			}
+			s.w.haveBulk(token, msg, err != nil || pending > 0)
+		})
 		return
 	}
 	if m.Header.Get("Status") == "404" {
@@ -185,7 +190,7 @@ func (w *writer) load() {
 	w.chain = chain{}
 	w.ids, w.idOrder = map[session.DecisionID]taken{}, nil
 	w.doubt = false
-	w.bulk = true
+	w.bulk, w.stored, w.asked = true, 0, 0
 	w.keySet = w.s.trust.KeySet().Version
 	done := w.onEnd
 	w.onEnd = func() {
@@ -218,6 +223,7 @@ func (w *writer) examine() {
 }
 
 func (w *writer) read() {
+	w.bulk = w.bulk || w.stored > w.pos+bulkBehind
 	w.token++
 	w.readAt = time.Now()
 	m := &nats.Msg{Subject: msgGet + natsfeed.LogStream, Reply: w.s.inbox + ".r." + strconv.FormatUint(w.token, 10)}
@@ -247,12 +253,13 @@ func (w *writer) haveBulk(token uint64, m *stored, more bool) {
 	case m != nil:
 		w.readAt = time.Now()
 		if !w.take(m) {
-			w.bulk = false
+			w.token++ // the rest of the piece is asked for again
 		}
 	case more:
 		w.read()
 	default:
-		w.bulk = false
+		// Of what this replica does not have, the leader knows.
+		w.bulk, w.stored = false, w.pos
 		w.read()
 	}
 }
@@ -287,9 +294,10 @@ func (w *writer) take(m *stored) bool {
 		return true
 	}
 	j, v := w.judge(m.Data, &w.epochs)
-	if v == doubtful && w.asked != m.Seq {
-		// Its key may be in a key set that has not arrived here yet.
-		w.asked = m.Seq
+	if v == doubtful && w.asked < m.Seq {
+		// Its key may be in a key set that has not arrived here yet: one that
+		// was stored before it.
+		w.asked = max(m.Seq, w.stored)
 		w.spawn(func() {
 			_ = w.s.fetchKeySets(w.s.ctx) // what cannot be fetched leaves it in doubt
 			w.s.post(func() { w.read() })

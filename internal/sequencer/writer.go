@@ -47,6 +47,15 @@ const (
 	// was stored in it: a new leader may need a moment to apply all it has.
 	lostAfter = 5 * time.Second
 
+	// unfencedAfter is how often the fence of a batch may fail before it is
+	// appended without: somebody floods the log. What chains, and when a batch
+	// counts, does not depend on the fence; it only saves appends in vain.
+	unfencedAfter = 3
+	// bulkBehind is how far behind what is stored reads go in pieces.
+	bulkBehind = 16
+	// floodFor is how long a flood is expected to go on.
+	floodFor = 10 * time.Second
+
 	// maxBatchSize leaves room in a frame for the batch's own fields.
 	maxBatchSize = session.MaxFrameLen - 40<<10
 	maxReqs      = session.MaxBatchEntries
@@ -69,6 +78,7 @@ type inflight struct {
 	expected uint64    // the fence that it was sent with last
 	stored   uint64    // the sequence that the store named
 	failed   bool      // the store refused the last attempt
+	refused  int       // how often the fence did not hold
 }
 
 // taken is where a decision is.
@@ -108,10 +118,12 @@ type writer struct {
 	pollAt   time.Time
 	heardAt  time.Time
 	onEnd    func()
-	bulk     bool   // reads in pieces, from any replica
+	bulk     bool // reads in pieces, from any replica
+	flooded  time.Time
 	keySet   uint64 // version of the key set that was acted on
 	doubt    bool   // a batch was skipped for its key alone
-	asked    uint64
+	stored   uint64 // the furthest sequence that is known to be stored
+	asked    uint64 // key sets were fetched after everything up to here was stored
 	lostFrom time.Time
 
 	lease     bool
@@ -168,7 +180,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 	}
 	if w.role == loading {
 		if w.reading && due(w.readAt.Add(readTimeout)) {
-			w.bulk = false // it may be that only the leader answers
+			w.bulk, w.stored = false, w.pos // it may be that only the leader answers
 			w.read()
 		}
 		return next
@@ -178,6 +190,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 		w.keysChanged(ks)
 	}
 	if w.reading && due(w.readAt.Add(readTimeout)) {
+		w.bulk, w.stored = false, w.pos
 		w.read()
 	}
 	if !w.reading && due(w.pollAt) {
@@ -193,7 +206,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 	if w.writes() && len(w.flight) > 0 {
 		f := w.flight[0]
 		wait := retryAfter
-		if f.failed && !w.reading {
+		if f.failed && (!w.reading || f.refused >= unfencedAfter) {
 			wait = retrySoon
 		}
 		if due(f.sent.Add(wait)) {
@@ -348,6 +361,9 @@ func (w *writer) appendBatch(now time.Time) {
 	f := &inflight{batch: b, hash: parsed.Hash(), key: parsed.Key, frame: frame, reqs: reqs, first: now}
 	// Numbers are used again after a deposition; a late answer must not be
 	// taken for that of another batch.
+	if now.Sub(w.flooded) < floodFor {
+		f.refused = unfencedAfter
+	}
 	f.token = hex.EncodeToString(f.hash[:16])
 	f.set = set.Apply(b, func(e *session.Entry) bool { return may.May(e.Key) })
 	w.proof = false
@@ -473,11 +489,11 @@ func (w *writer) publish(f *inflight, expected uint64, now time.Time) {
 	m := &nats.Msg{
 		Subject: natsfeed.LogSubject,
 		Reply:   w.s.inbox + ".a." + f.token,
-		Header: nats.Header{
-			jetstream.ExpectedStreamHeader:  {natsfeed.LogStream},
-			jetstream.ExpectedLastSeqHeader: {strconv.FormatUint(expected, 10)},
-		},
-		Data: f.frame,
+		Header:  nats.Header{jetstream.ExpectedStreamHeader: {natsfeed.LogStream}},
+		Data:    f.frame,
+	}
+	if f.refused < unfencedAfter {
+		m.Header[jetstream.ExpectedLastSeqHeader] = []string{strconv.FormatUint(expected, 10)}
 	}
 	if err := w.s.nc.PublishMsg(m); err != nil {
 		f.failed = true
@@ -497,10 +513,14 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 		// name where the same bytes are.
 		if a.seq > w.pos {
 			f.stored = a.seq
+			w.stored = max(w.stored, a.seq)
 		}
 		w.settle(now)
 	case a.wrongLast && i == 0:
 		f.failed = true
+		if f.refused++; f.refused >= unfencedAfter {
+			w.flooded = now
+		}
 		w.examine()
 	case a.wrongLast:
 		f.failed = true
@@ -536,7 +556,6 @@ func (w *writer) confirm(now time.Time) {
 	w.flight = w.flight[1:]
 	w.flightBytes -= len(f.frame)
 	w.pos++
-	w.asked = 0
 	if h := w.s.o.Hooks.AfterAck; h != nil {
 		h(f.batch.Number)
 	}
