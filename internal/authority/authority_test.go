@@ -163,9 +163,9 @@ func TestRevokeTakesEffectOnEveryEnforcerAndIsCounted(t *testing.T) {
 // passed, and is reported as denying by itself from then on.
 func TestWaitEndsAtTheBoundOfASilentEnforcer(t *testing.T) {
 	f := start(t, Options{})
-	live := f.enforcer("live", enforce.Options{})
+	f.enforcer("live", enforce.Options{})
 	gone := f.enforcer("gone", enforce.Options{MaxStale: 2 * time.Second})
-	_ = live
+	f.until(func() bool { return f.a.tracker.Live() == 2 })
 	if err := gone.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -239,7 +239,7 @@ func TestIdempotencyKey(t *testing.T) {
 // told that it is durable; once it does, the same request says so.
 func TestNotDurableIsSaidSo(t *testing.T) {
 	var outage atomic.Bool
-	f := start(t, Options{AckWait: 50 * time.Millisecond, hooks: sequencer.Hooks{DropAcks: outage.Load}})
+	f := start(t, Options{AckWait: 50 * time.Millisecond, Hooks: sequencer.Hooks{DropAcks: outage.Load}})
 	e := f.enforcer("tools", enforce.Options{})
 	p := f.prepare(e, session.Identity{Session: session.SessionRef{ID: "s1"}})
 	outage.Store(true)

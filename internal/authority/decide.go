@@ -3,7 +3,6 @@ package authority
 import (
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -462,9 +461,7 @@ func describe(r *authority.Request, n named, e session.Entry) string {
 func plain(err error) string {
 	s := err.Error()
 	for _, parent := range []error{session.ErrMalformed, session.ErrCritical, session.ErrNoIdentity, session.ErrInvalid} {
-		if errors.Is(err, parent) {
-			s = strings.ReplaceAll(s, parent.Error()+": ", "")
-		}
+		s = strings.ReplaceAll(s, parent.Error()+": ", "")
 	}
 	return strings.TrimPrefix(s, "entry: ")
 }
