@@ -437,6 +437,12 @@ func (f *busFeed) Receipt(ctx context.Context, frame []byte) error {
 	return nil
 }
 
+func (b *bus) readings() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.reads
+}
+
 // said returns the receipts so far.
 func (f *busFeed) said() []timedReceipt {
 	f.b.mu.Lock()

@@ -761,6 +761,9 @@ func (f *follower) repaired(epoch, from, next, last uint64, err error) {
 	if err == nil && len(f.beats) > 0 && now-f.stuckAt >= f.rereadWait {
 		// Nothing where there must be something: a replica that lags, another
 		// stream than before, or a branch that leads nowhere.
+		if f.rereadWait > rereadMin && f.hint == "" {
+			f.alarm("the log does not lead from what is in force here to the authority's head: it was rolled back, or part of it is missing")
+		}
 		f.chain.restart()
 		f.logPos, f.logNumber, f.tipSeen, f.stuckAt = 0, 0, 0, now
 		f.rereadWait = min(2*f.rereadWait, rereadMax)
