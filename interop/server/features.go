@@ -1,5 +1,7 @@
 package main
 
+//lint:file-ignore SA1019 what 2026-07-28 deprecates, the revisions before it have, and the suite asks for
+
 import (
 	"context"
 	"encoding/base64"
@@ -86,6 +88,7 @@ func addTools(s *mcp.Server, let <-chan struct{}) {
 	})
 	add("test_tool_with_logging", func(ctx context.Context, req *mcp.CallToolRequest) ([]mcp.Content, error) {
 		for _, line := range []string{"started", "working", "done"} {
+			//nolint:staticcheck // as above
 			if err := req.Session.Log(ctx, &mcp.LoggingMessageParams{Level: "info", Data: line}); err != nil {
 				return nil, err
 			}
@@ -106,7 +109,7 @@ func addTools(s *mcp.Server, let <-chan struct{}) {
 		Prompt string `json:"prompt"`
 	}
 	mcp.AddTool(s, &mcp.Tool{Name: "test_sampling"}, func(ctx context.Context, req *mcp.CallToolRequest, in prompt) (*mcp.CallToolResult, any, error) {
-		//nolint:staticcheck // the revisions before 2026-07-28 have it, and the suite asks for it
+		//nolint:staticcheck // as above
 		res, err := req.Session.CreateMessage(ctx, &mcp.CreateMessageParams{
 			MaxTokens: 100, Messages: []*mcp.SamplingMessage{{Role: "user", Content: text(in.Prompt)}},
 		})

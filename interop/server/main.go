@@ -107,7 +107,7 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		url     *string
 		handler http.Handler
 	}{{&at.Guarded, guarded}, {&at.Signed, signed}, {&at.Plain, plain}, {&at.Control, control(f, mint, open)}} {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
 			return err
 		}
