@@ -81,6 +81,15 @@ func (f *fixture) enforcer(name string, o enforce.Options) *enforce.Enforcer {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = e.Close() }) // closed by some tests already
+	// Until its first receipt has come, nobody waits for it.
+	f.until(func() bool {
+		for _, x := range f.a.enforcers() {
+			if x.Name == name {
+				return x.Condition != authority.ConditionAbsent
+			}
+		}
+		return false
+	})
 	return e
 }
 
@@ -165,7 +174,6 @@ func TestWaitEndsAtTheBoundOfASilentEnforcer(t *testing.T) {
 	f := start(t, Options{})
 	f.enforcer("live", enforce.Options{})
 	gone := f.enforcer("gone", enforce.Options{MaxStale: 2 * time.Second})
-	f.until(func() bool { return f.a.tracker.Live() == 2 })
 	if err := gone.Close(); err != nil {
 		t.Fatal(err)
 	}
