@@ -206,6 +206,12 @@ func (w *writer) load() {
 		if w.lease {
 			w.elected(time.Time{})
 		}
+		again := w.salvaged
+		w.mine, w.salvaged, w.unstored = nil, nil, 0
+		for _, r := range again {
+			w.release(r)
+		}
+		w.reroute(again)
 	}
 	w.examine()
 }
@@ -335,10 +341,12 @@ func (w *writer) take(m *stored) bool {
 			}
 		}
 	case doubtful:
+		w.salvage(j)
 		w.doubt = true
 		w.s.strays.Add(1)
 		w.s.log.Warn("sequencer: a stored batch is signed by a key that is not trusted", "position", m.Seq)
 	case stray:
+		w.salvage(j)
 		w.s.strays.Add(1)
 	case alien:
 		w.s.log.Error("sequencer: the log holds what this version does not know: upgrade it", "position", m.Seq)
@@ -359,12 +367,9 @@ func (w *writer) atEnd(now time.Time) {
 		w.onEnd = nil
 		f()
 	}
-	if len(w.flight) > 0 && w.flight[0].failed {
-		// The fence did not hold and yet nothing is there: a message that the
-		// leader has not committed yet, or a stream that has gone back.
-		w.askInfo()
-	}
-	if w.role == following && len(w.flight) == 0 && w.pos > 0 && w.role != loading {
+	if len(w.flight) == 0 || w.flight[0].failed {
+		// When the fence did not hold and yet nothing is there, it is a message
+		// that the leader has not committed yet, or a stream that has gone back.
 		w.askInfo()
 	}
 	w.resend(now)
@@ -381,7 +386,8 @@ func (w *writer) askInfo() {
 
 func (s *Sequencer) onInfo(m *nats.Msg) {
 	var a struct {
-		State *struct {
+		Created time.Time `json:"created"`
+		State   *struct {
 			LastSeq uint64 `json:"last_seq"`
 		} `json:"state"`
 		Error *apiError `json:"error"`
@@ -389,12 +395,17 @@ func (s *Sequencer) onInfo(m *nats.Msg) {
 	if s.deaf() || json.Unmarshal(m.Data, &a) != nil || a.Error != nil || a.State == nil {
 		return
 	}
-	s.post(func() { s.w.streamEnds(a.State.LastSeq, time.Now()) })
+	s.post(func() { s.w.streamEnds(a.Created, a.State.LastSeq, time.Now()) })
 }
 
 // streamEnds notices a stream that lost what had been read from it.
-func (w *writer) streamEnds(last uint64, now time.Time) {
+func (w *writer) streamEnds(made time.Time, last uint64, now time.Time) {
+	if w.made.IsZero() {
+		w.made = made
+	}
 	switch {
+	case !made.Equal(w.made) && !w.s.rolledBack.Load():
+		w.rollback("the stream was made anew")
 	case last >= w.pos:
 		w.lostFrom = time.Time{}
 	case w.lostFrom.IsZero():

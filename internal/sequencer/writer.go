@@ -78,7 +78,8 @@ type inflight struct {
 	expected uint64    // the fence that it was sent with last
 	stored   uint64    // the sequence that the store named
 	failed   bool      // the store refused the last attempt
-	refused  int       // how often the fence did not hold
+	refused  int       // how often the fence did not hold against something new
+	refusal  uint64    // pos at the last of those
 }
 
 // taken is where a decision is.
@@ -125,6 +126,10 @@ type writer struct {
 	stored   uint64 // the furthest sequence that is known to be stored
 	asked    uint64 // key sets were fetched after everything up to here was stored
 	lostFrom time.Time
+	made     time.Time             // when the stream was made
+	mine     map[session.Hash]bool // batches of this sequencer that the chain was cut before
+	salvaged []*request            // their decisions, and what else waits for the reload
+	unstored int                   // of those, in no stored batch
 
 	lease     bool
 	proof     bool // the next batch is due even when empty
@@ -358,7 +363,7 @@ func (w *writer) appendBatch(now time.Time) {
 		w.cannotSign(err)
 		return
 	}
-	f := &inflight{batch: b, hash: parsed.Hash(), key: parsed.Key, frame: frame, reqs: reqs, first: now}
+	f := &inflight{batch: b, hash: parsed.Hash(), key: parsed.Key, frame: frame, reqs: reqs, first: now, refusal: w.pos}
 	// Numbers are used again after a deposition; a late answer must not be
 	// taken for that of another batch.
 	if now.Sub(w.flooded) < floodFor {
@@ -518,7 +523,10 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 		w.settle(now)
 	case a.wrongLast && i == 0:
 		f.failed = true
-		if f.refused++; f.refused >= unfencedAfter {
+		if w.pos > f.refusal {
+			f.refused, f.refusal = f.refused+1, w.pos
+		}
+		if f.refused >= unfencedAfter {
 			w.flooded = now
 		}
 		w.examine()
@@ -688,11 +696,12 @@ func (w *writer) depose() {
 	orphans, pending := w.flight, w.pending
 	w.flight, w.flightBytes, w.pending = nil, 0, nil
 	w.follow()
-	w.orphan(orphans)
+	again := w.orphan(orphans)
 	for _, r := range pending {
 		w.release(r)
-		w.reroute(r)
+		again = append(again, r)
 	}
+	w.reroute(again)
 	w.s.checkLease()
 }
 
@@ -709,35 +718,44 @@ func (w *writer) release(r *request) {
 	}
 }
 
-// reroute sends a decision on its way again, under its ID.
-func (w *writer) reroute(r *request) {
-	r.retry()
-	dups := r.dups
-	r.dups = nil
-	w.redoing++
-	r.then(func() {
-		res, err := r.outcome()
-		for _, d := range dups {
-			d.finish(res, err)
-		}
-		w.s.post(func() {
-			w.redoing--
-			w.wakeWaiters()
+// reroute sends decisions on their way again, in their order, under their IDs.
+func (w *writer) reroute(rs []*request) {
+	var away []*request
+	for _, r := range rs {
+		r.retry()
+		dups := r.dups
+		r.dups = nil
+		w.redoing++
+		r.then(func() {
+			res, err := r.outcome()
+			for _, d := range dups {
+				d.finish(res, err)
+			}
+			w.s.post(func() {
+				w.redoing--
+				w.wakeWaiters()
+			})
 		})
-	})
-	if r.internal {
-		r.finish(Result{}, ErrClosed) // made anew by whoever writes
-		return
+		switch {
+		case r.internal:
+			r.finish(Result{}, ErrClosed) // made anew by whoever writes
+		case w.role == writing || w.role == proving || w.closing:
+			w.accept(r)
+		default:
+			away = append(away, r)
+		}
 	}
-	w.accept(r)
+	if len(away) > 0 {
+		w.forward(away...)
+	}
 }
 
-// orphan deals with batches that were published and will never be in the chain.
-// Their rejection is said only when each of their decisions has been taken
-// elsewhere: until then enforcers keep to them.
-func (w *writer) orphan(batches []*inflight) {
+// orphan deals with batches that were published and will never be in the chain,
+// and returns what has to be decided again. Their rejection is said only when
+// that has been done: until then enforcers keep to them.
+func (w *writer) orphan(batches []*inflight) (again []*request) {
 	if len(batches) == 0 {
-		return
+		return nil
 	}
 	rejections := make([]session.Rejection, len(batches))
 	left := 1
@@ -762,10 +780,11 @@ func (w *writer) orphan(batches []*inflight) {
 					w.s.post(func() { settled(err) })
 				})
 			}
-			w.reroute(r)
+			again = append(again, r)
 		}
 	}
 	settled(nil)
+	return again
 }
 
 func (w *writer) reject(x *session.Rejection) {
