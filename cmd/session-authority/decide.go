@@ -258,8 +258,9 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 			return fmt.Errorf("%s at seq %d, but where it is in force is not known: %w", v.done, res.Number, err)
 		}
 	}
+	// What cannot be said on stderr is no reason to deny what was done.
 	for _, w := range res.Warnings {
-		fmt.Fprintln(cmd.ErrOrStderr(), "warning:", oneLine(w))
+		_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "warning:", oneLine(w))
 	}
 	if g.json {
 		err = printJSON(cmd.OutOrStdout(), out)

@@ -76,7 +76,8 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 				return err
 			}
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-			fmt.Fprintln(w, "NAME\tCONDITION\tMODE\tAPPLIED\tHEARD\tRUNNING\tDENIED")
+			// Flush says what could not be written.
+			_, _ = fmt.Fprintln(w, "NAME\tCONDITION\tMODE\tAPPLIED\tHEARD\tRUNNING\tDENIED")
 			now := time.Now()
 			for _, e := range list {
 				heard := "never"
@@ -87,7 +88,7 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 				if mode == "" {
 					mode = "-"
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%d\t%d\n", e.Name, e.Condition, mode, e.Applied, heard, e.Running, e.Denied)
+				_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%d\t%d\n", e.Name, e.Condition, mode, e.Applied, heard, e.Running, e.Denied)
 			}
 			return w.Flush()
 		},

@@ -53,7 +53,7 @@ A token's signature is not verified, and nothing of it is kept.
 					return err
 				}
 				r.Tenant = id.Tenant
-				fmt.Fprintln(cmd.ErrOrStderr(), "note: the token's signature was not verified; this holds if it is genuine")
+				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "note: the token's signature was not verified; this holds if it is genuine")
 			} else if !slices.ContainsFunc(identityFlags[1:], cmd.Flags().Changed) {
 				return usagef("no caller: name one by its ids, as in --user alice, or give --token-file")
 			} else {
@@ -117,7 +117,7 @@ func readClaims(stdin io.Reader, path string) (claims json.RawMessage, hash stri
 		if err != nil {
 			return nil, "", usagef("--token-file: %w", err)
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }() // only read
 		in = f
 	}
 	b, err := io.ReadAll(io.LimitReader(in, maxToken+1))

@@ -176,7 +176,7 @@ new key set at once; enforcers take it without a restart.`,
 			if g.json {
 				return printJSON(cmd.OutOrStdout(), k)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "key set %d of root %s; epoch %d; until %s; tenants %s\n",
+			_, _ = fmt.Fprintf(cmd.OutOrStdout(), "key set %d of root %s; epoch %d; until %s; tenants %s\n",
 				k.Version, k.Root, k.Epoch, k.NotAfter.Format(time.RFC3339), strings.Join(k.Tenants, ", "))
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 			for _, key := range k.Keys {
@@ -187,7 +187,7 @@ new key set at once; enforcers take it without a restart.`,
 				if key.Withdrawn {
 					state = fmt.Sprintf("withdrawn after seq %d of epoch %d", key.LastNumber, key.LastEpoch)
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\n", key.ID, key.Use, state)
+				_, _ = fmt.Fprintf(w, "%s\t%s\t%s\n", key.ID, key.Use, state)
 			}
 			return w.Flush()
 		},

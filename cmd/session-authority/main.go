@@ -110,8 +110,8 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	} else {
 		err = fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())
 	}
-	// One line, whatever an error holds.
-	fmt.Fprintf(stderr, "session-authority: %s\n", strings.Join(strings.Fields(err.Error()), " "))
+	// Where stderr is closed, the exit code still tells.
+	_, _ = fmt.Fprintf(stderr, "session-authority: %s\n", strings.Join(strings.Fields(oneLine(err.Error())), " "))
 	return code
 }
 

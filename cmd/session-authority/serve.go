@@ -114,9 +114,6 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	a, err := service.Open(start, o)
 	cancel()
 	if err != nil {
-		if cmd.Context().Err() != nil {
-			return nil // interrupted while starting
-		}
 		return err
 	}
 	<-cmd.Context().Done()

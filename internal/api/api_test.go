@@ -358,8 +358,11 @@ func TestCloseEndsWaitsAndWatches(t *testing.T) {
 	if err := r.srv.Close(); err != nil {
 		t.Fatal(err)
 	}
-	<-ended
-	<-ended
+	for range 2 {
+		if err := <-ended; err != nil {
+			t.Log(err) // a stream that was cut is no fault
+		}
+	}
 	if took := time.Since(begun); took >= closeTimeout {
 		t.Errorf("took %s", took)
 	}

@@ -274,7 +274,7 @@ func (p *planner) name(t authority.Target) (named, error) {
 		target.Terms = append(target.Terms, session.Term{Kind: kind, Issuer: issuer, Value: term.Value})
 	}
 	var secret *session.TenantSecret
-	if !(len(target.Terms) == 1 && target.Terms[0].Kind == session.KindGlobal) {
+	if len(target.Terms) != 1 || target.Terms[0].Kind != session.KindGlobal {
 		name := t.Tenant
 		if len(target.Terms) == 1 && target.Terms[0].Kind == session.KindTenant && name == "" {
 			name = target.Terms[0].Value
@@ -374,7 +374,7 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 		case n.shape.Terminal() && !r.Drill:
 			return authority.NewProblem(authority.ProblemTerminal, fmt.Sprintf("a revoked %s never comes back", n.shape), "have the caller sign in again for a new one")
 		case everything:
-			return p.restoreAll(r, n, inForce, lift, warn)
+			return p.restoreAll(out, r, n, inForce, lift, warn)
 		case r.Share != 0 && r.Share < 100:
 			return invalid("leave share out", "a revoked %s is restored at once, and its earlier sessions stay dead", n.shape)
 		}
@@ -396,7 +396,7 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 }
 
 // restoreAll lifts a kill.
-func (p *planner) restoreAll(r *authority.Request, n named, inForce map[session.Effect]*session.Record, lift func(session.Effect), warn func(string, ...any)) error {
+func (p *planner) restoreAll(out *plan, r *authority.Request, n named, inForce map[session.Effect]*session.Record, lift func(session.Effect), warn func(string, ...any)) error {
 	staged := r.Share != 0 && r.Share < 100
 	suspended := inForce[session.EffectSuspended] != nil
 	revoked := inForce[session.EffectRevoked] != nil && inForce[session.EffectRevoked].IssuedBefore == 0
@@ -412,6 +412,10 @@ func (p *planner) restoreAll(r *authority.Request, n named, inForce map[session.
 	}
 	if revoked {
 		lift(session.EffectRevoked)
+		if r := inForce[session.EffectRevoked]; r != nil {
+			// Whoever has authenticated since the kill need not do so again.
+			out.entries[len(out.entries)-1].IssuedBefore = r.Since
+		}
 	}
 	return nil
 }
@@ -440,6 +444,10 @@ func describe(r *authority.Request, n named, e session.Entry) string {
 	case r.Operation.Lifts() && r.Share > 0 && r.Share < 100:
 		fmt.Fprintf(&b, " for %g%% of its sessions", r.Share)
 	case r.Operation.Lifts():
+	case r.Operation == authority.Kill && r.Credentials:
+		b.WriteString(": every session under it, now and to come; its credentials stay dead when it is restored")
+	case r.Operation == authority.Kill:
+		b.WriteString(": every session under it, now and to come; its credentials come back when it is restored")
 	case e.IssuedBefore != 0:
 		fmt.Fprintf(&b, ": every session under it from before %s", e.IssuedBefore)
 	default:

@@ -126,9 +126,9 @@ func TestOperationsBecomeEntries(t *testing.T) {
 		{"kill with credentials", "tenant", "acme", nil, authority.Request{Operation: "kill", Credentials: true}, []string{"set revoked kill"}, true, ""},
 		{"restore a kill", "global", "", inForce{killed}, authority.Request{Operation: "restore"}, []string{"lift suspended restored"}, true, ""},
 		{"restore a kill in stages", "tenant", "acme", inForce{killed}, authority.Request{Operation: "restore", Share: 25}, []string{"lift suspended restored share 2500"}, true, ""},
-		{"restore a kill with credentials", "global", "", inForce{killedCredentials}, authority.Request{Operation: "restore"}, []string{"lift revoked restored before 09:00:00"}, true, ""},
+		{"restore a kill with credentials", "global", "", inForce{killedCredentials}, authority.Request{Operation: "restore"}, []string{"lift revoked restored before 08:00:00"}, true, ""},
 		{"restore both kills", "global", "", inForce{killed, killedCredentials}, authority.Request{Operation: "restore"},
-			[]string{"lift suspended restored", "lift revoked restored before 09:00:00"}, true, ""},
+			[]string{"lift suspended restored", "lift revoked restored before 08:00:00"}, true, ""},
 		{"restore no kill", "global", "", nil, authority.Request{Operation: "restore"},
 			[]string{"lift suspended restored", "lift revoked restored before 09:00:00"}, true, "is not killed here"},
 	} {

@@ -77,7 +77,7 @@ func enforcer(t *testing.T, name string) Enforcer {
 	return Enforcer{Name: name, NKey: pub, ReceiptKey: key, Tenants: []session.TenantID{1}, Enrolled: time.Now().UTC()}
 }
 
-func openRoster(t *testing.T, ctx context.Context, nc *nats.Conn, onChange func([]Enforcer) error) *Roster {
+func openRoster(ctx context.Context, t *testing.T, nc *nats.Conn, onChange func([]Enforcer) error) *Roster {
 	t.Helper()
 	r, err := Open(ctx, Options{NC: nc, OnChange: onChange})
 	if err != nil {
@@ -100,9 +100,9 @@ func names(list []Enforcer) (out []string) {
 
 func TestEveryAuthorityHasTheSameRoster(t *testing.T) {
 	ctx, nc := bus(t)
-	a := openRoster(t, ctx, nc, nil)
+	a := openRoster(ctx, t, nc, nil)
 	changes := make(chan []string, 16)
-	b := openRoster(t, ctx, nc, func(list []Enforcer) error { changes <- names(list); return nil })
+	b := openRoster(ctx, t, nc, func(list []Enforcer) error { changes <- names(list); return nil })
 	until := func(want string) {
 		t.Helper()
 		for {
@@ -138,7 +138,7 @@ func TestEveryAuthorityHasTheSameRoster(t *testing.T) {
 		t.Fatal(err)
 	}
 	until("[eu-1 eu-2]")
-	c := openRoster(t, ctx, nc, nil)
+	c := openRoster(ctx, t, nc, nil)
 	if got := c.Enforcers(); len(got) != 2 || got[0].NKey != again.NKey || !got[0].ReceiptKey.Equal(again.ReceiptKey) {
 		t.Errorf("a later authority has %+v", got)
 	}
@@ -149,7 +149,7 @@ func TestEnrolledOnce(t *testing.T) {
 	ctx, nc := bus(t)
 	var rosters []*Roster
 	for range 4 {
-		rosters = append(rosters, openRoster(t, ctx, nc, nil))
+		rosters = append(rosters, openRoster(ctx, t, nc, nil))
 	}
 	var done sync.WaitGroup
 	var won atomic.Int32
@@ -175,7 +175,7 @@ func TestOwedChange(t *testing.T) {
 	ctx, nc := bus(t)
 	var fail atomic.Bool
 	told := make(chan []string, 16)
-	r := openRoster(t, ctx, nc, func(list []Enforcer) error {
+	r := openRoster(ctx, t, nc, func(list []Enforcer) error {
 		if fail.Load() {
 			return errors.New("no")
 		}
@@ -200,7 +200,7 @@ func TestOwedChange(t *testing.T) {
 
 func TestRefusesWhatIsNotAnEnforcer(t *testing.T) {
 	ctx, nc := bus(t)
-	r := openRoster(t, ctx, nc, nil)
+	r := openRoster(ctx, t, nc, nil)
 	for name, edit := range map[string]func(*Enforcer){
 		"a bad name":        func(e *Enforcer) { e.Name = "eu.1" },
 		"a bad NKey":        func(e *Enforcer) { e.NKey = "U" },

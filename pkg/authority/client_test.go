@@ -83,7 +83,7 @@ func TestDecideOnce(t *testing.T) {
 			t.Errorf("%s %s %v %+v", r.Method, r.URL, r.Header, in)
 		}
 		w.WriteHeader(http.StatusAccepted)
-		fmt.Fprint(w, `{"operation":"suspend","committed":true,"epoch":1,"number":9,"durable":false}`)
+		_, _ = fmt.Fprint(w, `{"operation":"suspend","committed":true,"epoch":1,"number":9,"durable":false}`)
 	})
 	d, err := c.DecideOnce(t.Context(), "k", Request{Operation: Suspend, Targets: []Target{One("", "user", "i", "u")}, For: Duration(time.Minute)})
 	if err != nil || !d.Committed || d.Durable || d.Number != 9 {
@@ -106,7 +106,7 @@ func TestProblemsAreTyped(t *testing.T) {
 			cl := onSocket(t, func(w http.ResponseWriter, _ *http.Request) {
 				w.Header().Set("Location", "http://127.0.0.1:1/")
 				w.WriteHeader(c.status)
-				fmt.Fprint(w, c.body)
+				_, _ = fmt.Fprint(w, c.body)
 			})
 			_, err := cl.Status(t.Context())
 			var p *Problem
@@ -151,7 +151,7 @@ func TestUnreachable(t *testing.T) {
 func TestWatch(t *testing.T) {
 	c := onSocket(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")
-		fmt.Fprint(w, ": watching\n\nevent: decision\ndata: {\"type\":\"decision\",\"decision\":{\"number\":1}}\n\n: alive\n\nevent: later\ndata: {\"type\":\"later\",\"news\":1}\n\n")
+		_, _ = fmt.Fprint(w, ": watching\n\nevent: decision\ndata: {\"type\":\"decision\",\"decision\":{\"number\":1}}\n\n: alive\n\nevent: later\ndata: {\"type\":\"later\",\"news\":1}\n\n")
 	})
 	var types []string
 	var last error
@@ -163,8 +163,8 @@ func TestWatch(t *testing.T) {
 	if fmt.Sprint(types) != "[decision later]" || !errors.Is(last, ErrUnreachable) {
 		t.Errorf("%v, %v", types, last)
 	}
-	for e := range c.Watch(t.Context()) {
-		if e.Type == "decision" {
+	for e, err := range c.Watch(t.Context()) {
+		if err != nil || e.Type == "decision" {
 			break // leaving the range ends the watch
 		}
 	}

@@ -17,12 +17,12 @@ func answers() (url string, stop func()) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/v1/decisions":
-			fmt.Fprint(w, `{"operation":"revoke","committed":true,"epoch":1,"number":48213,"durable":true}`)
+			_, _ = fmt.Fprint(w, `{"operation":"revoke","committed":true,"epoch":1,"number":48213,"durable":true}`)
 		case "/v1/decisions/1/48213/coverage":
-			fmt.Fprint(w, `{"enforcers":41,"in_effect":41,"complete":true,"effective":true,"slowest_millis":2.9}`)
+			_, _ = fmt.Fprint(w, `{"enforcers":41,"in_effect":41,"complete":true,"effective":true,"slowest_millis":2.9}`)
 		default:
 			w.WriteHeader(http.StatusConflict)
-			fmt.Fprint(w, `{"type":"urn:interlock:problem:conflict","detail":"enforcer eu-1 is enrolled already","mend":"retire it first"}`)
+			_, _ = fmt.Fprint(w, `{"type":"urn:interlock:problem:conflict","detail":"enforcer eu-1 is enrolled already","mend":"retire it first"}`)
 		}
 	}))
 	return srv.URL, srv.Close
