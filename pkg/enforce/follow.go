@@ -675,6 +675,10 @@ func (f *follower) confirm(b beat) bool {
 	}
 	f.unusable, f.hint, f.verified = "", "", true
 	f.rereadWait, f.stuckAt = rereadMin, f.now()
+	if !wasLive {
+		// Strays that lay in the log are not news.
+		f.chain.expire(f.fresh, f.authority())
+	}
 	v := f.publish()
 	if !wasLive {
 		// What came into force during a rebuild has cut nothing yet.
