@@ -283,12 +283,13 @@ func (w *writer) cut(ks *session.KeySet) bool {
 func (w *writer) reload() {
 	w.s.log.Warn("sequencer: reading the log anew, because other keys are trusted now")
 	// What this sequencer decided is not undone because its key was stolen.
-	w.mine = map[session.Hash]bool{}
+	w.mine, w.former = map[session.Hash]bool{}, map[session.Hash]bool{}
 	for n := w.number; n > 0; n-- {
 		l, ok := w.s.hashes.at(w.epoch, n)
 		if !ok {
 			break
 		}
+		w.former[l.hash] = true // enforcers may still speak of it
 		if l.own {
 			w.mine[l.hash] = true
 		}
@@ -336,13 +337,13 @@ func (w *writer) recall(i int) {
 // openEpoch begins the chain of the key set's epoch.
 func (w *writer) openEpoch(ks *session.KeySet) {
 	w.s.log.Warn("sequencer: a new epoch", "epoch", ks.Epoch, "entries to restate", w.set.Len())
-	if w.s.rolledBack.Load() {
+	if w.s.halted() != nil {
 		// What is stored now is not what was read: look at all of it again.
 		w.pos = 0
 	}
 	gone := w.flight
 	w.flight, w.flightBytes = nil, 0
-	w.s.rolledBack.Store(false)
+	w.s.halt.Store(nil)
 	w.lostFrom, w.made = time.Time{}, time.Time{}
 	w.reading = false // of what may no longer be there
 	if w.role == writing || w.role == proving {

@@ -282,7 +282,7 @@ func TestRolledBack(t *testing.T) {
 	must(t, decideDurable(q, 4))
 
 	q.Heard(epoch, number+10, head)
-	eventually(t, "it is noticed", func() bool { return q.Status().RolledBack })
+	eventually(t, "it is noticed", func() bool { return errors.Is(q.Status().Halted, ErrRolledBack) })
 	if _, err := q.Decide(ctx, revoke(5)); !errors.Is(err, ErrRolledBack) {
 		t.Fatalf("decided on a log that was rolled back: %v", err)
 	}
@@ -305,7 +305,7 @@ func TestAnotherChain(t *testing.T) {
 	must(t, decideDurable(q, 1))
 	_, n, _ := q.Head()
 	q.Heard(1, n, sha256.Sum256([]byte("another")))
-	eventually(t, "it is noticed", func() bool { return q.Status().RolledBack })
+	eventually(t, "it is noticed", func() bool { return errors.Is(q.Status().Halted, ErrRolledBack) })
 }
 
 // A stream that is made anew under a running writer is noticed by the writer
@@ -331,7 +331,7 @@ func TestStreamMadeAnew(t *testing.T) {
 	if err == nil && res.Durable {
 		t.Fatalf("%+v", res)
 	}
-	eventually(t, "it is noticed", func() bool { return q.Status().RolledBack })
+	eventually(t, "it is noticed", func() bool { return errors.Is(q.Status().Halted, ErrRolledBack) })
 	must(t, q.PublishKeySet(context.Background(), s.keySet(t, 2, writerKey(s.key))))
 	eventually(t, "the new epoch has what was held", func() bool {
 		_, err := q.Decide(context.Background(), revoke(6))

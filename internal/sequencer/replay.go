@@ -322,7 +322,7 @@ func (w *writer) take(m *stored) bool {
 		w.adopt(j, v)
 		w.s.hashes.put(link{epoch: w.epoch, number: w.number, hash: w.head, key: j.id})
 		if v == opens && w.role != loading {
-			w.s.rolledBack.Store(false)
+			w.s.halt.Store(nil)
 		}
 		w.beat.unprove()
 		for i := range j.batch.Decisions {
@@ -350,7 +350,7 @@ func (w *writer) take(m *stored) bool {
 		w.s.strays.Add(1)
 	case alien:
 		w.s.log.Error("sequencer: the log holds what this version does not know: upgrade it", "position", m.Seq)
-		w.s.rolledBack.Store(true)
+		w.halt(ErrUpgrade)
 	default:
 		w.s.garbage.Add(1)
 	}
@@ -374,8 +374,15 @@ func (w *writer) atEnd(now time.Time) {
 	}
 	w.resend(now)
 	if w.again {
-		w.examine()
+		w.examine() // asked for after this read was sent
+		return
 	}
+	for _, c := range w.claims {
+		if w.contradicted(c) {
+			w.rollback("an enforcer has more of the chain, or another")
+		}
+	}
+	w.claims = w.claims[:0]
 }
 
 // askInfo asks the leader where the stream ends.
@@ -404,13 +411,13 @@ func (w *writer) streamEnds(made time.Time, last uint64, now time.Time) {
 		w.made = made
 	}
 	switch {
-	case !made.Equal(w.made) && !w.s.rolledBack.Load():
+	case !made.Equal(w.made) && w.s.halted() == nil:
 		w.rollback("the stream was made anew")
 	case last >= w.pos:
 		w.lostFrom = time.Time{}
 	case w.lostFrom.IsZero():
 		w.lostFrom = now
-	case now.Sub(w.lostFrom) >= lostAfter && !w.s.rolledBack.Load():
+	case now.Sub(w.lostFrom) >= lostAfter && w.s.halted() == nil:
 		w.rollback("the stream ends before what was read from it")
 	}
 }
@@ -418,36 +425,53 @@ func (w *writer) streamEnds(made time.Time, last uint64, now time.Time) {
 // rollback stops all writing until a new epoch.
 func (w *writer) rollback(why string) {
 	w.s.log.Error("sequencer: the log was rolled back: open a new epoch", "why", why, "epoch", w.epoch, "number", w.number)
-	w.s.rolledBack.Store(true)
-	for _, r := range w.pending {
-		w.drop(r, ErrRolledBack)
-	}
-	w.pending = nil
-	for _, f := range w.flight {
-		for _, r := range f.reqs {
-			w.drop(r, ErrRolledBack)
-		}
-	}
-	w.flight, w.flightBytes = nil, 0
+	w.halt(ErrRolledBack)
 }
 
-// heardClaim judges what an enforcer says was confirmed to it.
-func (w *writer) heardClaim(epoch, number uint64, head session.Hash) {
-	if epoch != w.epoch || w.s.rolledBack.Load() {
-		return
-	}
-	if number <= w.number {
-		if l, ok := w.s.hashes.at(epoch, number); ok && l.hash != head {
-			w.rollback("an enforcer has another chain")
+// halt refuses everything that is not stored.
+func (w *writer) halt(err error) {
+	w.s.halt.Store(&err)
+	for _, f := range w.flight {
+		for _, r := range f.reqs {
+			w.drop(r, err)
 		}
-		return
+	}
+	for _, r := range w.pending {
+		w.drop(r, err)
+	}
+	w.flight, w.flightBytes, w.pending = nil, 0, nil
+}
+
+// claim is what an enforcer says was confirmed to it.
+type claim struct {
+	epoch, number uint64
+	head          session.Hash
+}
+
+// heardClaim judges a claim when everything that is stored has been examined:
+// an enforcer may read the log before this sequencer does.
+func (w *writer) heardClaim(c claim) {
+	if w.contradicted(c) {
+		w.claims = append(w.claims[:0], c)
+		if w.role != loading {
+			w.examine()
+		}
+	}
+}
+
+// contradicted reports whether a claim cannot be true of the log as it is known.
+func (w *writer) contradicted(c claim) bool {
+	if c.epoch != w.epoch || w.s.halted() != nil || w.former[c.head] {
+		return false
+	}
+	if c.number <= w.number {
+		l, ok := w.s.hashes.at(c.epoch, c.number)
+		return ok && l.hash != c.head
 	}
 	for _, f := range w.flight {
-		if f.batch.Number == number && f.hash == head {
-			return // stored, and read by the enforcer before the answer came
+		if f.batch.Number == c.number && f.hash == c.head {
+			return false // stored, and read by the enforcer before the answer came
 		}
 	}
-	if w.role == writing {
-		w.rollback("an enforcer has more of the chain")
-	}
+	return w.role == writing
 }

@@ -126,7 +126,9 @@ type writer struct {
 	stored   uint64 // the furthest sequence that is known to be stored
 	asked    uint64 // key sets were fetched after everything up to here was stored
 	lostFrom time.Time
-	made     time.Time             // when the stream was made
+	made     time.Time // when the stream was made
+	claims   []claim
+	former   map[session.Hash]bool // the chain before a withdrawal cut it
 	mine     map[session.Hash]bool // batches of this sequencer that the chain was cut before
 	salvaged []*request            // their decisions, and what else waits for the reload
 	unstored int                   // of those, in no stored batch
@@ -238,7 +240,7 @@ func (w *writer) setRole(r role) {
 
 // writes reports whether batches may be published.
 func (w *writer) writes() bool {
-	return (w.role == writing || w.role == proving) && !w.s.rolledBack.Load()
+	return (w.role == writing || w.role == proving) && w.s.halted() == nil
 }
 
 // canAppend reports whether another batch may be made. A writer that has not
@@ -297,8 +299,8 @@ func (w *writer) accept(r *request) {
 		return
 	}
 	switch {
-	case w.s.rolledBack.Load():
-		r.finish(Result{}, ErrRolledBack)
+	case w.s.halted() != nil:
+		r.finish(Result{}, w.s.halted())
 	case w.role != writing && w.role != proving:
 		w.forward(r)
 	case len(w.pending) >= maxPending:
@@ -578,7 +580,6 @@ func (w *writer) confirm(now time.Time) {
 		}
 		w.end(r, Result{Epoch: f.batch.Epoch, Number: f.batch.Number, At: f.batch.Time, Durable: true}, nil)
 	}
-	w.s.taken.Add(uint64(len(f.reqs)))
 	if w.role == proving {
 		w.prevail(now)
 	}
