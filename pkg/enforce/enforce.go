@@ -240,14 +240,14 @@ func Open(ctx context.Context, feed Feed, o *Options) (*Enforcer, error) {
 // WaitReady waits until a verified, fresh state has been in force once. The
 // error says what was still missing when ctx ended, or is session.ErrClosed.
 func (e *Enforcer) WaitReady(ctx context.Context) error {
-	if e == nil || e.ready == nil {
+	if e == nil || e.ready == nil || e.view.Load().closed {
 		return session.ErrClosed
 	}
 	select {
-	case <-e.ready:
-		return nil
 	case <-e.gone:
 		return session.ErrClosed
+	case <-e.ready:
+		return nil
 	case <-ctx.Done():
 		v := e.view.Load()
 		why := v.stale(&session.Call{}, e.opts.clock(), e.opts.MaxStale)

@@ -186,6 +186,9 @@ func (b *bus) as(fn func(b *bus)) {
 	fn(b)
 }
 
+// store puts frames into the log, whatever they are.
+func (b *bus) store(frames [][]byte) { b.with(func(b *bus) { b.log = append(b.log, frames...) }) }
+
 func (b *bus) now() session.Instant { return session.InstantOf(time.Now().Add(b.wall)) }
 
 // batch makes the next batch, without sending or storing it.

@@ -54,7 +54,7 @@ func TestProvisional(t *testing.T) {
 // another batch was chained to takes nothing but itself along.
 func TestRejected(t *testing.T) {
 	within(t, func(t *testing.T, b *bus) {
-		e, _ := b.open(nil)
+		e, f := b.open(nil)
 		defer e.Close()
 		p, q := prepare(t, e, caller("s1")), prepare(t, e, caller("s2"))
 		lost, x := b.batch(revoke(b.session("s1")))
@@ -78,7 +78,10 @@ func TestRejected(t *testing.T) {
 		settle()
 		mustAllow(t, e, q, session.Call{})
 		b.say(lost)
-		b.with(func(b *bus) { b.log = append(b.log, lost) }) // a hostile log has it
+		b.store([][]byte{lost}) // a hostile log has it
+		f.sink.Connected(true)
+		settle()
+		mustAllow(t, e, p, session.Call{})
 		b.decide(set(session.EffectSuspended, b.session("s3")))
 		time.Sleep(time.Second)
 		mustAllow(t, e, p, session.Call{})
