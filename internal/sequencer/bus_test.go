@@ -64,6 +64,19 @@ func (e *ear) beats(t *testing.T, tr *session.Trust) (out []session.Heartbeat) {
 	return out
 }
 
+// noteDecisions keeps which decisions a frame holds.
+func noteDecisions(into *sync.Map, data []byte) {
+	f, err := session.ParseFrame(data)
+	if err != nil || f.Type != session.TypeBatch {
+		return
+	}
+	if b, err := session.UnmarshalBatch(f.Body); err == nil {
+		for _, d := range b.Decisions {
+			into.Store(d.ID, true)
+		}
+	}
+}
+
 // decisions returns in which batches each decision was heard.
 func (e *ear) decisions() map[session.DecisionID]bool {
 	out := map[session.DecisionID]bool{}

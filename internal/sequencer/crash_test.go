@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"sync"
@@ -23,9 +24,14 @@ const childEnv = "SEQUENCER_TEST_CHILD"
 
 // childConfig is what the process that is to be killed reads from its input.
 type childConfig struct {
-	Dir, Seed     string
-	Root, Key     []byte
-	Set           []byte
+	Dir, Seed string
+	Root, Key []byte
+	Set       []byte
+	// Cluster is set for a server that runs until it is killed, without a
+	// sequencer.
+	Cluster *broker.Cluster
+	Listen  string
+
 	Step          string
 	At            uint64
 	First, Amount int
@@ -41,13 +47,21 @@ func child() {
 		}
 	}
 	var c childConfig
-	fail(json.NewDecoder(os.Stdin).Decode(&c))
+	// A line, so that a server of a cluster can go on listening for the end.
+	line, err := bufio.NewReader(os.Stdin).ReadBytes('\n')
+	fail(err)
+	fail(json.Unmarshal(line, &c))
 	kp, err := nkeys.FromSeed([]byte(c.Seed))
 	fail(err)
 	pub, err := kp.PublicKey()
 	fail(err)
-	b, err := broker.Start(broker.Options{Dir: c.Dir, Authority: pub})
+	b, err := broker.Start(broker.Options{Dir: c.Dir, Authority: pub, Cluster: c.Cluster, Listen: c.Listen})
 	fail(err)
+	if c.Cluster != nil {
+		fmt.Println("ready")
+		_, _ = io.Copy(io.Discard, os.Stdin) // until killed, or the test is gone
+		os.Exit(0)
+	}
 	nc, err := b.Conn(context.Background(), c.Seed)
 	fail(err)
 	tr, err := session.NewTrust(c.Root)
@@ -176,7 +190,7 @@ func (s *store) runChild(t *testing.T, step string, round, amount int) map[int]u
 	defer cancel()
 	cmd := exec.CommandContext(ctx, exe)
 	cmd.Env = append(os.Environ(), childEnv+"=1")
-	cmd.Stdin = bytes.NewReader(in)
+	cmd.Stdin = bytes.NewReader(append(in, '\n'))
 	cmd.Stderr = os.Stderr
 	var out bytes.Buffer
 	cmd.Stdout = &out

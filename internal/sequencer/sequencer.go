@@ -219,6 +219,8 @@ type Status struct {
 	// InFlight batches are published and not known to be stored; Pending
 	// decisions are in no batch yet.
 	InFlight, Pending int
+	// RolledBack is set while nothing is written because of ErrRolledBack.
+	RolledBack bool
 	// Halted is why nothing is written, ErrRolledBack or ErrUpgrade; nil is the
 	// usual case.
 	Halted error
@@ -430,7 +432,7 @@ func (s *Sequencer) Status() Status {
 	return Status{
 		Writer: s.IsWriter(), Epoch: v.epoch, Number: v.number, Head: v.head, Entries: v.set.Len(),
 		Position: s.position.Load(), InFlight: int(s.flight.Load()), Pending: int(s.pending.Load()),
-		Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
+		RolledBack: errors.Is(s.halted(), ErrRolledBack), Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
 		Deposed: s.deposed.Load(),
 	}
 }
