@@ -153,6 +153,7 @@ type world struct {
 	started chan string   // a tool has begun
 	ended   chan string   // a tool has returned
 	let     chan struct{} // closed to let "stubborn" go
+	causes  chan error    // why the contexts of tools ended
 }
 
 func newWorld(t *testing.T, opts *mcpguard.Options) *world {
@@ -163,7 +164,7 @@ func newWorld(t *testing.T, opts *mcpguard.Options) *world {
 	}
 	w := &world{
 		enforcer: newEnforcer(t), key: key,
-		started: make(chan string, 16), ended: make(chan string, 16), let: make(chan struct{}),
+		started: make(chan string, 16), ended: make(chan string, 16), let: make(chan struct{}), causes: make(chan error, 256),
 	}
 	verifier, err := credential.New(credential.Options{
 		Audiences: []string{resource},
@@ -209,6 +210,7 @@ func (w *world) newServer() *mcp.Server {
 	s := mcp.NewServer(&mcp.Implementation{Name: "tools", Version: "1"}, nil)
 	tool := func(name string, run func(context.Context) (string, error)) {
 		mcp.AddTool(s, &mcp.Tool{Name: name}, func(ctx context.Context, _ *mcp.CallToolRequest, _ struct{}) (*mcp.CallToolResult, any, error) {
+			context.AfterFunc(ctx, func() { w.causes <- context.Cause(ctx) })
 			w.started <- name
 			defer func() { w.ended <- name }()
 			text, err := run(ctx)
@@ -300,7 +302,8 @@ func (w *world) dial(t *testing.T, era, token string) (*client, error) {
 	c := &client{bearer: &bearer{token: token, base: &http.Transport{}}, logs: make(chan any, 4)}
 	t.Cleanup(c.bearer.base.CloseIdleConnections)
 	opts := &mcp.ClientOptions{
-		LoggingMessageHandler: func(_ context.Context, r *mcp.LoggingMessageRequest) { c.logs <- r.Params.Data },
+		//lint:ignore SA1019 the revisions with GET streams have it
+		LoggingMessageHandler: func(_ context.Context, r *mcp.LoggingMessageRequest) { c.logs <- r.Params.Data }, //nolint:staticcheck // as above
 	}
 	transport := &mcp.StreamableClientTransport{
 		Endpoint: w.http.URL, HTTPClient: &http.Client{Transport: c.bearer},

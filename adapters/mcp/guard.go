@@ -83,6 +83,7 @@ type Guard struct {
 	static   *caller
 	opts     Options
 	logger   *slog.Logger
+	closing  chan struct{} // closed by Close
 
 	mu       sync.Mutex
 	closed   bool
@@ -95,7 +96,7 @@ type Guard struct {
 // then every HTTP request is denied. Errors wrap session.ErrInvalid, or
 // session.ErrDenied when Identity cannot be prepared.
 func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
-	g := &Guard{enforcer: enforcer, verifier: verifier, sessions: make(map[any]*tracked)}
+	g := &Guard{enforcer: enforcer, verifier: verifier, sessions: make(map[any]*tracked), closing: make(chan struct{})}
 	if opts != nil {
 		g.opts = *opts
 	}
@@ -141,12 +142,16 @@ func orDefault(d, def time.Duration) time.Duration {
 	return d
 }
 
-// Close denies everything from now on, closes the sessions that the guard
-// knows, since nobody would guard them, and joins every goroutine. It waits for
-// tools that are still running, at most Options.CloseTimeout, and its error
-// says how many were left behind. It is idempotent.
+// Close denies everything from now on, cuts what runs and closes the sessions
+// that the guard knows, since nobody would guard them, and joins every
+// goroutine. It waits for tools that ignore their context, at most
+// Options.CloseTimeout, and its error says how many were left behind. It is
+// idempotent.
 func (g *Guard) Close() error {
 	g.mu.Lock()
+	if !g.closed && g.closing != nil {
+		close(g.closing)
+	}
 	g.closed = true
 	for _, t := range g.sessions {
 		t.closeLocked()

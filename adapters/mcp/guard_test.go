@@ -1,6 +1,7 @@
 package mcpguard_test
 
 import (
+	"errors"
 	"testing"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -56,7 +57,10 @@ func TestRunningCallIsCut(t *testing.T) {
 		other := w.goCall(t, bystander, "stubborn")
 		w.enforcer.deny(stolen, user("ann"))
 		mustDeny(t, within(t, done), stolenAnswer)
-		w.await(t, w.ended, "wait") // the tool's own context was cancelled
+		w.await(t, w.ended, "wait")
+		if cause := within(t, w.causes); !errors.Is(cause, session.ErrRevoked) {
+			t.Fatalf("the tool was told %v", cause)
+		}
 		close(w.let)
 		if err := within(t, other); err != nil {
 			t.Fatalf("bystander: %v", err)

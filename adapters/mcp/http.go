@@ -8,7 +8,6 @@ import (
 	"mime"
 	"net/http"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/auth"
@@ -165,32 +164,11 @@ func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepar
 		return
 	}
 	defer release()
+	// A client that does not read must not hold its stream open.
 	rc := http.NewResponseController(w)
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
-	gate := &gate{ResponseWriter: w}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		defer cancel()
-		<-bound.Done()
-		if denied(bound) == nil {
-			return
-		}
-		// A client that does not read must not hold its stream open.
-		_ = rc.SetWriteDeadline(time.Now().Add(g.opts.FlushTimeout))
-		gate.shut()
-		// Clients take the end of this stream for the end of the session, and
-		// would not wait for the errors of their running calls.
-		g.awaitFlush(g.flushed(r.Header.Get(headerSession)))
-	}()
-	next.ServeHTTP(gate, r.WithContext(ctx))
-	// A cut goes on to be a cut, and the end of the stream by itself ends the
-	// watch.
-	if denied(bound) == nil {
-		release()
-	}
-	<-ended
+	stop := context.AfterFunc(bound, func() { _ = rc.SetWriteDeadline(time.Now().Add(g.opts.FlushTimeout)) })
+	defer stop()
+	next.ServeHTTP(w, r.WithContext(bound))
 
 	d := denied(bound)
 	if mt, _, _ := mime.ParseMediaType(w.Header().Get("Content-Type")); d == nil || mt != "text/event-stream" {
@@ -209,29 +187,3 @@ func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepar
 	_, _ = fmt.Fprintf(w, "event: message\ndata: %s\n\n", event)
 	_ = rc.Flush()
 }
-
-// gate lets nothing through to the caller once it is shut.
-type gate struct {
-	http.ResponseWriter
-	mu     sync.Mutex
-	closed bool
-}
-
-func (g *gate) shut() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.closed = true
-}
-
-// Write pretends, once the gate is shut: its stream is about to end anyway.
-func (g *gate) Write(b []byte) (int, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.closed {
-		return len(b), nil
-	}
-	return g.ResponseWriter.Write(b)
-}
-
-// Unwrap is for http.ResponseController.
-func (g *gate) Unwrap() http.ResponseWriter { return g.ResponseWriter }

@@ -83,13 +83,10 @@ func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func
 		return nil, g.rpcError(err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	unlink := context.AfterFunc(bound, func() { cancel(context.Cause(bound)) })
-
 	done := make(chan outcome, 1)
 	g.mu.Lock()
 	if g.closed {
 		g.mu.Unlock()
-		unlink()
 		cancel(nil)
 		release()
 		return nil, g.rpcError(errClosed())
@@ -97,24 +94,32 @@ func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func
 	g.goLocked(func() {
 		defer release()
 		defer cancel(nil)
-		defer unlink()
 		result, err := work(ctx)
 		done <- outcome{result, err}
 	})
 	g.mu.Unlock()
 
+	var out outcome
+	var why error
 	select {
+	case <-g.closing:
+		why = errClosed()
 	case <-bound.Done():
-		// Released before the outcome could be taken: the work is over.
-		if d := denied(bound); d == nil {
-			out := <-done
-			return out.result, out.err
+		select {
+		case out = <-done: // the binding was released, because the work is over
+		default:
+			why = context.Cause(bound)
 		}
-	case out := <-done:
-		// A tool that was cut reports that as a result of its own making.
-		if d := denied(bound); d == nil {
-			return out.result, out.err
-		}
+	case out = <-done:
 	}
-	return nil, g.rpcError(denied(bound))
+	// The outcome of work that was cut is not the caller's any more, and a tool
+	// that was cut reports that as a result of its own making, without an error.
+	if d := denied(bound); d != nil {
+		why = d
+	}
+	if why != nil {
+		cancel(why) // first: the SDK cancels with no cause once we return
+		return nil, g.rpcError(why)
+	}
+	return out.result, out.err
 }

@@ -163,16 +163,6 @@ func (t *tracked) flushedLocked() <-chan struct{} {
 	return t.idle
 }
 
-// flushed is flushedLocked of a session by its id.
-func (g *Guard) flushed(id string) <-chan struct{} {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if t := g.sessions[id]; t != nil {
-		return t.flushedLocked()
-	}
-	return closedChan()
-}
-
 func closedChan() <-chan struct{} {
 	c := make(chan struct{})
 	close(c)

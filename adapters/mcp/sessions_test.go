@@ -76,12 +76,68 @@ func TestSuspendedCallerKeepsItsSession(t *testing.T) {
 	})
 }
 
+// The mechanism is that the cause of the context is examined, and not only the
+// result: a call that was cut is not answered, even when its tool made it.
+func TestResultOfACallThatWasCutIsNotDelivered(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		lifts := make(chan func(), 1)
+		mcp.AddTool(w.server, &mcp.Tool{Name: "racer"}, func(context.Context, *mcp.CallToolRequest, struct{}) (*mcp.CallToolResult, any, error) {
+			// Cut and finished at once.
+			lifts <- w.enforcer.deny(session.Denial{Effect: session.EffectSuspended, Seq: 3}, func(_ *session.Identity, call *session.Call) bool { return call.Tool == "racer" })
+			return &mcp.CallToolResult{}, nil, nil
+		})
+		c := w.mustDial(t, era, w.token(t, "ann"))
+		for range 30 {
+			_, err := c.call("racer")
+			mustDeny(t, err, mcpguard.Denied{Error: "suspended", Reason: "unspecified", Seq: 3})
+			(<-lifts)()
+		}
+	})
+}
+
+// The mechanism is that the binding outlives the client's own cancellation.
+func TestCancelledCallDoesNotKeepTheSessionOpen(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.mustDial(t, legacy, w.token(t, "ann"))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { _, err := c.CallTool(ctx, &mcp.CallToolParams{Name: "stubborn"}); done <- err }()
+	w.await(t, w.started, "stubborn")
+	cancel()
+	if err := within(t, done); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	if cause := within(t, w.causes); errors.Is(cause, session.ErrDenied) {
+		t.Fatal(cause) // it was the client's doing
+	}
+	w.enforcer.deny(stolen, user("ann"))
+	eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+}
+
+// The mechanism is PropagateRequestCancellation: a stateless call has nobody
+// else to be cancelled by.
+func TestStatelessCallEndsWithItsRequest(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.mustDial(t, modern, w.token(t, "ann"))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { _, err := c.CallTool(ctx, &mcp.CallToolParams{Name: "wait"}); done <- err }()
+	w.await(t, w.started, "wait")
+	cancel()
+	w.await(t, w.ended, "wait")
+	if err := within(t, done); err == nil {
+		t.Fatal("answered")
+	}
+}
+
 // The mechanism is TokenInfo.UserID, which names the caller and not the token.
 func TestSessionBelongsToItsCaller(t *testing.T) {
 	w := newWorld(t, nil)
-	c := w.mustDial(t, legacy, w.token(t, "ann"))
+	agent := func(c map[string]any) { c["act"] = map[string]any{"sub": "agent-0"} }
+	c := w.mustDial(t, legacy, w.token(t, "ann", agent))
 	mustAllow(t, c, "echo")
-	c.bearer.set(w.token(t, "ann")) // renewed
+	c.bearer.set(w.token(t, "ann", agent)) // renewed
 	mustAllow(t, c, "echo")
 
 	for name, change := range map[string]func(map[string]any){
@@ -95,7 +151,7 @@ func TestSessionBelongsToItsCaller(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			req.Header.Set("Authorization", "Bearer "+w.token(t, "ann", change))
+			req.Header.Set("Authorization", "Bearer "+w.token(t, "ann", agent, change))
 			req.Header.Set("Content-Type", "application/json")
 			req.Header.Set("Accept", "application/json, text/event-stream")
 			req.Header.Set("Mcp-Session-Id", c.ID())
@@ -211,10 +267,29 @@ func TestStdioServerActsForItsConfiguredIdentity(t *testing.T) {
 		mustDeny(t, within(t, done), stolenAnswer)
 		// And the server hangs up.
 		select {
-		case <-ran:
+		case <-ran: //nolint:errcheck // that it ended is what counts
 		case <-time.After(20 * time.Second):
 			t.Fatal("the session was not closed")
 		}
+	})
+}
+
+// The mechanism is the middleware's check of methods that it does not bind.
+func TestListingIsCheckedToo(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		g, err := mcpguard.New(w.enforcer, nil, &mcpguard.Options{Identity: &session.Identity{Tenant: "acme", Issuer: issuerURL, User: "ann"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer g.Close()
+		cs, _, err := stdio(t, g, w.newServer(), era)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.enforcer.deny(session.Denial{Effect: session.EffectSuspended, Seq: 3}, func(_ *session.Identity, call *session.Call) bool { return call.LowRisk })
+		_, err = cs.ListTools(t.Context(), nil)
+		mustDeny(t, err, mcpguard.Denied{Error: "suspended", Reason: "unspecified", Seq: 3})
 	})
 }
 
@@ -302,8 +377,15 @@ func TestClosedGuardDeniesAndClosesItsSessions(t *testing.T) {
 		w := newWorld(t, nil)
 		c := w.mustDial(t, era, w.token(t, "ann"))
 		mustAllow(t, c, "echo")
+		w.await(t, w.started, "echo")
+		w.await(t, w.ended, "echo")
+		done := w.goCall(t, c, "wait")
 		if err := w.guard.Close(); err != nil {
 			t.Fatal(err)
+		}
+		w.await(t, w.ended, "wait")
+		if err := within(t, done); err == nil {
+			t.Fatal("a running call outlived its guard")
 		}
 		if _, err := c.call("echo"); err == nil {
 			t.Fatal("allowed")

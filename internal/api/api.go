@@ -140,14 +140,13 @@ func (s *Server) serveSocket(path string) error {
 	if err := clearSocket(path); err != nil {
 		return err
 	}
-	l, err := net.Listen("unix", path)
+	l, err := new(net.ListenConfig).Listen(context.Background(), "unix", path)
 	if err != nil {
 		return fmt.Errorf("api: socket %s: %w: give a shorter path, or one in a directory that exists", path, err)
 	}
 	// Until this returns, the directory's mode alone keeps others out.
 	if err := os.Chmod(path, 0o600); err != nil {
-		l.Close()
-		return fmt.Errorf("api: %w", err)
+		return errors.Join(fmt.Errorf("api: %w", err), l.Close())
 	}
 	s.socket = path
 	s.serve(l, s.routes())
@@ -166,8 +165,9 @@ func clearSocket(path string) error {
 	if info.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("api: %s exists and is not a socket: move it away", path)
 	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-		c.Close()
+	d := net.Dialer{Timeout: time.Second}
+	if c, err := d.DialContext(context.Background(), "unix", path); err == nil {
+		_ = c.Close() // nothing was said
 		return fmt.Errorf("api: another authority listens on %s: stop it, or give another socket", path)
 	}
 	return os.Remove(path)
@@ -185,7 +185,7 @@ func (s *Server) serveTCP(o Options) error {
 	if err != nil {
 		return err
 	}
-	l, err := net.Listen("tcp", o.Listen)
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", o.Listen)
 	if err != nil {
 		return fmt.Errorf("api: %w", err)
 	}

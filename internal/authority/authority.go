@@ -109,7 +109,8 @@ type Options struct {
 	// Logger takes what an operator should know; nil is silence.
 	Logger *slog.Logger
 
-	hooks sequencer.Hooks
+	// Hooks are for tests.
+	Hooks sequencer.Hooks
 }
 
 // Authority is a running authority. Its methods may be called concurrently.
@@ -189,7 +190,7 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	if a.seq, err = sequencer.Open(ctx, sequencer.Options{
-		NC: a.own, Keys: a.store, AckWait: o.AckWait, Logger: a.log, Hooks: o.hooks,
+		NC: a.own, Keys: a.store, AckWait: o.AckWait, Logger: a.log, Hooks: o.Hooks,
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}

@@ -81,6 +81,15 @@ func (f *fixture) enforcer(name string, o enforce.Options) *enforce.Enforcer {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = e.Close() }) // closed by some tests already
+	// Until its first receipt has come, nobody waits for it.
+	f.until(func() bool {
+		for _, x := range f.a.enforcers() {
+			if x.Name == name {
+				return x.Condition != authority.ConditionAbsent
+			}
+		}
+		return false
+	})
 	return e
 }
 
@@ -163,9 +172,8 @@ func TestRevokeTakesEffectOnEveryEnforcerAndIsCounted(t *testing.T) {
 // passed, and is reported as denying by itself from then on.
 func TestWaitEndsAtTheBoundOfASilentEnforcer(t *testing.T) {
 	f := start(t, Options{})
-	live := f.enforcer("live", enforce.Options{})
+	f.enforcer("live", enforce.Options{})
 	gone := f.enforcer("gone", enforce.Options{MaxStale: 2 * time.Second})
-	_ = live
 	if err := gone.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -239,7 +247,7 @@ func TestIdempotencyKey(t *testing.T) {
 // told that it is durable; once it does, the same request says so.
 func TestNotDurableIsSaidSo(t *testing.T) {
 	var outage atomic.Bool
-	f := start(t, Options{AckWait: 50 * time.Millisecond, hooks: sequencer.Hooks{DropAcks: outage.Load}})
+	f := start(t, Options{AckWait: 50 * time.Millisecond, Hooks: sequencer.Hooks{DropAcks: outage.Load}})
 	e := f.enforcer("tools", enforce.Options{})
 	p := f.prepare(e, session.Identity{Session: session.SessionRef{ID: "s1"}})
 	outage.Store(true)

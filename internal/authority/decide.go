@@ -3,7 +3,6 @@ package authority
 import (
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -178,6 +177,10 @@ func fits(r *authority.Request) error {
 		return invalid("give a time to come", "for is negative")
 	case r.Share < 0 || r.Share > 100 || r.Share != 0 && r.Share < 0.01 || math.IsNaN(r.Share):
 		return invalid("give 0.01 to 100 percent", "share is out of range")
+	case op == authority.Kill && slices.ContainsFunc(r.Targets, func(t authority.Target) bool {
+		return len(t.Terms) != 1 || t.Terms[0].Kind != session.KindGlobal.String() && t.Terms[0].Kind != session.KindTenant.String()
+	}):
+		return invalid("kill global, or kill tenant NAME; to deny one caller, revoke or suspend it", "a kill is of everything, in one tenant or in all")
 	case op == authority.Kill && r.Reason != "" && r.Reason != session.ReasonKill.String():
 		return invalid("leave the reason out, and say why in the incident", "a kill's reason is always %q", session.ReasonKill)
 	}
@@ -271,7 +274,7 @@ func (p *planner) name(t authority.Target) (named, error) {
 		target.Terms = append(target.Terms, session.Term{Kind: kind, Issuer: issuer, Value: term.Value})
 	}
 	var secret *session.TenantSecret
-	if !(len(target.Terms) == 1 && target.Terms[0].Kind == session.KindGlobal) {
+	if len(target.Terms) != 1 || target.Terms[0].Kind != session.KindGlobal {
 		name := t.Tenant
 		if len(target.Terms) == 1 && target.Terms[0].Kind == session.KindTenant && name == "" {
 			name = target.Terms[0].Value
@@ -336,9 +339,6 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 	}
 	switch r.Operation {
 	case authority.Kill:
-		if !everything {
-			return invalid("kill global, or kill tenant NAME; to deny one caller, revoke or suspend it", "a kill is of everything, not of %s", n.text)
-		}
 		out.entries = append(out.entries, base)
 
 	case authority.Resume:
@@ -374,7 +374,7 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 		case n.shape.Terminal() && !r.Drill:
 			return authority.NewProblem(authority.ProblemTerminal, fmt.Sprintf("a revoked %s never comes back", n.shape), "have the caller sign in again for a new one")
 		case everything:
-			return p.restoreAll(r, n, inForce, lift, warn)
+			return p.restoreAll(out, r, n, inForce, lift, warn)
 		case r.Share != 0 && r.Share < 100:
 			return invalid("leave share out", "a revoked %s is restored at once, and its earlier sessions stay dead", n.shape)
 		}
@@ -396,7 +396,7 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 }
 
 // restoreAll lifts a kill.
-func (p *planner) restoreAll(r *authority.Request, n named, inForce map[session.Effect]*session.Record, lift func(session.Effect), warn func(string, ...any)) error {
+func (p *planner) restoreAll(out *plan, r *authority.Request, n named, inForce map[session.Effect]*session.Record, lift func(session.Effect), warn func(string, ...any)) error {
 	staged := r.Share != 0 && r.Share < 100
 	suspended := inForce[session.EffectSuspended] != nil
 	revoked := inForce[session.EffectRevoked] != nil && inForce[session.EffectRevoked].IssuedBefore == 0
@@ -412,6 +412,10 @@ func (p *planner) restoreAll(r *authority.Request, n named, inForce map[session.
 	}
 	if revoked {
 		lift(session.EffectRevoked)
+		if r := inForce[session.EffectRevoked]; r != nil {
+			// Whoever has authenticated since the kill need not do so again.
+			out.entries[len(out.entries)-1].IssuedBefore = r.Since
+		}
 	}
 	return nil
 }
@@ -440,6 +444,10 @@ func describe(r *authority.Request, n named, e session.Entry) string {
 	case r.Operation.Lifts() && r.Share > 0 && r.Share < 100:
 		fmt.Fprintf(&b, " for %g%% of its sessions", r.Share)
 	case r.Operation.Lifts():
+	case r.Operation == authority.Kill && r.Credentials:
+		b.WriteString(": every session under it, now and to come; its credentials stay dead when it is restored")
+	case r.Operation == authority.Kill:
+		b.WriteString(": every session under it, now and to come; its credentials come back when it is restored")
 	case e.IssuedBefore != 0:
 		fmt.Fprintf(&b, ": every session under it from before %s", e.IssuedBefore)
 	default:
@@ -461,9 +469,7 @@ func describe(r *authority.Request, n named, e session.Entry) string {
 func plain(err error) string {
 	s := err.Error()
 	for _, parent := range []error{session.ErrMalformed, session.ErrCritical, session.ErrNoIdentity, session.ErrInvalid} {
-		if errors.Is(err, parent) {
-			s = strings.ReplaceAll(s, parent.Error()+": ", "")
-		}
+		s = strings.ReplaceAll(s, parent.Error()+": ", "")
 	}
 	return strings.TrimPrefix(s, "entry: ")
 }

@@ -77,7 +77,8 @@ type Options struct {
 	Authority string
 	// Enforcers may connect from the start.
 	Enforcers []Enforcer
-	// Cluster makes this one server of a cluster; nil is a single server.
+	// Cluster makes this one server of a cluster, which needs Listen; nil is a
+	// single server.
 	Cluster *Cluster
 	// MaxPayload is the largest message in bytes; 0 is DefaultMaxPayload.
 	MaxPayload int
@@ -129,6 +130,10 @@ func (o *Options) validate() error {
 		switch {
 		case err != nil:
 			return err
+		case o.Listen == "":
+			// nats-server starts its routes after its listener, and neither
+			// starts nor stops without one.
+			return bad("a server of a cluster needs a listen address")
 		case c.Name == "" || c.ServerName == "":
 			return bad("a server of a cluster needs the cluster's name and its own")
 		case c.Secret == "":

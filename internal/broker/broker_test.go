@@ -589,9 +589,11 @@ func TestOptionsAreRefused(t *testing.T) {
 		"authority as an enf": {Options{Dir: "d", Authority: a, Enforcers: []Enforcer{{"a", a}}}, "another's"},
 		"config in a name":    {Options{Dir: "d", Authority: a, Enforcers: []Enforcer{{"a} users: [", e}}}, "cannot name"},
 		"config in a key":     {Options{Dir: "d", Authority: a, Enforcers: []Enforcer{{"a", "U}, {"}}}, "malformed"},
-		"route without secret": {Options{Dir: "d", Authority: a, Cluster: &Cluster{
+		"cluster in process": {Options{Dir: "d", Authority: a, Cluster: &Cluster{
+			Name: "c", ServerName: "s", Secret: "x", Listen: "127.0.0.1:0"}}, "needs a listen address"},
+		"route without secret": {Options{Dir: "d", Authority: a, Listen: "127.0.0.1:0", Cluster: &Cluster{
 			Name: "c", ServerName: "s", Listen: "127.0.0.1:0"}}, "secret"},
-		"route without TLS": {Options{Dir: "d", Authority: a, Cluster: &Cluster{
+		"route without TLS": {Options{Dir: "d", Authority: a, Listen: "127.0.0.1:0", Cluster: &Cluster{
 			Name: "c", ServerName: "s", Secret: "x", Listen: "127.0.0.1:0", Routes: []string{"10.0.0.1:6222"}}}, "TLS is required"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -80,8 +80,8 @@ func streams(replicas int) []jetstream.StreamConfig {
 // EnsureStreams makes the streams and the lease bucket, with the given number of
 // replicas. What exists is brought to the configuration wanted where that is
 // safe, and is otherwise a StreamConfigError; replicas are added but never taken
-// away. It may run on several authorities at once. In a cluster it fails while
-// there is no leader: call again.
+// away. It may run on several authorities at once. A cluster without a leader does
+// not answer at all: bound ctx by a few seconds and call again.
 func EnsureStreams(ctx context.Context, js jetstream.JetStream, replicas int) error {
 	if replicas < 1 || replicas > 5 {
 		return fmt.Errorf("broker: %d replicas is out of range", replicas)

@@ -282,11 +282,45 @@ func (w *writer) cut(ks *session.KeySet) bool {
 // reload reads the log anew, because which of it is trusted has changed.
 func (w *writer) reload() {
 	w.s.log.Warn("sequencer: reading the log anew, because other keys are trusted now")
-	w.recall(0)
-	w.beat.stop()
+	// What this sequencer decided is not undone because its key was stolen.
+	w.mine, w.former = map[session.Hash]bool{}, map[session.Hash]bool{}
+	for n := w.number; n > 0; n-- {
+		l, ok := w.s.hashes.at(w.epoch, n)
+		if !ok {
+			break
+		}
+		w.former[l.hash] = true // enforcers may still speak of it
+		if l.own {
+			w.mine[l.hash] = true
+		}
+	}
+	w.salvaged = w.orphan(w.flight)
+	w.salvaged = append(w.salvaged, w.pending...)
+	w.unstored = len(w.salvaged)
+	w.flight, w.flightBytes, w.pending = nil, 0, nil
+	w.follow()
 	w.reading = false
-	w.onEnd = nil
 	w.load()
+}
+
+// salvage keeps the decisions of a stored batch that the chain does not go
+// through any more, if it is this sequencer's own.
+func (w *writer) salvage(j judged) {
+	if !w.mine[j.hash] {
+		return
+	}
+	entries := j.batch.Entries
+	var rs []*request
+	for _, d := range j.batch.Decisions {
+		n := int(d.Count)
+		if r, err := newRequest(Decision{ID: d.ID, Entries: entries[:n]}); err == nil {
+			rs = append(rs, r)
+		}
+		entries = entries[n:]
+	}
+	// They come before what was only in flight.
+	at := len(w.salvaged) - w.unstored
+	w.salvaged = slices.Insert(w.salvaged, at, rs...)
 }
 
 // recall takes the batches in flight from the i-th on back: they can no longer
@@ -297,27 +331,27 @@ func (w *writer) recall(i int) {
 	for _, f := range gone {
 		w.flightBytes -= len(f.frame)
 	}
-	w.orphan(gone)
+	w.reroute(w.orphan(gone))
 }
 
 // openEpoch begins the chain of the key set's epoch.
 func (w *writer) openEpoch(ks *session.KeySet) {
 	w.s.log.Warn("sequencer: a new epoch", "epoch", ks.Epoch, "entries to restate", w.set.Len())
-	if w.s.rolledBack.Load() {
+	if w.s.halted() != nil {
 		// What is stored now is not what was read: look at all of it again.
 		w.pos = 0
 	}
 	gone := w.flight
 	w.flight, w.flightBytes = nil, 0
-	w.s.rolledBack.Store(false)
-	w.lostFrom = time.Time{}
+	w.s.halt.Store(nil)
+	w.lostFrom, w.made = time.Time{}, time.Time{}
 	w.reading = false // of what may no longer be there
 	if w.role == writing || w.role == proving {
 		w.follow()
 		w.elected(time.Time{})
 	}
 	w.examine()
-	w.orphan(gone)
+	w.reroute(w.orphan(gone))
 }
 
 // restateChunk is how many entries of the old epoch go into one decision.

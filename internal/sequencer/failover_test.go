@@ -182,7 +182,7 @@ func pause(t *testing.T, p *pair) {
 	w := p.writer()
 	c := make(chan struct{})
 	p.pause[w].Store(&c)
-	eventually(t, "the other has taken over", func() bool { return p.at(1-w).IsWriter() })
+	eventually(t, "the other has taken over", func() bool { return p.at(1 - w).IsWriter() })
 	p.pause[w].Store(nil)
 	close(c)
 }

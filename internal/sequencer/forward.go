@@ -83,57 +83,63 @@ func ownReply(reply string) bool {
 	return strings.HasPrefix(reply, "_INBOX") || strings.HasPrefix(reply, "_R_.")
 }
 
-// forward brings a decision to whoever writes, until it is stored. Once its
-// caller has been told that enforcers know of it, it goes on without the caller.
-func (w *writer) forward(r *request) {
+// forward brings decisions to whoever writes, one after the other, until they
+// are stored. One whose caller has been told that enforcers know of it goes on
+// without the caller.
+func (w *writer) forward(rs ...*request) {
 	s := w.s
 	started := w.spawn(func() {
 		select {
 		case s.forwards <- struct{}{}:
 			defer func() { <-s.forwards }()
 		case <-s.ctx.Done():
-			r.finish(Result{}, ErrClosed)
-			return
 		}
-		s.forwarded.Add(1)
-		for {
-			if s.ctx.Err() != nil {
-				r.finish(Result{}, ErrClosed)
-				return
-			}
-			if r.abandoned.Load() && !r.wasTold() {
-				r.finish(Result{}, ErrNoWriter)
-				return
-			}
-			if rl := role(s.role.Load()); rl == writing || rl == proving {
-				if s.post(func() { s.w.accept(r) }) {
-					return
-				}
-				r.finish(Result{}, ErrClosed)
-				return
-			}
-			res, err := s.sendForward(r)
-			switch {
-			case err == nil && res.Durable:
-				r.finish(res, nil)
-				return
-			case err == nil:
-				r.announce(res)
-			case final(err):
-				r.finish(Result{}, err)
-				return
-			}
-			pause := time.NewTimer(forwardPause)
-			select {
-			case <-pause.C:
-			case <-s.ctx.Done():
-				pause.Stop()
-			}
-			r.retry()
+		for _, r := range rs {
+			s.carry(r)
 		}
 	})
 	if !started {
-		r.finish(Result{}, ErrClosed)
+		for _, r := range rs {
+			r.finish(Result{}, ErrClosed)
+		}
+	}
+}
+
+// carry returns when the decision has ended, or is with this sequencer's writer.
+func (s *Sequencer) carry(r *request) {
+	for !r.ended() {
+		if s.ctx.Err() != nil {
+			r.finish(Result{}, ErrClosed)
+			return
+		}
+		if r.abandoned.Load() && !r.wasTold() {
+			r.finish(Result{}, ErrNoWriter)
+			return
+		}
+		if rl := role(s.role.Load()); rl == writing || rl == proving {
+			if !s.post(func() { s.w.accept(r) }) {
+				r.finish(Result{}, ErrClosed)
+			}
+			return
+		}
+		res, err := s.sendForward(r)
+		switch {
+		case err == nil && res.Durable:
+			r.finish(res, nil)
+			return
+		case err == nil:
+			r.announce(res)
+		case final(err):
+			r.finish(Result{}, err)
+			return
+		}
+		pause := time.NewTimer(forwardPause)
+		select {
+		case <-pause.C:
+		case <-s.ctx.Done():
+			pause.Stop()
+		}
+		r.retry()
 	}
 }
 

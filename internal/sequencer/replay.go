@@ -140,8 +140,13 @@ func (s *Sequencer) onRead(m *nats.Msg) {
 		if n, err := strconv.ParseUint(seq, 10, 64); err == nil && m.Header.Get("Status") == "" {
 			msg = &stored{Seq: n, Data: m.Data}
 		}
-		more := m.Header.Get("Nats-Num-Pending") != "0"
-		s.post(func() { s.w.haveBulk(token, msg, more) })
+		pending, err := strconv.ParseUint(m.Header.Get("Nats-Num-Pending"), 10, 64)
+		s.post(func() {
+			if msg != nil && err == nil {
+				s.w.stored = max(s.w.stored, msg.Seq+pending)
+			}
+			s.w.haveBulk(token, msg, err != nil || pending > 0)
+		})
 		return
 	}
 	if m.Header.Get("Status") == "404" {
@@ -185,7 +190,7 @@ func (w *writer) load() {
 	w.chain = chain{}
 	w.ids, w.idOrder = map[session.DecisionID]taken{}, nil
 	w.doubt = false
-	w.bulk = true
+	w.bulk, w.stored, w.asked = true, 0, 0
 	w.keySet = w.s.trust.KeySet().Version
 	done := w.onEnd
 	w.onEnd = func() {
@@ -201,6 +206,12 @@ func (w *writer) load() {
 		if w.lease {
 			w.elected(time.Time{})
 		}
+		again := w.salvaged
+		w.mine, w.salvaged, w.unstored = nil, nil, 0
+		for _, r := range again {
+			w.release(r)
+		}
+		w.reroute(again)
 	}
 	w.examine()
 }
@@ -218,6 +229,7 @@ func (w *writer) examine() {
 }
 
 func (w *writer) read() {
+	w.bulk = w.bulk || w.stored > w.pos+bulkBehind
 	w.token++
 	w.readAt = time.Now()
 	m := &nats.Msg{Subject: msgGet + natsfeed.LogStream, Reply: w.s.inbox + ".r." + strconv.FormatUint(w.token, 10)}
@@ -247,12 +259,13 @@ func (w *writer) haveBulk(token uint64, m *stored, more bool) {
 	case m != nil:
 		w.readAt = time.Now()
 		if !w.take(m) {
-			w.bulk = false
+			w.token++ // the rest of the piece is asked for again
 		}
 	case more:
 		w.read()
 	default:
-		w.bulk = false
+		// Of what this replica does not have, the leader knows.
+		w.bulk, w.stored = false, w.pos
 		w.read()
 	}
 }
@@ -287,9 +300,10 @@ func (w *writer) take(m *stored) bool {
 		return true
 	}
 	j, v := w.judge(m.Data, &w.epochs)
-	if v == doubtful && w.asked != m.Seq {
-		// Its key may be in a key set that has not arrived here yet.
-		w.asked = m.Seq
+	if v == doubtful && w.asked < m.Seq {
+		// Its key may be in a key set that has not arrived here yet: one that
+		// was stored before it.
+		w.asked = max(m.Seq, w.stored)
 		w.spawn(func() {
 			_ = w.s.fetchKeySets(w.s.ctx) // what cannot be fetched leaves it in doubt
 			w.s.post(func() { w.read() })
@@ -308,7 +322,7 @@ func (w *writer) take(m *stored) bool {
 		w.adopt(j, v)
 		w.s.hashes.put(link{epoch: w.epoch, number: w.number, hash: w.head, key: j.id})
 		if v == opens && w.role != loading {
-			w.s.rolledBack.Store(false)
+			w.s.halt.Store(nil)
 		}
 		w.beat.unprove()
 		for i := range j.batch.Decisions {
@@ -327,14 +341,16 @@ func (w *writer) take(m *stored) bool {
 			}
 		}
 	case doubtful:
+		w.salvage(j)
 		w.doubt = true
 		w.s.strays.Add(1)
 		w.s.log.Warn("sequencer: a stored batch is signed by a key that is not trusted", "position", m.Seq)
 	case stray:
+		w.salvage(j)
 		w.s.strays.Add(1)
 	case alien:
 		w.s.log.Error("sequencer: the log holds what this version does not know: upgrade it", "position", m.Seq)
-		w.s.rolledBack.Store(true)
+		w.halt(ErrUpgrade)
 	default:
 		w.s.garbage.Add(1)
 	}
@@ -351,18 +367,22 @@ func (w *writer) atEnd(now time.Time) {
 		w.onEnd = nil
 		f()
 	}
-	if len(w.flight) > 0 && w.flight[0].failed {
-		// The fence did not hold and yet nothing is there: a message that the
-		// leader has not committed yet, or a stream that has gone back.
-		w.askInfo()
-	}
-	if w.role == following && len(w.flight) == 0 && w.pos > 0 && w.role != loading {
+	if len(w.flight) == 0 || w.flight[0].failed {
+		// When the fence did not hold and yet nothing is there, it is a message
+		// that the leader has not committed yet, or a stream that has gone back.
 		w.askInfo()
 	}
 	w.resend(now)
 	if w.again {
-		w.examine()
+		w.examine() // asked for after this read was sent
+		return
 	}
+	for _, c := range w.claims {
+		if w.contradicted(c) {
+			w.rollback("an enforcer has more of the chain, or another")
+		}
+	}
+	w.claims = w.claims[:0]
 }
 
 // askInfo asks the leader where the stream ends.
@@ -373,7 +393,8 @@ func (w *writer) askInfo() {
 
 func (s *Sequencer) onInfo(m *nats.Msg) {
 	var a struct {
-		State *struct {
+		Created time.Time `json:"created"`
+		State   *struct {
 			LastSeq uint64 `json:"last_seq"`
 		} `json:"state"`
 		Error *apiError `json:"error"`
@@ -381,17 +402,22 @@ func (s *Sequencer) onInfo(m *nats.Msg) {
 	if s.deaf() || json.Unmarshal(m.Data, &a) != nil || a.Error != nil || a.State == nil {
 		return
 	}
-	s.post(func() { s.w.streamEnds(a.State.LastSeq, time.Now()) })
+	s.post(func() { s.w.streamEnds(a.Created, a.State.LastSeq, time.Now()) })
 }
 
 // streamEnds notices a stream that lost what had been read from it.
-func (w *writer) streamEnds(last uint64, now time.Time) {
+func (w *writer) streamEnds(made time.Time, last uint64, now time.Time) {
+	if w.made.IsZero() {
+		w.made = made
+	}
 	switch {
+	case !made.Equal(w.made) && w.s.halted() == nil:
+		w.rollback("the stream was made anew")
 	case last >= w.pos:
 		w.lostFrom = time.Time{}
 	case w.lostFrom.IsZero():
 		w.lostFrom = now
-	case now.Sub(w.lostFrom) >= lostAfter && !w.s.rolledBack.Load():
+	case now.Sub(w.lostFrom) >= lostAfter && w.s.halted() == nil:
 		w.rollback("the stream ends before what was read from it")
 	}
 }
@@ -399,36 +425,53 @@ func (w *writer) streamEnds(last uint64, now time.Time) {
 // rollback stops all writing until a new epoch.
 func (w *writer) rollback(why string) {
 	w.s.log.Error("sequencer: the log was rolled back: open a new epoch", "why", why, "epoch", w.epoch, "number", w.number)
-	w.s.rolledBack.Store(true)
-	for _, r := range w.pending {
-		w.drop(r, ErrRolledBack)
-	}
-	w.pending = nil
-	for _, f := range w.flight {
-		for _, r := range f.reqs {
-			w.drop(r, ErrRolledBack)
-		}
-	}
-	w.flight, w.flightBytes = nil, 0
+	w.halt(ErrRolledBack)
 }
 
-// heardClaim judges what an enforcer says was confirmed to it.
-func (w *writer) heardClaim(epoch, number uint64, head session.Hash) {
-	if epoch != w.epoch || w.s.rolledBack.Load() {
-		return
-	}
-	if number <= w.number {
-		if l, ok := w.s.hashes.at(epoch, number); ok && l.hash != head {
-			w.rollback("an enforcer has another chain")
+// halt refuses everything that is not stored.
+func (w *writer) halt(err error) {
+	w.s.halt.Store(&err)
+	for _, f := range w.flight {
+		for _, r := range f.reqs {
+			w.drop(r, err)
 		}
-		return
+	}
+	for _, r := range w.pending {
+		w.drop(r, err)
+	}
+	w.flight, w.flightBytes, w.pending = nil, 0, nil
+}
+
+// claim is what an enforcer says was confirmed to it.
+type claim struct {
+	epoch, number uint64
+	head          session.Hash
+}
+
+// heardClaim judges a claim when everything that is stored has been examined:
+// an enforcer may read the log before this sequencer does.
+func (w *writer) heardClaim(c claim) {
+	if w.contradicted(c) {
+		w.claims = append(w.claims[:0], c)
+		if w.role != loading {
+			w.examine()
+		}
+	}
+}
+
+// contradicted reports whether a claim cannot be true of the log as it is known.
+func (w *writer) contradicted(c claim) bool {
+	if c.epoch != w.epoch || w.s.halted() != nil || w.former[c.head] {
+		return false
+	}
+	if c.number <= w.number {
+		l, ok := w.s.hashes.at(c.epoch, c.number)
+		return ok && l.hash != c.head
 	}
 	for _, f := range w.flight {
-		if f.batch.Number == number && f.hash == head {
-			return // stored, and read by the enforcer before the answer came
+		if f.batch.Number == c.number && f.hash == c.head {
+			return false // stored, and read by the enforcer before the answer came
 		}
 	}
-	if w.role == writing {
-		w.rollback("an enforcer has more of the chain")
-	}
+	return w.role == writing
 }

@@ -43,6 +43,9 @@ var (
 	// ErrRolledBack: the log is behind what enforcers have seen of it. Nothing
 	// is written until the root opens a new epoch.
 	ErrRolledBack = errors.New("sequencer: the log was rolled back: open a new epoch")
+	// ErrUpgrade: the log holds a batch of a later version. Nothing is written
+	// by this one.
+	ErrUpgrade = errors.New("sequencer: the log holds what this version does not know: upgrade it")
 	// ErrNoKey: this authority holds no signing key that the key set trusts.
 	ErrNoKey = errors.New("sequencer: no trusted signing key")
 	// ErrUntrusted: the signing key has no right to the tenant of an entry.
@@ -198,10 +201,9 @@ type view struct {
 
 // counters are what Status reports beside the view.
 type counters struct {
-	garbage, strays, deposed   atomic.Uint64
-	pending, flight            atomic.Int64
-	rolledBack                 atomic.Bool
-	position, forwarded, taken atomic.Uint64
+	garbage, strays, deposed, position atomic.Uint64
+	pending, flight                    atomic.Int64
+	halt                               atomic.Pointer[error]
 }
 
 // Status is a snapshot for operators.
@@ -219,6 +221,9 @@ type Status struct {
 	InFlight, Pending int
 	// RolledBack is set while nothing is written because of ErrRolledBack.
 	RolledBack bool
+	// Halted is why nothing is written, ErrRolledBack or ErrUpgrade; nil is the
+	// usual case.
+	Halted error
 	// Garbage messages in the log were nobody's; Strays were batches that the
 	// chain does not go through, such as a deposed writer's.
 	Garbage, Strays uint64
@@ -427,9 +432,16 @@ func (s *Sequencer) Status() Status {
 	return Status{
 		Writer: s.IsWriter(), Epoch: v.epoch, Number: v.number, Head: v.head, Entries: v.set.Len(),
 		Position: s.position.Load(), InFlight: int(s.flight.Load()), Pending: int(s.pending.Load()),
-		RolledBack: s.rolledBack.Load(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
+		RolledBack: errors.Is(s.halted(), ErrRolledBack), Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
 		Deposed: s.deposed.Load(),
 	}
+}
+
+func (s *Sequencer) halted() error {
+	if err := s.halt.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 // Heard takes what an enforcer's receipt, verified by the caller, says of the
@@ -445,7 +457,7 @@ func (s *Sequencer) Heard(epoch, number uint64, head session.Hash) {
 	if l, ok := s.hashes.at(epoch, number); ok && l.hash == head && number <= v.number {
 		return // the common case, without troubling the writer
 	}
-	s.post(func() { s.w.heardClaim(epoch, number, head) })
+	s.post(func() { s.w.heardClaim(claim{epoch, number, head}) })
 }
 
 // request is a decision on its way.

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -27,8 +26,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if dir := os.Getenv("SEQUENCER_TEST_CHILD"); dir != "" {
-		child(dir)
+	if os.Getenv(childEnv) != "" {
+		child()
 		return
 	}
 	goleak.VerifyTestMain(m)
@@ -371,5 +370,3 @@ func TestConcurrent(t *testing.T) {
 		t.Fatalf("state of %d entries", q.State().Len())
 	}
 }
-
-func child(string) { _ = filepath.Join }

@@ -47,6 +47,15 @@ const (
 	// was stored in it: a new leader may need a moment to apply all it has.
 	lostAfter = 5 * time.Second
 
+	// unfencedAfter is how often the fence of a batch may fail before it is
+	// appended without: somebody floods the log. What chains, and when a batch
+	// counts, does not depend on the fence; it only saves appends in vain.
+	unfencedAfter = 3
+	// bulkBehind is how far behind what is stored reads go in pieces.
+	bulkBehind = 16
+	// floodFor is how long a flood is expected to go on.
+	floodFor = 10 * time.Second
+
 	// maxBatchSize leaves room in a frame for the batch's own fields.
 	maxBatchSize = session.MaxFrameLen - 40<<10
 	maxReqs      = session.MaxBatchEntries
@@ -69,6 +78,8 @@ type inflight struct {
 	expected uint64    // the fence that it was sent with last
 	stored   uint64    // the sequence that the store named
 	failed   bool      // the store refused the last attempt
+	refused  int       // how often the fence did not hold against something new
+	refusal  uint64    // pos at the last of those
 }
 
 // taken is where a decision is.
@@ -108,11 +119,19 @@ type writer struct {
 	pollAt   time.Time
 	heardAt  time.Time
 	onEnd    func()
-	bulk     bool   // reads in pieces, from any replica
+	bulk     bool // reads in pieces, from any replica
+	flooded  time.Time
 	keySet   uint64 // version of the key set that was acted on
 	doubt    bool   // a batch was skipped for its key alone
-	asked    uint64
+	stored   uint64 // the furthest sequence that is known to be stored
+	asked    uint64 // key sets were fetched after everything up to here was stored
 	lostFrom time.Time
+	made     time.Time // when the stream was made
+	claims   []claim
+	former   map[session.Hash]bool // the chain before a withdrawal cut it
+	mine     map[session.Hash]bool // batches of this sequencer that the chain was cut before
+	salvaged []*request            // their decisions, and what else waits for the reload
+	unstored int                   // of those, in no stored batch
 
 	lease     bool
 	proof     bool // the next batch is due even when empty
@@ -168,7 +187,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 	}
 	if w.role == loading {
 		if w.reading && due(w.readAt.Add(readTimeout)) {
-			w.bulk = false // it may be that only the leader answers
+			w.bulk, w.stored = false, w.pos // it may be that only the leader answers
 			w.read()
 		}
 		return next
@@ -178,6 +197,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 		w.keysChanged(ks)
 	}
 	if w.reading && due(w.readAt.Add(readTimeout)) {
+		w.bulk, w.stored = false, w.pos
 		w.read()
 	}
 	if !w.reading && due(w.pollAt) {
@@ -193,7 +213,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 	if w.writes() && len(w.flight) > 0 {
 		f := w.flight[0]
 		wait := retryAfter
-		if f.failed && !w.reading {
+		if f.failed && (!w.reading || f.refused >= unfencedAfter) {
 			wait = retrySoon
 		}
 		if due(f.sent.Add(wait)) {
@@ -220,7 +240,7 @@ func (w *writer) setRole(r role) {
 
 // writes reports whether batches may be published.
 func (w *writer) writes() bool {
-	return (w.role == writing || w.role == proving) && !w.s.rolledBack.Load()
+	return (w.role == writing || w.role == proving) && w.s.halted() == nil
 }
 
 // canAppend reports whether another batch may be made. A writer that has not
@@ -279,8 +299,8 @@ func (w *writer) accept(r *request) {
 		return
 	}
 	switch {
-	case w.s.rolledBack.Load():
-		r.finish(Result{}, ErrRolledBack)
+	case w.s.halted() != nil:
+		r.finish(Result{}, w.s.halted())
 	case w.role != writing && w.role != proving:
 		w.forward(r)
 	case len(w.pending) >= maxPending:
@@ -345,9 +365,12 @@ func (w *writer) appendBatch(now time.Time) {
 		w.cannotSign(err)
 		return
 	}
-	f := &inflight{batch: b, hash: parsed.Hash(), key: parsed.Key, frame: frame, reqs: reqs, first: now}
+	f := &inflight{batch: b, hash: parsed.Hash(), key: parsed.Key, frame: frame, reqs: reqs, first: now, refusal: w.pos}
 	// Numbers are used again after a deposition; a late answer must not be
 	// taken for that of another batch.
+	if now.Sub(w.flooded) < floodFor {
+		f.refused = unfencedAfter
+	}
 	f.token = hex.EncodeToString(f.hash[:16])
 	f.set = set.Apply(b, func(e *session.Entry) bool { return may.May(e.Key) })
 	w.proof = false
@@ -473,11 +496,11 @@ func (w *writer) publish(f *inflight, expected uint64, now time.Time) {
 	m := &nats.Msg{
 		Subject: natsfeed.LogSubject,
 		Reply:   w.s.inbox + ".a." + f.token,
-		Header: nats.Header{
-			jetstream.ExpectedStreamHeader:  {natsfeed.LogStream},
-			jetstream.ExpectedLastSeqHeader: {strconv.FormatUint(expected, 10)},
-		},
-		Data: f.frame,
+		Header:  nats.Header{jetstream.ExpectedStreamHeader: {natsfeed.LogStream}},
+		Data:    f.frame,
+	}
+	if f.refused < unfencedAfter {
+		m.Header[jetstream.ExpectedLastSeqHeader] = []string{strconv.FormatUint(expected, 10)}
 	}
 	if err := w.s.nc.PublishMsg(m); err != nil {
 		f.failed = true
@@ -497,10 +520,17 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 		// name where the same bytes are.
 		if a.seq > w.pos {
 			f.stored = a.seq
+			w.stored = max(w.stored, a.seq)
 		}
 		w.settle(now)
 	case a.wrongLast && i == 0:
 		f.failed = true
+		if w.pos > f.refusal {
+			f.refused, f.refusal = f.refused+1, w.pos
+		}
+		if f.refused >= unfencedAfter {
+			w.flooded = now
+		}
 		w.examine()
 	case a.wrongLast:
 		f.failed = true
@@ -536,7 +566,6 @@ func (w *writer) confirm(now time.Time) {
 	w.flight = w.flight[1:]
 	w.flightBytes -= len(f.frame)
 	w.pos++
-	w.asked = 0
 	if h := w.s.o.Hooks.AfterAck; h != nil {
 		h(f.batch.Number)
 	}
@@ -551,7 +580,6 @@ func (w *writer) confirm(now time.Time) {
 		}
 		w.end(r, Result{Epoch: f.batch.Epoch, Number: f.batch.Number, At: f.batch.Time, Durable: true}, nil)
 	}
-	w.s.taken.Add(uint64(len(f.reqs)))
 	if w.role == proving {
 		w.prevail(now)
 	}
@@ -669,11 +697,12 @@ func (w *writer) depose() {
 	orphans, pending := w.flight, w.pending
 	w.flight, w.flightBytes, w.pending = nil, 0, nil
 	w.follow()
-	w.orphan(orphans)
+	again := w.orphan(orphans)
 	for _, r := range pending {
 		w.release(r)
-		w.reroute(r)
+		again = append(again, r)
 	}
+	w.reroute(again)
 	w.s.checkLease()
 }
 
@@ -690,35 +719,44 @@ func (w *writer) release(r *request) {
 	}
 }
 
-// reroute sends a decision on its way again, under its ID.
-func (w *writer) reroute(r *request) {
-	r.retry()
-	dups := r.dups
-	r.dups = nil
-	w.redoing++
-	r.then(func() {
-		res, err := r.outcome()
-		for _, d := range dups {
-			d.finish(res, err)
-		}
-		w.s.post(func() {
-			w.redoing--
-			w.wakeWaiters()
+// reroute sends decisions on their way again, in their order, under their IDs.
+func (w *writer) reroute(rs []*request) {
+	var away []*request
+	for _, r := range rs {
+		r.retry()
+		dups := r.dups
+		r.dups = nil
+		w.redoing++
+		r.then(func() {
+			res, err := r.outcome()
+			for _, d := range dups {
+				d.finish(res, err)
+			}
+			w.s.post(func() {
+				w.redoing--
+				w.wakeWaiters()
+			})
 		})
-	})
-	if r.internal {
-		r.finish(Result{}, ErrClosed) // made anew by whoever writes
-		return
+		switch {
+		case r.internal:
+			r.finish(Result{}, ErrClosed) // made anew by whoever writes
+		case w.role == writing || w.role == proving || w.closing:
+			w.accept(r)
+		default:
+			away = append(away, r)
+		}
 	}
-	w.accept(r)
+	if len(away) > 0 {
+		w.forward(away...)
+	}
 }
 
-// orphan deals with batches that were published and will never be in the chain.
-// Their rejection is said only when each of their decisions has been taken
-// elsewhere: until then enforcers keep to them.
-func (w *writer) orphan(batches []*inflight) {
+// orphan deals with batches that were published and will never be in the chain,
+// and returns what has to be decided again. Their rejection is said only when
+// that has been done: until then enforcers keep to them.
+func (w *writer) orphan(batches []*inflight) (again []*request) {
 	if len(batches) == 0 {
-		return
+		return nil
 	}
 	rejections := make([]session.Rejection, len(batches))
 	left := 1
@@ -743,10 +781,11 @@ func (w *writer) orphan(batches []*inflight) {
 					w.s.post(func() { settled(err) })
 				})
 			}
-			w.reroute(r)
+			again = append(again, r)
 		}
 	}
 	settled(nil)
+	return again
 }
 
 func (w *writer) reject(x *session.Rejection) {

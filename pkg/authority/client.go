@@ -125,7 +125,7 @@ func (c *Client) Decide(ctx context.Context, r Request) (*Decision, error) {
 // at most MaxIdempotencyKey printable characters.
 func (c *Client) DecideOnce(ctx context.Context, key string, r Request) (*Decision, error) {
 	var d Decision
-	_, err := c.call(ctx, 0, http.MethodPost, "/v1/decisions", http.Header{"Idempotency-Key": {key}}, r, &d)
+	err := c.call(ctx, 0, http.MethodPost, "/v1/decisions", http.Header{"Idempotency-Key": {key}}, r, &d)
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +140,7 @@ func (c *Client) Coverage(ctx context.Context, epoch, number uint64, wait time.D
 		path += "?wait=" + wait.String()
 	}
 	var cov Coverage
-	if _, err := c.call(ctx, max(wait, 0), http.MethodGet, path, nil, nil, &cov); err != nil {
+	if err := c.call(ctx, max(wait, 0), http.MethodGet, path, nil, nil, &cov); err != nil {
 		return nil, err
 	}
 	return &cov, nil
@@ -149,7 +149,7 @@ func (c *Client) Coverage(ctx context.Context, epoch, number uint64, wait time.D
 // Status says how the authority and its enforcers are.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
 	var s Status
-	if _, err := c.call(ctx, 0, http.MethodGet, "/v1/status", nil, nil, &s); err != nil {
+	if err := c.call(ctx, 0, http.MethodGet, "/v1/status", nil, nil, &s); err != nil {
 		return nil, err
 	}
 	return &s, nil
@@ -158,7 +158,7 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 // Explain says what denies a caller.
 func (c *Client) Explain(ctx context.Context, r ExplainRequest) (*Explanation, error) {
 	var x Explanation
-	if _, err := c.call(ctx, 0, http.MethodPost, "/v1/explain", nil, r, &x); err != nil {
+	if err := c.call(ctx, 0, http.MethodPost, "/v1/explain", nil, r, &x); err != nil {
 		return nil, err
 	}
 	return &x, nil
@@ -169,7 +169,7 @@ func (c *Client) Enforcers(ctx context.Context) ([]Enforcer, error) {
 	var out struct {
 		Enforcers []Enforcer `json:"enforcers"`
 	}
-	if _, err := c.call(ctx, 0, http.MethodGet, "/v1/enforcers", nil, nil, &out); err != nil {
+	if err := c.call(ctx, 0, http.MethodGet, "/v1/enforcers", nil, nil, &out); err != nil {
 		return nil, err
 	}
 	return out.Enforcers, nil
@@ -180,7 +180,7 @@ func (c *Client) Enforcers(ctx context.Context) ([]Enforcer, error) {
 // write it to a file with mode 0600.
 func (c *Client) Enroll(ctx context.Context, r EnrollRequest) ([]byte, error) {
 	var raw json.RawMessage
-	if _, err := c.call(ctx, 0, http.MethodPost, "/v1/enforcers", nil, r, &raw); err != nil {
+	if err := c.call(ctx, 0, http.MethodPost, "/v1/enforcers", nil, r, &raw); err != nil {
 		return nil, err
 	}
 	return raw, nil
@@ -188,7 +188,7 @@ func (c *Client) Enroll(ctx context.Context, r EnrollRequest) ([]byte, error) {
 
 // Retire takes an enforcer out of the roster and off the bus.
 func (c *Client) Retire(ctx context.Context, name string) error {
-	_, err := c.call(ctx, 0, http.MethodDelete, "/v1/enforcers/"+url.PathEscape(name), nil, nil, nil)
+	err := c.call(ctx, 0, http.MethodDelete, "/v1/enforcers/"+url.PathEscape(name), nil, nil, nil)
 	return err
 }
 
@@ -198,7 +198,7 @@ func (c *Client) KeySet(ctx context.Context) ([]byte, error) {
 	var out struct {
 		Frame []byte `json:"frame"`
 	}
-	if _, err := c.call(ctx, 0, http.MethodGet, "/v1/keyset", nil, nil, &out); err != nil {
+	if err := c.call(ctx, 0, http.MethodGet, "/v1/keyset", nil, nil, &out); err != nil {
 		return nil, err
 	}
 	return out.Frame, nil
@@ -207,7 +207,7 @@ func (c *Client) KeySet(ctx context.Context) ([]byte, error) {
 // PublishKeySet hands a key set that the root signed to the authority, which
 // verifies and publishes it.
 func (c *Client) PublishKeySet(ctx context.Context, frame []byte) error {
-	_, err := c.call(ctx, 0, http.MethodPost, "/v1/keyset", nil, map[string][]byte{"frame": frame}, nil)
+	err := c.call(ctx, 0, http.MethodPost, "/v1/keyset", nil, map[string][]byte{"frame": frame}, nil)
 	return err
 }
 
@@ -260,38 +260,38 @@ func (c *Client) Watch(ctx context.Context) iter.Seq2[Event, error] {
 }
 
 // call sends a request and decodes the answer into out, if there is one.
-func (c *Client) call(ctx context.Context, wait time.Duration, method, path string, h http.Header, in, out any) (int, error) {
+func (c *Client) call(ctx context.Context, wait time.Duration, method, path string, h http.Header, in, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout+wait)
 	defer cancel()
 	var body []byte
 	if in != nil {
 		var err error
 		if body, err = json.Marshal(in); err != nil {
-			return 0, fmt.Errorf("authority: %w", err)
+			return fmt.Errorf("authority: %w", err)
 		}
 	}
 	resp, err := c.send(ctx, method, path, h, body)
 	if err != nil {
-		return 0, c.unreachable(ctx, err)
+		return c.unreachable(ctx, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		return resp.StatusCode, readProblem(resp)
+		return readProblem(resp)
 	}
 	if out == nil {
-		return resp.StatusCode, nil
+		return nil
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
-		return resp.StatusCode, c.unreachable(ctx, err)
+		return c.unreachable(ctx, err)
 	}
 	if len(raw) > maxAnswer {
-		return resp.StatusCode, fmt.Errorf("authority: answer of more than %d bytes", maxAnswer)
+		return fmt.Errorf("authority: answer of more than %d bytes", maxAnswer)
 	}
 	if err := json.Unmarshal(raw, out); err != nil {
-		return resp.StatusCode, fmt.Errorf("authority: answer: %w", err)
+		return fmt.Errorf("authority: answer: %w", err)
 	}
-	return resp.StatusCode, nil
+	return nil
 }
 
 func (c *Client) send(ctx context.Context, method, path string, h http.Header, body []byte) (*http.Response, error) {

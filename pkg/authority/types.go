@@ -165,7 +165,8 @@ const (
 	// StateExposed: it may allow what the decision denies: it only watches
 	// (shadow), or is configured to fail open and has not reported.
 	StateExposed EnforcerState = "exposed"
-	// StateAbsent: enrolled, and never heard of. It holds no state, so it denies.
+	// StateAbsent: enrolled, and never heard of. One that was never started
+	// holds no state, so it denies; retire one that never will be.
 	StateAbsent EnforcerState = "absent"
 )
 
@@ -179,7 +180,8 @@ type Coverage struct {
 	Durable bool `json:"durable"`
 	// Complete is set when nothing is pending.
 	Complete bool `json:"complete"`
-	// Effective is set when every enforcer has it in force, or denies by itself.
+	// Effective is set when every enforcer that was ever heard of has it in
+	// force, or denies by itself.
 	Effective bool `json:"effective"`
 	// Enforcers is the size of the roster: the denominator.
 	Enforcers int `json:"enforcers"`

@@ -106,7 +106,7 @@ func (s *remoteKeys) find(ctx context.Context, kid string, alg jose.SignatureAlg
 	have, fresh := s.load()
 	if found := candidates(have, kid, alg); len(found) > 0 {
 		if !fresh {
-			s.refresh() // and go on with what there is
+			_, _ = s.refresh() // and go on with what there is
 		}
 		return found, nil
 	}

@@ -301,10 +301,6 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (s
 	if !i.accepts(header.ExtraHeaders[jose.HeaderType]) {
 		return session.Identity{}, ErrTokenType
 	}
-	// An unencoded payload (RFC 7797) has no place in a JWT (§7).
-	if _, ok := header.ExtraHeaders["b64"]; ok {
-		return session.Identity{}, ErrTokenMalformed.because("unencoded payload")
-	}
 	keys, err := i.keys.find(ctx, header.KeyID, alg)
 	if err != nil {
 		return session.Identity{}, err

@@ -360,6 +360,18 @@ func TestIssuersKeysAreTheirOwn(t *testing.T) {
 	}
 }
 
+// The algorithms are pinned per issuer, whatever another one uses.
+func TestAlgorithmsArePinnedPerIssuer(t *testing.T) {
+	s, other := newSigner(t), newSigner(t)
+	v := newVerifier(t, []jose.JSONWebKey{s.public()}, func(o *credential.Options) {
+		o.Issuers[0].Algorithms = []jose.SignatureAlgorithm{jose.EdDSA}
+		o.Issuers = append(o.Issuers, credential.Issuer{URL: "https://other.example", Tenant: "other", Keys: jose.JSONWebKeySet{Keys: []jose.JSONWebKey{other.public()}}})
+	})
+	if _, err := v.Verify(t.Context(), s.sign(claims(nil))); !errors.Is(err, credential.ErrTokenAlgorithm) {
+		t.Fatal(err)
+	}
+}
+
 func TestVerifyRequest(t *testing.T) {
 	s := newSigner(t)
 	v := newVerifier(t, []jose.JSONWebKey{s.public()})
@@ -659,9 +671,19 @@ func TestUnusableKeysAreLeftOut(t *testing.T) {
 		}
 		j := &jwks{}
 		j.body.Store(`{"keys":[{"kty":"new"},{"kty":"oct","kid":"k0","k":"c2VjcmV0"},` + string(private) + `,` + string(public) + `]}`)
+		weak := newSigner(t)
+		weak.alg, weak.key, weak.kid = jose.RS256, newRSA(t, 1024), "weak"
+		short, err := json.Marshal(weak.public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		j.body.Store(strings.Replace(j.body.Load().(string), "]}", ","+string(short)+"]}", 1))
 		v := remoteVerifier(t, j)
 		defer v.Close()
 		if _, err := v.Verify(t.Context(), fresh(s)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := v.Verify(t.Context(), fresh(weak)); !errors.Is(err, credential.ErrTokenKey) {
 			t.Fatal(err)
 		}
 		s.kid = "private"

@@ -177,6 +177,9 @@ func (e *Enforcer) Bind(ctx context.Context, p *session.Prepared, call session.C
 	if err := e.Check(p, call); err != nil {
 		return refuse(err)
 	}
+	if e.opts.checked != nil {
+		e.opts.checked()
+	}
 	w := &work{p: p, call: call, cancel: cancel}
 	if p.Valid() { // always, but in shadow mode
 		keys, err := p.CallKeys(append(w.keys, p.Keys()...), &call, session.PerCallShapes)
@@ -194,9 +197,6 @@ func (e *Enforcer) Bind(ctx context.Context, p *session.Prepared, call session.C
 		if err := e.denied(asDenied(err)); err != nil {
 			return refuse(err)
 		}
-	}
-	if e.opts.registered != nil {
-		e.opts.registered()
 	}
 	if e.opts.Mode != session.ModeShadow {
 		if err := e.Check(p, call); err != nil {

@@ -51,10 +51,10 @@ type Options struct {
 	// logged per request.
 	Logger *slog.Logger
 
-	// clock replaces the operating system's clocks in tests; registered is
-	// called by Bind between registering work and checking again.
-	clock      func() reading
-	registered func()
+	// clock replaces the operating system's clocks in tests; checked is
+	// called by Bind between its first check and registering the work.
+	clock   func() reading
+	checked func()
 }
 
 func (o Options) validate() (Options, error) {
@@ -217,7 +217,7 @@ func Start(feed Feed, o *Options) (*Enforcer, error) {
 		cancel()
 		return nil, errors.Join(err, feed.Close())
 	}
-	e.view.Store(&view{origin: never, unusable: "no verified state yet"})
+	fw.publish()
 	e.done.Go(func() { fw.run(ctx) })
 	e.done.Go(func() { e.watch(ctx) })
 	return e, nil
@@ -240,14 +240,14 @@ func Open(ctx context.Context, feed Feed, o *Options) (*Enforcer, error) {
 // WaitReady waits until a verified, fresh state has been in force once. The
 // error says what was still missing when ctx ended, or is session.ErrClosed.
 func (e *Enforcer) WaitReady(ctx context.Context) error {
-	if e == nil || e.ready == nil {
+	if e == nil || e.ready == nil || e.view.Load().closed {
 		return session.ErrClosed
 	}
 	select {
-	case <-e.ready:
-		return nil
 	case <-e.gone:
 		return session.ErrClosed
+	case <-e.ready:
+		return nil
 	case <-ctx.Done():
 		v := e.view.Load()
 		why := v.stale(&session.Call{}, e.opts.clock(), e.opts.MaxStale)

@@ -25,14 +25,14 @@ func within(t *testing.T, fn func(t *testing.T, b *bus)) {
 	})
 }
 
-func mustAllow(t *testing.T, e *Enforcer, p *session.Prepared, call session.Call) {
+func mustAllow(t testing.TB, e *Enforcer, p *session.Prepared, call session.Call) {
 	t.Helper()
 	if err := e.Check(p, call); err != nil {
 		t.Fatalf("denied: %v (status %+v)", err, e.Status())
 	}
 }
 
-func mustDeny(t *testing.T, e *Enforcer, p *session.Prepared, call session.Call, want error) {
+func mustDeny(t testing.TB, e *Enforcer, p *session.Prepared, call session.Call, want error) {
 	t.Helper()
 	if err := e.Check(p, call); !errors.Is(err, want) {
 		t.Fatalf("got %v, want %v (status %+v)", err, want, e.Status())
@@ -68,15 +68,14 @@ func TestRevocationDeniesAndCuts(t *testing.T) {
 			t.Fatal("a bystander was cut")
 		}
 		time.Sleep(1200 * time.Millisecond)
-		b.mu.Lock()
-		defer b.mu.Unlock()
 		var cut uint32
-		for _, r := range f.receipts {
+		said := f.said()
+		for _, r := range said {
 			for _, x := range r.Batches {
 				cut += x.Cut
 			}
 		}
-		if last := f.receipts[len(f.receipts)-1]; last.Number != 1 || last.Confirmed != 1 || cut != 1 || last.Cut != 1 {
+		if last := said[len(said)-1]; last.Number != 1 || last.Confirmed != 1 || cut != 1 || last.Cut != 1 {
 			t.Fatalf("receipt %+v, cut %d", last, cut)
 		}
 	})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -14,12 +15,28 @@ import (
 
 // bus is an authority and the bus it speaks on, in memory, under the test's
 // control: what the writer publishes reaches the enforcers unless the test drops
-// it, and the test can deliver whatever it likes. It runs inside a synctest
-// bubble. The signatures are real.
+// or holds it, and the test can deliver whatever it likes. It runs inside a
+// synctest bubble. The signatures are real.
 type bus struct {
-	t    *testing.T
+	t    testing.TB
 	root ed25519.PrivateKey
 	keys map[string]ed25519.PrivateKey
+	done sync.WaitGroup
+
+	// writing is held while the authority decides or beats.
+	writing sync.Mutex
+	set     session.KeySet
+	signer  ed25519.PrivateKey
+	writer  session.WriterID
+	born    time.Time
+	wall    time.Duration // the authority's wall clock against the test's
+	proven  time.Duration
+	beatAt  time.Duration // Mono of the last heartbeat
+	epoch   uint64
+	number  uint64
+	head    session.Hash
+	state   *filter.Set
+	silent  bool // no heartbeats by themselves
 
 	mu      sync.Mutex
 	feeds   []*busFeed
@@ -28,30 +45,28 @@ type bus struct {
 	dead    bool // nothing gets through in either direction
 	mute    bool // live messages are lost; the log can be read
 	noLog   bool
-	delayed time.Duration
-
-	set    session.KeySet
-	signer ed25519.PrivateKey
-	writer session.WriterID
-	born   time.Time
-	wall   time.Duration // the authority's wall clock against the test's
-	epoch  uint64
-	number uint64
-	head   session.Hash
-	state  *filter.Set
-	quiet  chan struct{}
-	proven time.Duration
-	done   sync.WaitGroup
+	hold    bool // live messages wait for release
+	held    []func(Sink)
+	reads   int           // calls of Log
+	delay   time.Duration // of clock answers
 }
 
 type busFeed struct {
 	b        *bus
 	sink     Sink
 	closed   bool
-	receipts []*session.Receipt
+	deaf     bool // Receipt hangs
+	receipts []timedReceipt
+	frames   [][]byte
 }
 
-func key(t *testing.T) ed25519.PrivateKey {
+// timedReceipt is a receipt with the test's time of its arrival.
+type timedReceipt struct {
+	*session.Receipt
+	at time.Time
+}
+
+func key(t testing.TB) ed25519.PrivateKey {
 	_, k, err := ed25519.GenerateKey(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -59,8 +74,8 @@ func key(t *testing.T) ed25519.PrivateKey {
 	return k
 }
 
-func newBus(t *testing.T) *bus {
-	b := &bus{t: t, root: key(t), keys: map[string]ed25519.PrivateKey{"a": key(t)}, epoch: 1}
+func newBus(t testing.TB) *bus {
+	b := &bus{t: t, root: key(t), keys: map[string]ed25519.PrivateKey{"a": key(t), "b": key(t)}, epoch: 1}
 	b.signer = b.keys["a"]
 	b.writer[0], b.born = 1, time.Now()
 	b.set = session.KeySet{
@@ -76,6 +91,8 @@ func (b *bus) pub(name string) ed25519.PublicKey { return b.keys[name].Public().
 
 // publishKeySet signs and publishes b.set as it is.
 func (b *bus) publishKeySet() []byte {
+	b.writing.Lock()
+	defer b.writing.Unlock()
 	body, err := b.set.MarshalBody()
 	if err != nil {
 		b.t.Fatal(err)
@@ -92,6 +109,21 @@ func (b *bus) publishKeySet() []byte {
 	return frame
 }
 
+// newKeySet publishes the next version, changed by mod.
+func (b *bus) newKeySet(mod func(*session.KeySet)) []byte {
+	b.writing.Lock()
+	b.set.Keys = slices.Clone(b.set.Keys)
+	b.set.Version++
+	mod(&b.set)
+	b.writing.Unlock()
+	return b.publishKeySet()
+}
+
+// newEpoch opens the next epoch.
+func (b *bus) newEpoch() {
+	b.newKeySet(func(ks *session.KeySet) { ks.Epoch++; ks.Salt[0]++ })
+}
+
 func (b *bus) seal(t session.FrameType, body []byte, k ed25519.PrivateKey) []byte {
 	f, err := session.Seal(t, body, k)
 	if err != nil {
@@ -100,7 +132,22 @@ func (b *bus) seal(t session.FrameType, body []byte, k ed25519.PrivateKey) []byt
 	return f
 }
 
+// each delivers what fn does with a sink.
 func (b *bus) each(fn func(Sink)) {
+	b.mu.Lock()
+	if b.hold {
+		b.held = append(b.held, fn)
+		b.mu.Unlock()
+		return
+	}
+	lost := b.dead || b.mute
+	b.mu.Unlock()
+	if !lost {
+		b.deliver(fn)
+	}
+}
+
+func (b *bus) deliver(fn func(Sink)) {
 	b.mu.Lock()
 	var to []Sink
 	for _, f := range b.feeds {
@@ -108,33 +155,86 @@ func (b *bus) each(fn func(Sink)) {
 			to = append(to, f.sink)
 		}
 	}
-	lost := b.dead || b.mute
 	b.mu.Unlock()
-	if lost {
-		return
-	}
 	for _, s := range to {
 		fn(s)
 	}
 }
 
+// release delivers what was held.
+func (b *bus) release() {
+	b.mu.Lock()
+	held := b.held
+	b.hold, b.held = false, nil
+	b.mu.Unlock()
+	for _, fn := range held {
+		b.deliver(fn)
+	}
+}
+
+// with changes what the bus does.
+func (b *bus) with(fn func(b *bus)) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	fn(b)
+}
+
+// as changes what the authority is.
+func (b *bus) as(fn func(b *bus)) {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+	fn(b)
+}
+
+// store puts frames into the log, whatever they are.
+func (b *bus) store(frames [][]byte) { b.with(func(b *bus) { b.log = append(b.log, frames...) }) }
+
 func (b *bus) now() session.Instant { return session.InstantOf(time.Now().Add(b.wall)) }
 
 // batch makes the next batch, without sending or storing it.
 func (b *bus) batch(entries ...session.Entry) ([]byte, *session.Batch) {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+	return b.make(head{b.number, b.head}, b.signer, entries...)
+}
+
+func (b *bus) make(prev head, signer ed25519.PrivateKey, entries ...session.Entry) ([]byte, *session.Batch) {
 	x := &session.Batch{
-		Epoch: b.epoch, Number: b.number + 1, Prev: b.head, Time: b.now(),
+		Epoch: b.epoch, Number: prev.number + 1, Prev: prev.hash, Time: b.now(),
 		Deadline: b.now().Add(session.BatchTTL), Entries: entries,
 	}
+	return b.encode(x, signer), x
+}
+
+func (b *bus) encode(x *session.Batch, signer ed25519.PrivateKey) []byte {
 	body, err := x.MarshalBody()
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	return b.seal(session.TypeBatch, body, b.signer), x
+	return b.seal(session.TypeBatch, body, signer)
+}
+
+// headOf names a batch by its frame.
+func headOf(t testing.TB, frame []byte) head {
+	f, err := session.ParseFrame(frame)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, n, err := session.PeekBatch(f.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return head{n, f.Hash()}
 }
 
 // accept makes a batch the head of the log.
 func (b *bus) accept(frame []byte) {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+	b.acceptLocked(frame)
+}
+
+func (b *bus) acceptLocked(frame []byte) {
 	f, err := session.ParseFrame(frame)
 	if err != nil {
 		b.t.Fatal(err)
@@ -157,31 +257,51 @@ func (b *bus) accept(frame []byte) {
 }
 
 // decide publishes, stores, and vouches for a batch.
-func (b *bus) decide(entries ...session.Entry) uint64 {
-	frame, _ := b.batch(entries...)
+func (b *bus) decide(entries ...session.Entry) []byte {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+	frame, _ := b.make(head{b.number, b.head}, b.signer, entries...)
 	b.say(frame)
-	b.accept(frame)
-	b.beat()
-	return b.number
+	b.acceptLocked(frame)
+	b.beatLocked()
+	return frame
 }
 
 // say publishes a frame on the log's subject.
 func (b *bus) say(frame []byte) { b.each(func(s Sink) { s.Batch(frame) }) }
 
+// sayBeat publishes a frame on the heartbeat's subject.
+func (b *bus) sayBeat(frame []byte) { b.each(func(s Sink) { s.Beat(frame) }) }
+
 func (b *bus) heartbeat() session.Heartbeat {
+	b.beatAt = max(b.beatAt+1, time.Since(b.born))
 	return session.Heartbeat{
 		Epoch: b.epoch, Number: b.number, Head: b.head, State: b.state.Digest(), Writer: b.writer,
-		Mono: time.Since(b.born), Proven: b.proven, Time: b.now(), KeySet: b.set.Version,
+		Mono: b.beatAt, Proven: b.proven, Time: b.now(), KeySet: b.set.Version,
 	}
 }
 
-func (b *bus) beat() []byte {
-	// A heartbeat that follows at once must differ in its clock.
-	time.Sleep(time.Microsecond)
+func (b *bus) beatLocked() []byte {
 	h := b.heartbeat()
 	frame := b.seal(session.TypeHeartbeat, h.MarshalBody(), b.signer)
-	b.each(func(s Sink) { s.Beat(frame) })
+	b.sayBeat(frame)
 	return frame
+}
+
+// beat sends a heartbeat.
+func (b *bus) beat() []byte {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+	return b.beatLocked()
+}
+
+// reject says that a batch will never be in the log.
+func (b *bus) reject(frame []byte) []byte {
+	h := headOf(b.t, frame)
+	x := session.Rejection{Epoch: b.epoch, Number: h.number, Batch: h.hash}
+	f := b.seal(session.TypeRejection, x.MarshalBody(), b.signer)
+	b.sayBeat(f)
+	return f
 }
 
 // run sends heartbeats until stop is called.
@@ -195,7 +315,11 @@ func (b *bus) run() (stop func()) {
 			case <-quit:
 				return
 			case <-tick.C:
-				b.beat()
+				b.as(func(b *bus) {
+					if !b.silent {
+						b.beatLocked()
+					}
+				})
 			}
 		}
 	})
@@ -238,6 +362,7 @@ func (f *busFeed) Log(_ context.Context, from uint64, fn func(uint64, []byte) er
 	}
 	f.b.mu.Lock()
 	log, no := f.b.log, f.b.noLog
+	f.b.reads++
 	f.b.mu.Unlock()
 	if no {
 		return 0, errDead
@@ -259,22 +384,47 @@ func (f *busFeed) KeySets(context.Context) ([][]byte, error) {
 	}
 	f.b.mu.Lock()
 	defer f.b.mu.Unlock()
-	return append([][]byte(nil), f.b.keySets...), nil
+	return slices.Clone(f.b.keySets), nil
 }
 
-func (f *busFeed) Clock(_ context.Context, nonce [32]byte) ([]byte, error) {
+func (f *busFeed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
 	if err := f.up(); err != nil {
 		return nil, err
 	}
-	time.Sleep(f.b.delayed + time.Millisecond)
+	pause := func(d time.Duration) bool {
+		select {
+		case <-time.After(d):
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	f.b.mu.Lock()
+	delay := f.b.delay
+	f.b.mu.Unlock()
+	if !pause(time.Millisecond) {
+		return nil, ctx.Err()
+	}
+	f.b.writing.Lock()
 	c := session.Clock{Nonce: nonce, Writer: f.b.writer, Mono: time.Since(f.b.born), Time: f.b.now()}
-	time.Sleep(time.Millisecond)
-	return f.b.seal(session.TypeClock, c.MarshalBody(), f.b.signer), nil
+	frame := f.b.seal(session.TypeClock, c.MarshalBody(), f.b.signer)
+	f.b.writing.Unlock()
+	if !pause(time.Millisecond + delay) {
+		return nil, ctx.Err()
+	}
+	return frame, nil
 }
 
-func (f *busFeed) Receipt(_ context.Context, frame []byte) error {
+func (f *busFeed) Receipt(ctx context.Context, frame []byte) error {
 	if err := f.up(); err != nil {
 		return err
+	}
+	f.b.mu.Lock()
+	deaf := f.deaf
+	f.b.mu.Unlock()
+	if deaf {
+		<-ctx.Done()
+		return ctx.Err()
 	}
 	p, err := session.ParseFrame(frame)
 	if err != nil {
@@ -286,8 +436,21 @@ func (f *busFeed) Receipt(_ context.Context, frame []byte) error {
 	}
 	f.b.mu.Lock()
 	defer f.b.mu.Unlock()
-	f.receipts = append(f.receipts, r)
+	f.receipts, f.frames = append(f.receipts, timedReceipt{r, time.Now()}), append(f.frames, frame)
 	return nil
+}
+
+func (b *bus) readings() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.reads
+}
+
+// said returns the receipts so far.
+func (f *busFeed) said() []timedReceipt {
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	return slices.Clone(f.receipts)
 }
 
 func (f *busFeed) Close() error {
@@ -384,7 +547,7 @@ func caller(id string) session.Identity {
 	}
 }
 
-func prepare(t *testing.T, e *Enforcer, id session.Identity) *session.Prepared {
+func prepare(t testing.TB, e *Enforcer, id session.Identity) *session.Prepared {
 	t.Helper()
 	p, err := e.Prepare(id)
 	if err != nil {

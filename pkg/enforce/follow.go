@@ -675,6 +675,10 @@ func (f *follower) confirm(b beat) bool {
 	}
 	f.unusable, f.hint, f.verified = "", "", true
 	f.rereadWait, f.stuckAt = rereadMin, f.now()
+	if !wasLive {
+		// Strays that lay in the log are not news.
+		f.chain.expire(f.fresh, f.authority())
+	}
 	v := f.publish()
 	if !wasLive {
 		// What came into force during a rebuild has cut nothing yet.
@@ -761,6 +765,9 @@ func (f *follower) repaired(epoch, from, next, last uint64, err error) {
 	if err == nil && len(f.beats) > 0 && now-f.stuckAt >= f.rereadWait {
 		// Nothing where there must be something: a replica that lags, another
 		// stream than before, or a branch that leads nowhere.
+		if f.rereadWait > rereadMin && f.hint == "" {
+			f.alarm("the log does not lead from what is in force here to the authority's head: it was rolled back, or part of it is missing")
+		}
 		f.chain.restart()
 		f.logPos, f.logNumber, f.tipSeen, f.stuckAt = 0, 0, 0, now
 		f.rereadWait = min(2*f.rereadWait, rereadMax)

@@ -75,7 +75,7 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
-func BenchmarkApply(b *testing.B) {
+func BenchmarkApplyTo(b *testing.B) {
 	for _, n := range []int{0, 1_000_000, 10_000_000} {
 		base := (*Set)(nil)
 		if n > 0 {

@@ -2,15 +2,8 @@ package filter
 
 import (
 	"bytes"
-	"errors"
-	"fmt"
-	"maps"
-	"math/rand/v2"
-	"os"
-	"path/filepath"
+	"encoding/binary"
 	"slices"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,442 +12,411 @@ import (
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
-// model is the state as one would write it down: a plain map, changed in place.
-type model struct {
-	m       map[session.Key][]session.Record
-	horizon session.Instant
+// The model knows nothing of keys, digests, shapes or snapshots: it keeps every
+// entry that was ever applied, with its target in clear, and for each question
+// replays them all and compares values. What it shares with the package is the
+// vocabulary alone.
+
+const issuer = "https://idp.example"
+
+type modelEntry struct {
+	target  session.Target
+	except  []session.Target
+	e       session.Entry
+	number  uint64
+	time    session.Instant
+	horizon session.Instant // of its batch; set on the last entry of one
 }
 
-func newModel() *model { return &model{m: map[session.Key][]session.Record{}} }
+type modelRecord struct {
+	effect       session.Effect
+	drill        bool
+	issuedBefore session.Instant
+	expires      session.Instant
+	since        session.Instant
+	share        uint16
+	acr          string
+	except       []session.Target
+}
 
-func (m *model) clone() *model {
-	out := &model{m: map[session.Key][]session.Record{}, horizon: m.horizon}
-	for k, r := range m.m {
-		out.m[k] = slices.Clone(r)
+type slot struct {
+	target string
+	effect session.Effect
+	drill  bool
+}
+
+// show is a name of a target that no other has.
+func show(t session.Target) string { return t.Tenant + ": " + t.String() }
+
+type model struct{ log []modelEntry }
+
+func (m *model) state() map[slot]modelRecord {
+	out := map[slot]modelRecord{}
+	var horizon session.Instant
+	for _, x := range m.log {
+		at := slot{show(x.target), x.e.Effect, x.e.Drill}
+		have, there := out[at]
+		switch {
+		case x.e.Op == session.OpSet:
+			r := modelRecord{
+				effect: x.e.Effect, drill: x.e.Drill, issuedBefore: x.e.IssuedBefore, expires: x.e.Expires,
+				since: x.time, acr: x.e.ACR, except: x.except,
+			}
+			if there {
+				r.issuedBefore = wider(have.issuedBefore, r.issuedBefore)
+				r.expires = wider(have.expires, r.expires)
+				r.since = max(have.since, r.since)
+				if r.acr == "" {
+					r.acr = have.acr
+				}
+				var both []session.Target
+				for _, t := range have.except {
+					if slices.ContainsFunc(r.except, func(o session.Target) bool { return show(o) == show(t) }) {
+						both = append(both, t)
+					}
+				}
+				r.except = both
+			}
+			out[at] = r
+		case !there:
+		case x.e.Drill:
+			delete(out, at)
+		case x.e.Effect == session.EffectRevoked:
+			// Validate keeps lifts of what is terminal out of the log; what is
+			// bounded already stays as it is.
+			if have.issuedBefore == 0 {
+				out[at] = modelRecord{
+					effect: have.effect, issuedBefore: max(x.e.IssuedBefore, have.since), expires: x.e.Expires,
+					since: x.time, except: have.except,
+				}
+			}
+		case x.e.Share > 0 && x.e.Share < session.ShareUnit:
+			have.share = max(have.share, x.e.Share)
+			out[at] = have
+		default:
+			delete(out, at)
+		}
+		horizon = max(horizon, x.horizon)
+		for at, r := range out {
+			if r.expires != 0 && r.expires <= horizon {
+				delete(out, at)
+			}
+		}
 	}
 	return out
 }
 
-func (m *model) apply(b *session.Batch) {
-	for i := range b.Entries {
-		e := &b.Entries[i]
-		old := m.m[e.Key]
-		at := slices.IndexFunc(old, func(r session.Record) bool { return r.Effect == e.Effect && r.Drill == e.Drill })
-		var have *session.Record
-		if at >= 0 {
-			have = &old[at]
-		}
-		next, keep := Step(have, e, b)
-		old = slices.Clone(old)
-		if at >= 0 {
-			old = slices.Delete(old, at, at+1)
-		}
-		if keep {
-			old = append(old, next)
-		}
-		m.m[e.Key] = old
-		m.drop(e.Key)
+// wider is the bound that excludes nobody whom either includes; zero is none.
+func wider(a, b session.Instant) session.Instant {
+	if a == 0 || b == 0 {
+		return 0
 	}
-	if m.horizon = max(m.horizon, b.Horizon); b.Horizon != 0 {
-		for k := range m.m {
-			m.drop(k)
-		}
-	}
+	return max(a, b)
 }
 
-func (m *model) drop(k session.Key) {
-	m.m[k] = slices.DeleteFunc(m.m[k], func(r session.Record) bool { return r.Expires != 0 && r.Expires <= m.horizon })
-	if len(m.m[k]) == 0 {
-		delete(m.m, k)
-	}
-}
-
-// decide looks at every record there is.
-func (m *model) decide(p *session.Prepared, call *session.Call, now session.Moment) (effect session.Effect, drill bool) {
-	keys := append([]session.Key{session.GlobalKey(), session.TenantKey(p.Tenant())}, p.Keys()...)
-	keys, err := p.CallKeys(keys, call, ^session.ShapeSet(0))
-	if err != nil {
-		panic(err)
-	}
-	for k, records := range m.m {
-		for i := range records {
-			if r := &records[i]; slices.Contains(keys, k) && r.Matches(p, call, now) {
-				if r.Drill {
-					drill = true
-				} else {
-					effect = max(effect, r.Effect)
-				}
-			}
-		}
-	}
-	return effect, drill
-}
-
-// compare reports the first way in which a set and the model differ.
-func (m *model) compare(s *Set) error {
-	if err := s.Err(); err != nil {
-		return err
-	}
-	var digest session.StateDigest
-	total, per, shapes := 0, map[session.TenantID]int{}, session.ShapeSet(0)
-	for k, records := range m.m {
-		if got := s.Lookup(k); !sameRecords(got, records) {
-			return fmt.Errorf("under %s: %v, want %v", k, got, records)
-		}
-		for i := range records {
-			digest.Plus(records[i].Sum(k))
-			total++
-			per[k.Tenant]++
-			shapes = shapes.With(k.Shape)
-		}
-	}
-	switch {
-	case s.Len() != total:
-		return fmt.Errorf("%d records, want %d", s.Len(), total)
-	case s.Digest() != digest:
-		return errors.New("the digest differs")
-	case s.Shapes() != shapes:
-		return fmt.Errorf("shapes %b, want %b", s.Shapes(), shapes)
-	}
-	for id := range session.TenantID(4) {
-		if s.TenantLen(id) != per[id] {
-			return fmt.Errorf("tenant %d has %d records, want %d", id, s.TenantLen(id), per[id])
-		}
-	}
-	seen := map[session.Key][]session.Record{}
-	s.Range(func(k session.Key, r *session.Record) bool {
-		seen[k] = append(seen[k], *r)
+// names reports whether every term of the target is true of the call.
+func names(t session.Target, id session.Identity, call session.Call) bool {
+	if t.Terms[0].Kind == session.KindGlobal {
 		return true
-	})
-	if !maps.EqualFunc(seen, m.m, sameRecords) {
-		return fmt.Errorf("Range gave %v, want %v", seen, m.m)
 	}
-	return nil
-}
-
-func sameRecords(a, b []session.Record) bool {
-	if len(a) != len(b) {
+	if t.Tenant != id.Tenant {
 		return false
 	}
-	for i := range a {
-		if !slices.ContainsFunc(b, func(r session.Record) bool { return equal(&a[i], &r) }) {
+	for _, term := range t.Terms {
+		var ok bool
+		switch term.Kind {
+		case session.KindTenant:
+			ok = true
+		case session.KindIssuer:
+			ok = term.Value == id.Issuer
+		case session.KindUser:
+			ok = term.Value == id.User
+		case session.KindClient:
+			ok = term.Value == id.Client
+		case session.KindSession:
+			ok = term.Value == id.Session.ID
+			for _, a := range id.Ancestors {
+				ok = ok || term.Value == a.ID
+			}
+		case session.KindAgent:
+			for _, a := range id.Actors {
+				ok = ok || term.Value == a.ID
+			}
+		case session.KindRole:
+			ok = slices.Contains(id.Roles, term.Value)
+		case session.KindTool:
+			ok = term.Value == call.Tool
+		case session.KindAudience:
+			ok = term.Value == call.Audience
+		}
+		if !ok {
 			return false
 		}
 	}
 	return true
 }
 
-func equal(a, b *session.Record) bool { return same(a, b) && a.Expires == b.Expires }
-
-// world is who can call and what can be decided about them.
-type world struct {
-	callers []*session.Prepared
-	calls   []session.Call
-	keys    []session.Key
+func (m *model) verdict(w *world, id session.Identity, call session.Call, now session.Instant) (effect session.Effect, drill bool) {
+	var origin session.Instant
+	for _, at := range append([]time.Time{id.AuthTime, id.Session.Start}, starts(id.Ancestors)...) {
+		if i := session.InstantOf(at); i != 0 && (origin == 0 || i < origin) {
+			origin = i
+		}
+	}
+	for at, r := range m.state() {
+		i := slices.IndexFunc(w.targets, func(t session.Target) bool { return show(t) == at.target })
+		exempt := slices.ContainsFunc(r.except, func(t session.Target) bool { return names(t, id, session.Call{}) })
+		switch {
+		case !names(w.targets[i], id, call):
+		case exempt:
+		case r.effect != session.EffectRevoked && r.expires != 0 && now >= r.expires:
+		case r.issuedBefore != 0 && origin != 0 && origin >= r.issuedBefore+session.Instant(id.Skew.Milliseconds()):
+		case r.share != 0 && w.bucket(id) < r.share:
+		case r.effect == session.EffectReduced && call.LowRisk:
+		case r.effect == session.EffectStepUp && session.InstantOf(id.AuthTime) > r.since && (r.acr == "" || r.acr == id.ACR):
+		case r.drill:
+			drill = true
+		default:
+			effect = max(effect, r.effect)
+		}
+	}
+	return effect, drill
 }
 
-func newWorld(tb testing.TB) *world {
-	w := &world{calls: []session.Call{{}, {Tool: "read", LowRisk: true}, {Tool: "pay", Audience: "https://bank.example/"}, {Audience: "https://bank.example/", LowRisk: true}}}
-	seen := map[session.Key]bool{}
-	add := func(keys ...session.Key) {
-		for _, k := range keys {
-			if !seen[k] {
-				seen[k] = true
-				w.keys = append(w.keys, k)
-			}
-		}
-	}
-	add(session.GlobalKey())
-	for t := 1; t <= 3; t++ {
-		secret, err := session.NewTenantSecret(session.TenantID(t), fmt.Sprintf("t%d", t), bytes.Repeat([]byte{byte(t)}, 32))
-		if err != nil {
-			tb.Fatal(err)
-		}
-		add(session.TenantKey(session.TenantID(t)))
-		for c := range 3 {
-			n := fmt.Sprint(c)
-			p, err := secret.Prepare(session.Identity{
-				Tenant: secret.Name(), Issuer: "https://issuer.example", Token: "t" + n, Session: session.SessionRef{ID: "s" + n},
-				Ancestors: []session.SessionRef{{ID: "root"}}, User: "u" + n, Actors: []session.Actor{{ID: "a" + n}, {ID: "boss"}},
-				Client: "c", Roles: []string{"r" + n}, ACR: "acr" + n,
-				AuthTime: time.UnixMilli(int64(1000 * c)), IssuedAt: time.UnixMilli(int64(1000 * c)),
-			})
-			if err != nil {
-				tb.Fatal(err)
-			}
-			w.callers = append(w.callers, p)
-			add(p.Keys()...)
-			for i := range w.calls {
-				keys, err := p.CallKeys(nil, &w.calls[i], ^session.ShapeSet(0))
-				if err != nil {
-					tb.Fatal(err)
-				}
-				add(keys...)
-			}
-		}
-	}
-	// The keys of nobody are most of what a real state holds.
-	for i := range 400 {
-		k := session.Key{Tenant: 1 + session.TenantID(i%3), Shape: session.Shape(session.KindToken)}
-		k.Digest[0], k.Digest[1], k.Digest[8] = byte(i), byte(i>>8), 1
-		add(k)
-	}
-	return w
-}
-
-// entry makes an entry that an authority could publish.
-func (w *world) entry(draw func(n int) int, horizon session.Instant) session.Entry {
-	for {
-		e := session.Entry{
-			Op: session.OpSet, Effect: session.Effect(1 + draw(4)), Reason: session.Reason(draw(4)),
-			Key: w.keys[draw(len(w.keys))],
-		}
-		if draw(3) == 0 {
-			e.Op = session.OpLift
-		}
-		if draw(3) == 0 {
-			e.Expires = max(1, horizon+session.Instant(draw(60))-5)
-		}
-		if draw(3) == 0 {
-			e.IssuedBefore = session.Instant(1 + 500*draw(6))
-		}
-		if draw(2) == 0 {
-			e.Incident = []string{"INC-1", "INC-2", "a longer incident id, as some have them"}[draw(3)]
-		}
-		if draw(4) == 0 {
-			e.ACR = []string{"acr0", "acr1"}[draw(2)]
-		}
-		if draw(4) == 0 {
-			for range 1 + draw(3) {
-				e.Except = append(e.Except, w.callers[draw(len(w.callers))].Keys()[draw(6)])
-			}
-			e.Except = session.SortKeys(e.Except)
-		}
-		if draw(3) == 0 {
-			e.Share = uint16(1 + draw(session.ShareUnit))
-		}
-		e.Drill = draw(8) == 0
-		if e.Validate() == nil {
-			return e
-		}
-	}
-}
-
-func (w *world) batch(draw func(n int) int, number uint64, horizon session.Instant) *session.Batch {
-	b := &session.Batch{Epoch: 1, Number: number, Time: session.Instant(number), Horizon: horizon}
-	if draw(6) == 0 {
-		b.Horizon += session.Instant(draw(20))
-	}
-	for range draw(12) {
-		b.Entries = append(b.Entries, w.entry(draw, horizon))
-	}
-	return b
-}
-
-func (w *world) verdicts(m *model, s *Set, now session.Instant) error {
-	for _, p := range w.callers {
-		for i := range w.calls {
-			at := session.Moment{Authority: now}
-			effect, drill := m.decide(p, &w.calls[i], at)
-			got, err := s.Decide(p, &w.calls[i], at)
-			var have session.Effect
-			if got.Record != nil {
-				have = got.Record.Effect
-			}
-			if err != nil || have != effect || (got.Drill != nil) != drill {
-				return fmt.Errorf("%s calls %+v: %v, drill %v (%v); want %v, drill %v", p.Identity().User, w.calls[i], have, got.Drill != nil, err, effect, drill)
-			}
-			if got.Record == nil {
-				continue
-			}
-			// And it is a record of that key, told in full.
-			found := false
-			for k, records := range m.m {
-				found = found || k.Shape == got.Shape && slices.ContainsFunc(records, func(r session.Record) bool { return equal(&r, got.Record) })
-			}
-			if !found {
-				return fmt.Errorf("the verdict names %+v, which is not in force", *got.Record)
-			}
-		}
-	}
-	return nil
-}
-
-// operations counts what TestModel has done, all checks together.
-var operations atomic.Int64
-
-// TestModel drives random operations of every kind against a plain map and
-// finds no difference in any verdict, count or digest. The long form, with
-// more than a million operations, is `make model`.
-func TestModel(t *testing.T) {
-	w := newWorld(t)
-	dir := t.TempDir()
-	rapid.Check(t, func(rt *rapid.T) {
-		number, set, ref := uint64(0), (*Set)(nil), newModel()
-		small := rapid.IntRange(0, 1<<20)
-		draw := func(n int) int { return small.Draw(rt, "n") % n }
-		step := func() {
-			number++
-			b := w.batch(draw, number, ref.horizon)
-			operations.Add(int64(1 + len(b.Entries)))
-			set = set.Apply(b, nil)
-			ref.apply(b)
-		}
-		check := func(s *Set, m *model) {
-			if err := m.compare(s); err != nil {
-				rt.Fatal(err)
-			}
-			if err := w.verdicts(m, s, m.horizon+session.Instant(draw(60))); err != nil {
-				rt.Fatal(err)
-			}
-		}
-		seal := func() *Segment {
-			path := ""
-			if draw(2) == 0 {
-				path = filepath.Join(dir, "segment")
-			}
-			g, err := set.Seal(path, Mark{Epoch: 1, Number: number, Time: session.Instant(number)})
-			if err != nil {
-				rt.Fatal(err)
-			}
-			return g
-		}
-		rt.Repeat(map[string]func(*rapid.T){
-			"apply": func(*rapid.T) { step() },
-			"more":  func(*rapid.T) { step() },
-			"merge, with batches meanwhile": func(*rapid.T) {
-				operations.Add(1)
-				g, from := seal(), set
-				for range draw(4) {
-					step()
-				}
-				onto, ok := set.Onto(from, g)
-				if !ok {
-					rt.Fatal("a state that descends from the sealed one cannot be put onto the segment")
-				}
-				if g.Sum() != again(rt, g).Sum() {
-					rt.Fatal("a segment differs when it has been written and read")
-				}
-				set = onto
-			},
-			"restart": func(*rapid.T) {
-				operations.Add(1)
-				path := filepath.Join(dir, "restart")
-				if _, err := set.Seal(path, Mark{Number: number}); err != nil {
-					rt.Fatal(err)
-				}
-				g, err := OpenSegment(path)
-				if err != nil {
-					rt.Fatal(err)
-				}
-				set = g.Set()
-			},
-			"cold start": func(*rapid.T) {
-				operations.Add(1)
-				set = again(rt, seal()).Set()
-			},
-			"branch": func(*rapid.T) {
-				operations.Add(1)
-				old, was := set, ref.clone()
-				step()
-				if draw(2) == 0 {
-					set, ref, old, was = old, was, set, ref
-					step()
-				}
-				check(old, was)
-			},
-			"": func(*rapid.T) { check(set, ref) },
-		})
-	})
-	t.Logf("%d operations", operations.Load())
-}
-
-func again(t interface{ Fatal(...any) }, g *Segment) *Segment {
-	var buf bytes.Buffer
-	n, err := g.WriteTo(&buf)
-	if err != nil || n != g.Size() {
-		t.Fatal(n, g.Size(), err)
-	}
-	out, err := ReadSegment(&buf, n)
-	if err != nil {
-		t.Fatal(err)
+func starts(refs []session.SessionRef) (out []time.Time) {
+	for _, r := range refs {
+		out = append(out, r.Start)
 	}
 	return out
 }
 
-// TestModelConcurrently has readers at work on every state that there is while
-// batches come in and merges run beside them, and finds each state to be what
-// the model was at its number.
-func TestModelConcurrently(t *testing.T) {
-	type state struct {
-		set    *Set
-		number uint64
+// world is the small universe in which collisions are likely.
+type world struct {
+	secrets map[string]*session.TenantSecret
+	targets []session.Target
+	callers []session.Identity
+	calls   []session.Call
+}
+
+// milli is an instant n milliseconds into the test's time.
+func milli(n int) session.Instant { return session.Instant(1_000_000 + n) }
+
+func newWorld(t testing.TB) *world {
+	w := &world{secrets: map[string]*session.TenantSecret{}}
+	for i, name := range []string{"acme", "globex"} {
+		s, err := session.NewTenantSecret(session.TenantID(i+1), name, bytes.Repeat([]byte{byte(i + 1)}, 32))
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.secrets[name] = s
 	}
+	term := func(k session.Kind, v string) session.Term {
+		x := session.Term{Kind: k, Value: v}
+		if k.Scoped() || k == session.KindAgent {
+			x.Issuer = issuer
+		}
+		return x
+	}
+	user, agent, sess := term(session.KindUser, "u0"), term(session.KindAgent, "a0"), term(session.KindSession, "s0")
+	client, tool := term(session.KindClient, "c0"), term(session.KindTool, "t0")
+	audience := term(session.KindAudience, "https://api.example/a")
+	w.targets = []session.Target{{Terms: []session.Term{{Kind: session.KindGlobal}}}}
+	for _, tenant := range []string{"acme", "globex"} {
+		for _, terms := range [][]session.Term{
+			{{Kind: session.KindTenant, Value: tenant}}, {term(session.KindIssuer, issuer)},
+			{user}, {term(session.KindUser, "u1")}, {agent}, {term(session.KindAgent, "a1")}, {client},
+			{sess}, {term(session.KindSession, "s1")}, {term(session.KindRole, "admin")}, {tool}, {audience},
+			{user, agent}, {user, client}, {user, tool}, {agent, client}, {agent, tool}, {agent, audience},
+			{sess, tool}, {user, agent, tool},
+		} {
+			c, _, err := session.Target{Tenant: tenant, Terms: terms}.Canonical()
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.targets = append(w.targets, c)
+		}
+	}
+	at := func(n int) time.Time { return milli(n).Time() }
+	for _, tenant := range []string{"acme", "globex"} {
+		w.callers = append(w.callers,
+			session.Identity{Tenant: tenant, Issuer: issuer, User: "u0", Session: session.SessionRef{ID: "s0"}},
+			session.Identity{Tenant: tenant, Issuer: issuer, User: "u0", Client: "c0", ACR: "mfa", AuthTime: at(50), Session: session.SessionRef{ID: "s1", Start: at(40)}},
+			session.Identity{
+				Tenant: tenant, Issuer: issuer, User: "u1", AuthTime: at(80), Skew: 10 * time.Millisecond,
+				Actors:  []session.Actor{{ID: "a0"}, {ID: "a1"}},
+				Session: session.SessionRef{ID: "s2", Start: at(80)}, Ancestors: []session.SessionRef{{ID: "s1", Start: at(60)}, {ID: "s0", Start: at(70)}},
+			},
+			session.Identity{Tenant: tenant, Issuer: issuer, User: "u2", Client: "c0", Actors: []session.Actor{{ID: "a0"}}, Roles: []string{"admin"}, ACR: "pwd", AuthTime: at(20)},
+		)
+	}
+	for _, tool := range []string{"", "t0", "t1"} {
+		for _, audience := range []string{"", "https://api.example/a"} {
+			w.calls = append(w.calls, session.Call{Tool: tool, Audience: audience, LowRisk: tool == "t1"})
+		}
+	}
+	return w
+}
+
+func (w *world) key(t session.Target) session.Key {
+	for _, s := range w.secrets {
+		if k, err := s.Key(t); err == nil {
+			return k
+		}
+	}
+	panic("no key for " + t.String())
+}
+
+// bucket is which of the equal shares a caller falls into, from the digest of
+// the outermost session or, without one, the user.
+func (w *world) bucket(id session.Identity) uint16 {
+	last := session.Term{Kind: session.KindUser, Issuer: issuer, Value: id.User}
+	for _, r := range append([]session.SessionRef{id.Session}, id.Ancestors...) {
+		if r.ID != "" {
+			last = session.Term{Kind: session.KindSession, Issuer: issuer, Value: r.ID}
+		}
+	}
+	d := w.key(session.Target{Tenant: id.Tenant, Terms: []session.Term{last}}).Digest
+	return uint16(binary.BigEndian.Uint64(d[:8]) % session.ShareUnit)
+}
+
+// draw makes an entry that Validate accepts.
+func (w *world) draw(t *rapid.T) modelEntry {
+	for {
+		x := modelEntry{target: rapid.SampledFrom(w.targets).Draw(t, "target")}
+		x.e = session.Entry{
+			Op: session.OpSet, Key: w.key(x.target),
+			Effect: session.Effect(rapid.IntRange(int(session.EffectReduced), int(session.EffectRevoked)).Draw(t, "effect")),
+			Reason: session.ReasonAnomaly, Drill: rapid.IntRange(0, 5).Draw(t, "drill") == 0,
+		}
+		instant := func(label string) session.Instant {
+			if rapid.Bool().Draw(t, label+"?") {
+				return milli(rapid.IntRange(1, 100).Draw(t, label))
+			}
+			return 0
+		}
+		x.e.IssuedBefore, x.e.Expires = instant("issued before"), instant("expires")
+		if rapid.IntRange(0, 2).Draw(t, "lift") == 0 {
+			x.e.Op = session.OpLift
+			if x.e.Effect != session.EffectRevoked && rapid.Bool().Draw(t, "staged") {
+				x.e.Share = uint16(rapid.IntRange(1, session.ShareUnit).Draw(t, "share"))
+			}
+		} else {
+			for _, i := range rapid.SliceOfNDistinct(rapid.IntRange(2, len(w.targets)-1), 0, 2, rapid.ID).Draw(t, "except") {
+				if k := w.key(w.targets[i]); !k.Shape.PerCall() && k.Shape > session.Shape(session.KindTenant) {
+					x.except = append(x.except, w.targets[i])
+					x.e.Except = append(x.e.Except, k)
+				}
+			}
+			x.e.Except = session.SortKeys(x.e.Except)
+			if x.e.Effect == session.EffectStepUp {
+				x.e.ACR = rapid.SampledFrom([]string{"", "pwd", "mfa"}).Draw(t, "acr")
+			}
+		}
+		if x.e.Validate() == nil {
+			return x
+		}
+	}
+}
+
+func (w *world) prepare(t interface{ Fatal(...any) }, id session.Identity) *session.Prepared {
+	p, err := w.secrets[id.Tenant].Prepare(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// TestSetAgainstModel guards G4: whatever is applied, in whatever batches, the
+// set answers as a list of entries that is replayed for each question would. It
+// fails when, for instance, a key's records in the delta do not hide those in the
+// base, or a probe for a conjunction is left out.
+func TestSetAgainstModel(t *testing.T) {
 	w := newWorld(t)
-	dir := t.TempDir()
-	rnd := rand.New(rand.NewPCG(1, 2))
-	var now atomic.Pointer[state]
-	var models sync.Map
-	now.Store(&state{})
-	models.Store(uint64(0), newModel())
-	stop := make(chan struct{})
-	var readers sync.WaitGroup
-	for range 3 {
-		readers.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				s := now.Load()
-				m, _ := models.Load(s.number)
-				ref := m.(*model)
-				if err := errors.Join(ref.compare(s.set), w.verdicts(ref, s.set, ref.horizon)); err != nil {
-					t.Errorf("at %d: %v", s.number, err)
-					return
-				}
+	rapid.Check(t, func(t *rapid.T) {
+		m := &model{}
+		var set, singly *Set // in batches, and entry by entry
+		number, now, horizon := uint64(0), 1, session.Instant(0)
+		type snapshot struct {
+			set     *Set
+			entries int
+			digest  session.StateDigest
+			size    int
+		}
+		var old []snapshot
+		agree := func(t *rapid.T, m *model, set *Set) {
+			id := rapid.SampledFrom(w.callers).Draw(t, "caller")
+			call := rapid.SampledFrom(w.calls).Draw(t, "call")
+			at := milli(now)
+			effect, drill := m.verdict(w, id, call, at)
+			match, err := set.Decide(w.prepare(t, id), &call, session.Moment{Authority: at})
+			if err != nil {
+				t.Fatal(err)
 			}
+			var got session.Effect
+			if match.Record != nil {
+				got = match.Record.Effect
+			}
+			if got != effect || (match.Drill != nil) != drill {
+				t.Fatalf("%+v calls %+v: the set says %v, drill %t; the model %v, drill %t", id, call, got, match.Drill != nil, effect, drill)
+			}
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"batch": func(t *rapid.T) {
+				number++
+				now += rapid.IntRange(0, 10).Draw(t, "later")
+				if rapid.IntRange(0, 3).Draw(t, "sweep") == 0 {
+					horizon = max(horizon, milli(rapid.IntRange(0, now).Draw(t, "horizon")))
+				}
+				b := &session.Batch{Number: number, Time: milli(now), Horizon: horizon}
+				n := rapid.IntRange(1, 4).Draw(t, "entries")
+				for i := range n {
+					x := w.draw(t)
+					x.number, x.time = number, b.Time
+					if i == n-1 {
+						x.horizon = horizon
+					}
+					b.Entries, m.log = append(b.Entries, x.e), append(m.log, x)
+					one := &session.Batch{Number: number, Time: b.Time, Entries: []session.Entry{x.e}, Horizon: x.horizon}
+					singly = singly.Apply(one, nil)
+				}
+				set = set.Apply(b, nil)
+				old = append(old, snapshot{set, len(m.log), set.Digest(), set.Len()})
+			},
+			"time passes": func(t *rapid.T) { now += rapid.IntRange(1, 20).Draw(t, "by") },
+			"ask":         func(t *rapid.T) { agree(t, m, set) },
+			"ask an old one": func(t *rapid.T) {
+				if len(old) == 0 {
+					return
+				}
+				s := rapid.SampledFrom(old).Draw(t, "snapshot")
+				if s.set.Digest() != s.digest || s.set.Len() != s.size {
+					t.Fatal("a snapshot has changed")
+				}
+				agree(t, &model{log: m.log[:s.entries]}, s.set)
+			},
+			"": func(t *rapid.T) {
+				state := m.state()
+				perTenant := map[session.TenantID]int{}
+				for at := range state {
+					i := slices.IndexFunc(w.targets, func(t session.Target) bool { return show(t) == at.target })
+					perTenant[w.key(w.targets[i]).Tenant]++
+				}
+				if set.Len() != len(state) {
+					t.Fatalf("%d records, the model has %d", set.Len(), len(state))
+				}
+				for id := range session.TenantID(3) {
+					if set.TenantLen(id) != perTenant[id] {
+						t.Fatalf("%d records of tenant %d, the model has %d", set.TenantLen(id), id, perTenant[id])
+					}
+				}
+				// The digest is a function of the state: of how it was batched,
+				// and of the way there, nothing is left in it.
+				var sum session.StateDigest
+				set.Range(func(k session.Key, r *session.Record) bool { sum.Plus(r.Sum(k)); return true })
+				if set.Digest() != sum || set.Digest() != singly.Digest() {
+					t.Fatalf("digests %x, summed %x, entry by entry %x", set.Digest(), sum, singly.Digest())
+				}
+			},
 		})
-	}
-	type merged struct {
-		from *Set
-		g    *Segment
-		err  error
-	}
-	done := make(chan merged, 1)
-	merging, merges, ref := false, 0, newModel()
-	set := (*Set)(nil)
-	for number := uint64(1); (number < 300 || merges < 10) && !t.Failed(); number++ {
-		select {
-		case x := <-done:
-			if x.err != nil {
-				t.Fatal(x.err)
-			}
-			var ok bool
-			if set, ok = set.Onto(x.from, x.g); !ok {
-				t.Fatal("the merge was lost")
-			}
-			merging = false
-			merges++
-		default:
-		}
-		b := w.batch(rnd.IntN, number, ref.horizon)
-		set = set.Apply(b, nil)
-		ref = ref.clone()
-		ref.apply(b)
-		models.Store(number, ref)
-		now.Store(&state{set, number})
-		if !merging {
-			merging = true
-			from := set
-			path := filepath.Join(dir, fmt.Sprint(number))
-			readers.Go(func() {
-				g, err := from.Seal(path, Mark{Number: number})
-				done <- merged{from, g, errors.Join(err, os.Remove(path))}
-			})
-		}
-	}
-	close(stop)
-	readers.Wait()
+	})
 }

@@ -18,8 +18,8 @@ import (
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
-// populate returns a state of n entries of the world's kinds and others.
-func populate(tb testing.TB, w *world, n int) *Set {
+// populate returns a state of n entries of the kinds that people have and others.
+func populate(tb testing.TB, w *people, n int) *Set {
 	rnd := rand.New(rand.NewPCG(5, 6))
 	var s *Set
 	for number := uint64(1); s.Len() < n/2; number++ {
@@ -30,7 +30,7 @@ func populate(tb testing.TB, w *world, n int) *Set {
 }
 
 func segmentBytes(tb testing.TB, n int) []byte {
-	g, err := populate(tb, newWorld(tb), n).Seal("", Mark{Epoch: 2, Number: 7, Head: session.Hash{1}, Time: 9})
+	g, err := populate(tb, newPeople(tb), n).Seal("", Mark{Epoch: 2, Number: 7, Head: session.Hash{1}, Time: 9})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func TestOpenRefusesEveryFlippedBit(t *testing.T) {
 func TestSealLeavesTheOldFileUntilTheNewOneIsWhole(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "segment")
-	w := newWorld(t)
+	w := newPeople(t)
 	a, b := populate(t, w, 100), populate(t, w, 300)
 	if _, err := a.Seal(path, Mark{Number: 1}); err != nil {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ func TestSealLeavesTheOldFileUntilTheNewOneIsWhole(t *testing.T) {
 
 // revoked is a caller whose session is revoked, in a segment in a file.
 func revoked(t *testing.T, path string) (*Set, *session.Prepared, session.Key) {
-	w := newWorld(t)
+	w := newPeople(t)
 	p := w.callers[4]
 	k := p.Keys()[1]
 	s := populate(t, w, 4000).Apply(&session.Batch{Number: 1 << 20, Entries: []session.Entry{
@@ -275,7 +275,7 @@ func TestScrubFindsRot(t *testing.T) {
 }
 
 func TestScrubEnds(t *testing.T) {
-	g, err := populate(t, newWorld(t), 100).Seal("", Mark{})
+	g, err := populate(t, newPeople(t), 100).Seal("", Mark{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -385,7 +385,7 @@ func FuzzSegment(f *testing.F) {
 		f.Add(at, []byte{0xff}, uint32(0))
 	}
 	f.Add(uint32(0), []byte{}, uint32(100))
-	w := newWorld(f)
+	w := newPeople(f)
 	f.Fuzz(func(t *testing.T, at uint32, put []byte, cut uint32) {
 		b := bytes.Clone(whole)
 		copy(b[int(at)%len(b):], put)

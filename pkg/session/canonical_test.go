@@ -53,6 +53,7 @@ func TestCanonicalForms(t *testing.T) {
 		{"an IP literal with a port", KindAudience, "https://[::1]:8080", "https://[::1]:8080/"},
 		{"another scheme has no default path", KindAgent, "A2A+x://Bots.example", "a2a+x://bots.example"},
 		{"only A to Z are folded", KindAgent, "https://\u212aelvin.example/", "https://\u212aelvin.example/"},
+		{"A and Z are folded", KindAgent, "AZ+x://AZaz.example", "az+x://azaz.example"},
 		{"an audience that is a name", KindAudience, "Payments", "Payments"},
 		{"a credential that is a name", KindCredential, "VC-1", "VC-1"},
 		{"a credential keeps its fragment", KindCredential, "HTTPS://Issuer.example/status/3#94567", "https://issuer.example/status/3#94567"},

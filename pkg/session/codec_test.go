@@ -500,6 +500,17 @@ func TestASignatureIsBoundToItsContext(t *testing.T) {
 	if err := f.Verify(testPublic(1)); !errors.Is(err, ErrSignature) {
 		t.Errorf("a signature without the context is accepted: %v", err)
 	}
+
+	named := bytes.Clone(content)
+	other := KeyIDOf(testPublic(2))
+	copy(named[5:], other[:])
+	named = append(named, must(testKey(1).Sign(nil, append([]byte(signContext), named...), noHash))...)
+	if f, err = ParseFrame(named); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Verify(testPublic(1)); !errors.Is(err, ErrSignature) {
+		t.Errorf("a frame that names another signer is accepted: %v", err)
+	}
 }
 
 func fuzzCodec(f *testing.F, typ FrameType) {
@@ -547,4 +558,14 @@ func FuzzParseFrame(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestPeekBatchReadsWhatTheBatchSays(t *testing.T) {
+	body := must(fullBatch().MarshalBody())
+	if epoch, number, err := PeekBatch(body); epoch != 2 || number != 48213 || err != nil {
+		t.Errorf("%d, %d, %v", epoch, number, err)
+	}
+	if _, _, err := PeekBatch(body[:15]); !errors.Is(err, ErrMalformed) {
+		t.Errorf("cut short: %v", err)
+	}
 }

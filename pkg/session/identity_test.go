@@ -63,6 +63,12 @@ func TestPrepareDerivesTheKeyOfEveryTarget(t *testing.T) {
 	if p.Tenant() != 7 || !p.Valid() || p.Expires() != InstantOf(testTime.Add(time.Hour)) || p.Identity().User != "alice" {
 		t.Error("the prepared identity lost a field")
 	}
+	if !p.By(s) || p.By(testSecret(t, 7, "acme")) {
+		t.Error("an identity is not bound to the secret that prepared it")
+	}
+	if mustPrepare(t, s, Identity{Issuer: testIssuer, Skew: -time.Second}).Skew() != 0 {
+		t.Error("a skew is negative")
+	}
 }
 
 func TestPrepareTakesTheEarliestOrigin(t *testing.T) {

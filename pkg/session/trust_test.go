@@ -167,8 +167,8 @@ func TestOriginIsBoundToRootEpochAndSalt(t *testing.T) {
 
 func TestTrustWriter(t *testing.T) {
 	// Key 1 writes, 2 writes for tenants 1 and 7, 3 was withdrawn after 2/100,
-	// 4 is an emergency key, 5 is unknown; 6 was withdrawn in epoch 1, 7 in an
-	// epoch to come.
+	// 5 is unknown; 6 was withdrawn in epoch 1, 7 in an epoch to come; 8 is an
+	// emergency key, 10 is for something that this version does not know.
 	trust, err := NewTrust(testPublic(9))
 	if err != nil {
 		t.Fatal(err)
@@ -190,7 +190,8 @@ func TestTrustWriter(t *testing.T) {
 	if _, err := trust.Update(sealKeySet(t, testKey(9), func(ks *KeySet) {
 		ks.Keys = append(ks.Keys,
 			SigningKey{Public: testPublic(6), Use: UseWriter, Withdrawn: true, LastEpoch: 1, LastNumber: 1000},
-			SigningKey{Public: testPublic(7), Use: UseWriter, Withdrawn: true, LastEpoch: 3, LastNumber: 5})
+			SigningKey{Public: testPublic(7), Use: UseWriter, Withdrawn: true, LastEpoch: 3, LastNumber: 5},
+			SigningKey{Public: testPublic(8), Use: UseEmergency}, SigningKey{Public: testPublic(10), Use: 99})
 	}), trustNow); err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +215,8 @@ func TestTrustWriter(t *testing.T) {
 		{"withdrawn, live", seal(3), 1, true, trustNow, ErrUntrusted},
 		{"withdrawn an epoch ago", seal(6), 1, false, trustNow, ErrUntrusted},
 		{"withdrawn from an epoch to come", seal(7), 9999, false, trustNow, nil},
-		{"an emergency key", seal(4), 1, false, trustNow, ErrUntrusted},
+		{"a key for a use to come", seal(10), 1, false, trustNow, ErrUntrusted},
+		{"an emergency key", seal(8), 1, false, trustNow, ErrUntrusted},
 		{"an unknown key", seal(5), 1, false, trustNow, ErrUntrusted},
 		{"the root itself", seal(9), 1, false, trustNow, ErrUntrusted},
 		{"another's signature", forged, 1, false, trustNow, ErrSignature},

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/broker"
+)
+
+const startTimeout = 60 * time.Second
+
+type serveFlags struct {
+	o                                service.Options
+	natsCert, natsKey, natsCA        string
+	apiCert, apiKey                  string
+	cluster                          broker.Cluster
+	clusterSecret                    string
+	clusterCert, clusterKey, enforCA string
+	level, format                    string
+}
+
+func newServeCommand(g *globals) *cobra.Command {
+	s := &serveFlags{}
+	cmd := &cobra.Command{
+		Use: "serve", Short: "Run an authority", Args: noArgs,
+		Long: `Runs an authority until it is interrupted. By itself it also runs the bus; with
+--nats-url it uses a NATS cluster that is there already.
+
+The first start makes the keys, if everything that it listens on is loopback, and
+says so; otherwise run session-authority init first. Outside loopback, TLS is
+required. The API is on a unix socket that only this user can open, and on TCP,
+with the bearer token in api.token, if --api-listen is given.`,
+		Example: `  session-authority serve
+  session-authority serve --data-dir /var/lib/interlock --nats-listen 10.0.0.5:4222 \
+    --nats-tls-cert bus.pem --nats-tls-key bus.key --enforcer-ca ca.pem`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, g, s) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&s.o.NATSListen, "nats-listen", "127.0.0.1:4222", "host:port of the embedded bus; empty serves no enforcers")
+	f.StringVar(&s.natsCert, "nats-tls-cert", "", "certificate of the embedded bus, PEM")
+	f.StringVar(&s.natsKey, "nats-tls-key", "", "its key, PEM")
+	f.StringVar(&s.o.NATSURL, "nats-url", "", "use this bus instead: nats://host:port, several with commas between")
+	f.StringVar(&s.o.NATSCreds, "nats-creds", "", "credentials file for --nats-url; default is the authority's NKey")
+	f.StringVar(&s.natsCA, "nats-ca", "", "PEM that verifies --nats-url; default is the system's")
+	f.IntVar(&s.o.Replicas, "replicas", 0, "replicas of the streams; default 1, or 3 in a cluster")
+	f.StringVar(&s.cluster.Name, "cluster-name", "", "make the embedded bus a server of this cluster")
+	f.StringVar(&s.cluster.ServerName, "cluster-server", "", "this server's name in the cluster")
+	f.StringVar(&s.cluster.Listen, "cluster-listen", "", "host:port for the cluster's other servers")
+	f.StringArrayVar(&s.cluster.Routes, "cluster-route", nil, "host:port of another server; may be repeated")
+	f.StringVar(&s.clusterSecret, "cluster-secret-file", "", "file with the secret that the servers share, mode 0600")
+	f.StringVar(&s.clusterCert, "cluster-tls-cert", "", "certificate for routes, PEM; verified by --nats-ca on both sides")
+	f.StringVar(&s.clusterKey, "cluster-tls-key", "", "its key, PEM")
+	f.StringArrayVar(&s.o.EnforcerURLs, "enforcer-url", nil, "how enforcers reach the bus; default is its own address; may be repeated")
+	f.StringVar(&s.enforCA, "enforcer-ca", "", "PEM by which enforcers verify the bus; goes into enrolments")
+	f.StringVar(&s.o.APIListen, "api-listen", "", "host:port for the API on TCP, as in 127.0.0.1:8470")
+	f.StringVar(&s.apiCert, "api-tls-cert", "", "certificate of the API, PEM")
+	f.StringVar(&s.apiKey, "api-tls-key", "", "its key, PEM")
+	f.StringArrayVar(&s.o.Tenants, "tenant", nil, "a tenant to make at the first start; default is one called default; may be repeated")
+	f.StringArrayVar(&s.o.Issuers, "issuer", issuers(), "a token issuer in use; the only one is the default of targets; may be repeated (INTERLOCK_ISSUER)")
+	f.StringVar(&s.level, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&s.format, "log-format", "text", "text or json")
+	return cmd
+}
+
+func issuers() []string {
+	if v := os.Getenv("INTERLOCK_ISSUER"); v != "" {
+		return []string{v}
+	}
+	return nil
+}
+
+func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
+	log, err := logger(cmd.ErrOrStderr(), s.level, s.format)
+	if err != nil {
+		return err
+	}
+	o := s.o
+	o.DataDir, o.Socket, o.Version, o.Logger = g.dataDir, g.socket, version(), log
+	if o.NATSURL != "" && !cmd.Flags().Changed("nats-listen") {
+		o.NATSListen = ""
+	}
+	if o.NATSTLS, err = certificate("nats-tls", s.natsCert, s.natsKey); err != nil {
+		return err
+	}
+	if o.APITLS, err = certificate("api-tls", s.apiCert, s.apiKey); err != nil {
+		return err
+	}
+	if s.natsCA != "" && o.NATSURL != "" {
+		if o.NATSClientTLS, err = verifyBy(s.natsCA); err != nil {
+			return err
+		}
+	}
+	if s.enforCA != "" {
+		pem, err := os.ReadFile(s.enforCA)
+		if err != nil {
+			return usagef("--enforcer-ca: %w", err)
+		}
+		o.EnforcerCAs = string(pem)
+	}
+	if s.cluster.Name != "" {
+		if o.Cluster, err = s.clusterOptions(); err != nil {
+			return err
+		}
+	}
+	start, cancel := context.WithTimeout(cmd.Context(), startTimeout)
+	a, err := service.Open(start, o)
+	cancel()
+	if err != nil {
+		return err
+	}
+	<-cmd.Context().Done()
+	log.Info("stopping")
+	return a.Close()
+}
+
+func certificate(flag, cert, key string) (*tls.Config, error) {
+	if cert == "" && key == "" {
+		return nil, nil
+	}
+	if cert == "" || key == "" {
+		return nil, usagef("--%s-cert and --%s-key go together: give both", flag, flag)
+	}
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if err != nil {
+		return nil, usagef("--%s-cert: %w: give a certificate and its key in PEM", flag, err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}, nil
+}
+
+func verifyBy(path string) (*tls.Config, error) {
+	pem, err := os.ReadFile(path)
+	if err != nil {
+		return nil, usagef("--nats-ca: %w", err)
+	}
+	c := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
+	if !c.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, usagef("--nats-ca: %s has no certificate: give PEM", path)
+	}
+	return c, nil
+}
+
+func (s *serveFlags) clusterOptions() (*broker.Cluster, error) {
+	c := s.cluster
+	info, err := os.Stat(s.clusterSecret)
+	if err != nil {
+		return nil, usagef("--cluster-secret-file: %w", err)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, usagef("--cluster-secret-file %s can be read by others: chmod 600 it", s.clusterSecret)
+	}
+	b, err := os.ReadFile(s.clusterSecret)
+	if err != nil {
+		return nil, usagef("--cluster-secret-file: %w", err)
+	}
+	c.Secret = strings.TrimSpace(string(b))
+	if c.TLS, err = certificate("cluster-tls", s.clusterCert, s.clusterKey); err != nil || c.TLS == nil {
+		return &c, err
+	}
+	if s.natsCA == "" {
+		return nil, usagef("a cluster over TLS verifies both sides: give --nats-ca")
+	}
+	ca, err := verifyBy(s.natsCA)
+	if err != nil {
+		return nil, err
+	}
+	c.TLS.RootCAs, c.TLS.ClientCAs, c.TLS.ClientAuth = ca.RootCAs, ca.RootCAs, tls.RequireAndVerifyClientCert
+	return &c, nil
+}
+
+func newEnrollCommand(g *globals) *cobra.Command {
+	var r authorityEnroll
+	cmd := &cobra.Command{
+		Use: "enroll NAME", Short: "Give an enforcer its identity", Args: oneArg("the enforcer's name"),
+		Long: `Makes an enforcer's identity, enters it in the roster, and prints the enrolment:
+the root key that it pins, its keys, and the digest keys of the tenants that it
+serves. It is full of secrets and is shown this once: keep it in a file of mode
+0600, on the enforcer's machine alone.`,
+		Example: `  session-authority enroll tools-eu-1 --out tools-eu-1.json
+  session-authority enroll tools-eu-1 --tenant acme | ssh tools-eu-1 'umask 077; cat > /etc/interlock.json'`,
+		RunE: func(cmd *cobra.Command, args []string) error { return r.run(cmd, g, args[0]) },
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&r.tenants, "tenant", nil, "a tenant that it serves; default is all; may be repeated")
+	f.StringArrayVar(&r.urls, "bus-url", nil, "how it reaches the bus; default is what the authority says; may be repeated")
+	f.StringVar(&r.out, "out", "", "write to this new file, with mode 0600, instead of printing")
+	return cmd
+}
+
+func newRetireCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use: "retire NAME", Short: "Take an enforcer out of the roster and off the bus", Args: oneArg("the enforcer's name"),
+		Long: `Takes an enforcer out of the roster, so that coverage counts without it, and off
+the bus at once: it hears nothing more, and denies everything when its state is
+older than its bound. Its name can be enrolled again.`,
+		Example: `  session-authority retire tools-eu-1`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := g.client()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if err := c.Retire(cmd.Context(), args[0]); err != nil {
+				return err
+			}
+			if g.json {
+				return printJSON(cmd.OutOrStdout(), map[string]string{"retired": args[0]})
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), "retired", args[0])
+			return err
+		},
+	}
+}

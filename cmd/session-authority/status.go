@@ -1,0 +1,154 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/interlock-fabric/interlock/pkg/authority"
+)
+
+func newStatusCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Show how the authority and its enforcers are", Args: noArgs,
+		Example: "  session-authority status\n  session-authority status --json | jq .enforcers",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := g.client()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			s, err := c.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if g.json {
+				return printJSON(cmd.OutOrStdout(), s)
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(s))
+			return err
+		},
+	}
+}
+
+func statusText(s *authority.Status) string {
+	var b strings.Builder
+	e := s.Enforcers
+	parts := []string{fmt.Sprintf("%d fresh", e.Fresh)}
+	for _, p := range []struct {
+		n    int
+		what string
+	}{{e.Denying, "denying"}, {e.Silent, "silent"}, {e.Absent, "never heard of"}, {e.Exposed, "exposed"}} {
+		if p.n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", p.n, p.what))
+		}
+	}
+	if e.Enrolled == 0 {
+		b.WriteString("no enforcers are enrolled\n")
+	} else {
+		fmt.Fprintf(&b, "%s: %s\n", count(e.Enrolled, "enforcer"), strings.Join(parts, ", "))
+	}
+	for _, x := range s.NotFresh {
+		switch {
+		case x.LastHeard.IsZero():
+			fmt.Fprintf(&b, "  %s: never heard of\n", x.Name)
+		case x.DenyingSince.IsZero():
+			fmt.Fprintf(&b, "  %s: %s for %s, and may allow what it should deny (%s)\n", x.Name, x.Condition, ago(s.Time, x.LastHeard), x.Mode)
+		case x.Condition == authority.ConditionDenying:
+			fmt.Fprintf(&b, "  %s: denying everything, by its last receipt\n", x.Name)
+		default:
+			fmt.Fprintf(&b, "  %s: %s for %s, denying since %s\n", x.Name, x.Condition, ago(s.Time, x.LastHeard), ago(s.Time, x.DenyingSince))
+		}
+	}
+	role := "not the writer"
+	if s.Writer {
+		role = "writing"
+	}
+	fmt.Fprintf(&b, "%s; epoch %d, seq %d; %s in force\n", role, s.Epoch, s.Number, entries(s.Entries))
+	fmt.Fprintf(&b, "key set %d, until %s; tenants %s\n", s.KeySet.Version, s.KeySet.NotAfter.Format(time.DateOnly), strings.Join(s.Tenants, ", "))
+	if len(s.Kills) > 0 {
+		fmt.Fprintf(&b, "KILLED: %s\n", strings.Join(s.Kills, ", "))
+	}
+	for _, w := range s.Warnings {
+		fmt.Fprintf(&b, "warning: %s\n", oneLine(w))
+	}
+	return b.String()
+}
+
+func entries(n int) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return thousands(n) + " entries"
+}
+
+func newWatchCommand(g *globals) *cobra.Command {
+	var events int
+	cmd := &cobra.Command{
+		Use: "watch", Short: "Follow decisions, their coverage, and enforcers that come and go", Args: noArgs,
+		Example: "  session-authority watch\n  session-authority watch --json | jq 'select(.type == \"coverage\")'",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if events < 0 {
+				return usagef("--events %d is negative: give how many to wait for, or 0", events)
+			}
+			c, err := g.client()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			n := 0
+			for e, err := range c.Watch(cmd.Context()) {
+				if err != nil {
+					if cmd.Context().Err() != nil {
+						return nil // interrupted
+					}
+					return err
+				}
+				if g.json {
+					err = printJSON(cmd.OutOrStdout(), e)
+				} else {
+					_, err = fmt.Fprintln(cmd.OutOrStdout(), eventText(&e))
+				}
+				if err != nil {
+					return err
+				}
+				if n++; n == events {
+					return nil
+				}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().IntVar(&events, "events", 0, "end after so many; 0 goes on")
+	return cmd
+}
+
+func eventText(e *authority.Event) string {
+	at := e.At.Format("15:04:05.000Z07:00")
+	switch {
+	case e.Decision != nil:
+		var parts []string
+		for _, l := range e.Decision.Lines {
+			s := fmt.Sprintf("%s %s on %s", l.Operation, l.Effect, count(l.Count, l.On))
+			if l.Tenant != "" {
+				s += " of " + l.Tenant
+			}
+			s += ": " + l.Reason
+			if l.Incident != "" {
+				s += ", " + l.Incident
+			}
+			if l.Drill {
+				s += " (drill)"
+			}
+			parts = append(parts, s)
+		}
+		return oneLine(fmt.Sprintf("%s seq %d: %s", at, e.Decision.Number, strings.Join(parts, "; ")))
+	case e.Coverage != nil:
+		return fmt.Sprintf("%s seq %d: %s", at, e.Coverage.Number, strings.Join(coverageText(e.Coverage, e.At), "; "))
+	case e.Enforcer != nil:
+		return fmt.Sprintf("%s enforcer %s: %s", at, e.Enforcer.Name, e.Enforcer.Condition)
+	}
+	return at + " " + oneLine(e.Type)
+}

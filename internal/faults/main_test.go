@@ -1,0 +1,263 @@
+package faults
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
+)
+
+const childEnv = "FAULTS_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(childEnv) != "" {
+		if err := child(); err != nil {
+			fmt.Fprintln(os.Stderr, "child:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// childConfig is what a process that is to be killed reads from its input.
+type childConfig struct {
+	DataDir, NATSListen, NATSURL string
+	Cluster                      *broker.Cluster
+	EnforcerURLs                 []string
+	AckWait                      time.Duration
+	// KillAt makes the process kill itself at Step of that many appends.
+	KillAt int
+	Step   step
+	// Tmpfs, when set, is mounted on DataDir with that size.
+	Tmpfs string
+}
+
+// step is where in an append a process dies.
+type step string
+
+const (
+	beforeAppend step = "before append"
+	beforeAnswer step = "between acknowledgement and answer"
+	inFlight     step = "between two appends"
+)
+
+// child runs an authority until its input ends.
+func child() error {
+	var c childConfig
+	in := bufio.NewReader(os.Stdin)
+	line, err := in.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, &c)
+	}
+	if err != nil {
+		return err
+	}
+	if c.Tmpfs != "" {
+		if err := mountTmpfs(c.DataDir, c.Tmpfs); err != nil {
+			return fmt.Errorf("mount: %w", err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	a, err := service.Open(ctx, service.Options{
+		DataDir: c.DataDir, NATSListen: c.NATSListen, NATSURL: c.NATSURL, Cluster: c.Cluster,
+		EnforcerURLs: c.EnforcerURLs, AckWait: c.AckWait, Hooks: c.hooks(),
+	})
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready", a.NATSAddr())
+	_, _ = io.Copy(io.Discard, in)
+	return a.Close()
+}
+
+func (c *childConfig) hooks() (h sequencer.Hooks) {
+	if c.KillAt == 0 {
+		return h
+	}
+	n := 0 // appends; the hooks run on one goroutine
+	die := func() {
+		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		select {}
+	}
+	switch c.Step {
+	case beforeAppend:
+		h.BeforeAppend = func(uint64) {
+			if n++; n == c.KillAt {
+				die()
+			}
+		}
+	case beforeAnswer:
+		h.AfterAck = func(uint64) {
+			if n++; n == c.KillAt {
+				die()
+			}
+		}
+	case inFlight:
+		// The answers of the store are lost, so that several appends are out.
+		deaf := make(chan struct{})
+		h.BeforeAppend = func(uint64) {
+			switch n++; n {
+			case c.KillAt - 3:
+				close(deaf)
+			case c.KillAt:
+				die()
+			}
+		}
+		h.DropAcks = func() bool {
+			select {
+			case <-deaf:
+				return true
+			default:
+				return false
+			}
+		}
+	}
+	return h
+}
+
+// process is an authority in a process of its own.
+type process struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	in    io.WriteCloser
+	addr  string // of the bus
+	ended chan struct{}
+	once  sync.Once
+}
+
+// spawn starts a process and returns when its API answers.
+func spawn(t *testing.T, c childConfig) *process {
+	t.Helper()
+	p := launch(t, c)
+	p.await(t)
+	return p.process
+}
+
+// launched is a process that has not said yet that it is ready.
+type launched struct {
+	*process
+	ready chan string
+}
+
+func launch(t *testing.T, c childConfig) launched {
+	t.Helper()
+	exe, err := os.Executable()
+	must(t, err)
+	raw, err := json.Marshal(c)
+	must(t, err)
+	p := &process{t: t, cmd: exec.Command(exe), ended: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), childEnv+"=1")
+	p.cmd.Stderr = os.Stderr
+	if c.Tmpfs != "" {
+		p.cmd.SysProcAttr = privateMounts()
+	}
+	p.in, err = p.cmd.StdinPipe()
+	must(t, err)
+	out, err := p.cmd.StdoutPipe()
+	must(t, err)
+	must(t, p.cmd.Start())
+	ready := make(chan string, 1)
+	go func() {
+		defer close(p.ended)
+		defer close(ready)
+		for sc := bufio.NewScanner(out); sc.Scan(); {
+			if addr, ok := strings.CutPrefix(sc.Text(), "ready "); ok {
+				ready <- addr
+			}
+		}
+		_ = p.cmd.Wait() // how it ended is the test's business
+	}()
+	t.Cleanup(p.stop)
+	_, err = p.in.Write(append(raw, '\n'))
+	must(t, err)
+	return launched{p, ready}
+}
+
+func (l launched) await(t *testing.T) {
+	t.Helper()
+	select {
+	case addr, ok := <-l.ready:
+		if !ok {
+			t.Fatal("a process ended before it was ready")
+		}
+		l.addr = addr
+	case <-time.After(time.Minute):
+		t.Fatal("a process did not become ready")
+	}
+}
+
+// kill ends the process with signal 9 and waits until it is gone.
+func (p *process) kill() {
+	p.once.Do(func() {
+		_ = p.cmd.Process.Signal(syscall.SIGKILL) // it may be gone already
+		<-p.ended
+		_ = p.in.Close()
+	})
+}
+
+// gone waits until a process has killed itself.
+func (p *process) gone() {
+	p.t.Helper()
+	select {
+	case <-p.ended:
+	case <-time.After(30 * time.Second):
+		p.t.Fatal("the process did not reach the step at which it was to die")
+	}
+	p.once.Do(func() { _ = p.in.Close() })
+}
+
+// stop ends the process in order.
+func (p *process) stop() {
+	p.once.Do(func() {
+		_ = p.in.Close()
+		select {
+		case <-p.ended:
+		case <-time.After(20 * time.Second):
+			p.t.Error("a process did not end when asked")
+			_ = p.cmd.Process.Signal(syscall.SIGKILL)
+			<-p.ended
+		}
+	})
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// eventually polls until ok holds. What is printed when it does not.
+func eventually(t testing.TB, within time.Duration, what any, ok func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(within)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-deadline.C:
+			if !ok() {
+				t.Fatalf("not within %v: %v", within, what)
+			}
+			return
+		}
+	}
+}

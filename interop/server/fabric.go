@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+
+	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/enforce"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// tenant is the one that a new authority begins with.
+const tenant = "default"
+
+// fabric is an authority of its own with one enforcer.
+type fabric struct {
+	enforcer *enforce.Enforcer
+	client   *authority.Client
+	close    func() error
+}
+
+func openFabric(ctx context.Context) (_ *fabric, err error) {
+	var closers []func() error
+	closeAll := func() error {
+		var errs []error
+		for i := len(closers) - 1; i >= 0; i-- {
+			errs = append(errs, closers[i]())
+		}
+		return errors.Join(errs...)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeAll())
+		}
+	}()
+	dir, err := os.MkdirTemp("", "interlock-interop-")
+	if err != nil {
+		return nil, err
+	}
+	closers = append(closers, func() error { return os.RemoveAll(dir) })
+	svc, err := service.Open(ctx, service.Options{DataDir: dir, NATSListen: "127.0.0.1:0"})
+	if err != nil {
+		return nil, err
+	}
+	closers = append(closers, svc.Close)
+	client, err := authority.New(authority.Options{Socket: svc.Socket()})
+	if err != nil {
+		return nil, err
+	}
+	closers = append(closers, func() error { client.Close(); return nil })
+
+	raw, err := client.Enroll(ctx, authority.EnrollRequest{Name: "interop"})
+	if err != nil {
+		return nil, err
+	}
+	enrollment, err := session.ParseEnrollment(raw)
+	if err != nil {
+		return nil, err
+	}
+	feed, err := natsfeed.Dial(enrollment, nil)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	enforcer, err := enforce.Open(ctx, feed, &enforce.Options{Enrollment: enrollment})
+	if err != nil {
+		return nil, err
+	}
+	closers = append(closers, enforcer.Close)
+	return &fabric{enforcer: enforcer, client: client, close: closeAll}, nil
+}
+
+// revoke ends a session.
+func (f *fabric) revoke(ctx context.Context, sid string) error {
+	_, err := f.client.Decide(ctx, authority.Request{
+		Operation: authority.Revoke, Targets: []authority.Target{authority.One("", "session", issuer, sid)},
+		Reason: "stolen-token", Incident: "INC-142",
+	})
+	return err
+}
