@@ -17,7 +17,7 @@ func fill(n int, seed uint64, fn func(*session.Batch)) {
 	kinds := []session.Kind{session.KindToken, session.KindSession, session.KindUser, session.KindAgent, session.KindClient}
 	rnd := rand.New(rand.NewPCG(seed, 2))
 	for number := uint64(1); n > 0; number++ {
-		b := &session.Batch{Epoch: 1, Number: number, Time: session.Instant(number)}
+		b := &session.Batch{Epoch: 1, Number: number, Time: 1.7e12 + session.Instant(number)}
 		for range min(n, session.MaxBatchEntries) {
 			k := session.Key{Tenant: 1, Shape: session.Shape(kinds[rnd.IntN(len(kinds))])}
 			binary.LittleEndian.PutUint64(k.Digest[:], rnd.Uint64())

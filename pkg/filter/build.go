@@ -39,6 +39,9 @@ type builder struct {
 	// block together.
 	groupMetas, groupOffs int
 	groupEnds             session.Instant
+	exps                  []session.Instant // ends of the rows in the block
+	wide                  []byte
+	lastID                int
 	err                   error
 }
 
@@ -71,29 +74,54 @@ func (b *builder) write(w io.Writer, p []byte) {
 	}
 }
 
-// add appends a row. m is the meta's form.
-func (b *builder) add(k *session.Key, m []byte, expires session.Instant) {
-	same := b.any && *k == b.last
-	if !same {
+// add appends a row. class is the form of its meta; its capacity is the
+// builder's to use.
+func (b *builder) add(k *session.Key, class []byte, expires, since session.Instant, seq uint64) {
+	if same := b.any && *k == b.last; !same {
 		b.g.filter.add(k)
 		b.group, b.groupMetas, b.groupOffs, b.groupEnds = len(b.rows), len(b.metas), len(b.offs), b.ends
 		b.last, b.any = *k, true
 	}
-	i := b.meta(m)
+	id := b.tenant(k.Tenant)
+	e, eok := packTime(expires)
+	s, sok := packTime(since)
+	if !eok || !sok || seq >= 1<<40 || id < 0 {
+		b.wide = widen(append(b.wide[:0], class...), k.Tenant, expires, since, seq)
+		class, id, e, s, seq = b.wide, 0, 0, 0, 0
+	}
+	i := b.meta(class)
 	if i < 0 || blockHeader+len(b.rows)+rowSize+len(b.metas)+2*len(b.offs) > blockSize {
 		b.turn()
-		if i = b.meta(m); i < 0 || blockHeader+len(b.rows)+rowSize+len(b.metas)+2*len(b.offs) > blockSize {
-			b.err = errors.Join(b.err, fmt.Errorf("filter: the records of key %s do not fit a block", k))
+		if i = b.meta(class); i < 0 || blockHeader+len(b.rows)+rowSize+len(b.metas)+2*len(b.offs) > blockSize {
+			key := *k // k itself must not escape
+			b.err = errors.Join(b.err, fmt.Errorf("filter: the records of key %s do not fit a block", key))
 			return
 		}
 	}
 	r := append(b.rows, k.Digest[:]...)
-	r = binary.BigEndian.AppendUint32(r, uint32(k.Tenant))
-	r = append(r, uint8(k.Shape), uint8(i))
-	b.rows = binary.BigEndian.AppendUint64(r, uint64(expires))
+	r = append(binary.BigEndian.AppendUint16(r, uint16(id)), uint8(i))
+	b.rows = appendU40(appendU40(appendU40(r, e), s), seq)
+	b.exps = append(b.exps, expires)
+	b.end(expires)
+}
+
+func (b *builder) end(expires session.Instant) {
 	if expires != 0 {
 		b.ends = min(b.ends, expires)
 	}
+}
+
+// tenant returns the index of a tenant, or -1 when it is too large for a row.
+func (b *builder) tenant(id session.TenantID) int {
+	if len(b.g.ids) > b.lastID && b.g.ids[b.lastID] == id {
+		return b.lastID
+	}
+	i, ok := slices.BinarySearch(b.g.ids, id)
+	if !ok || i > math.MaxUint16 {
+		return -1
+	}
+	b.lastID = i
+	return i
 }
 
 // meta returns the index of a meta in the block, which it adds if it is new, or
@@ -118,25 +146,26 @@ func (b *builder) meta(m []byte) int {
 func (b *builder) turn() {
 	type moved struct {
 		row, meta []byte
+		expires   session.Instant
 	}
 	var tail []moved
 	for at := b.group; at < len(b.rows); at += rowSize {
 		r := bytes.Clone(b.rows[at : at+rowSize])
-		i := int(r[21])
+		i := rowMeta(r)
 		end := len(b.metas)
 		if i+1 < len(b.offs) {
 			end = int(b.offs[i+1])
 		}
-		tail = append(tail, moved{r, bytes.Clone(b.metas[b.offs[i]:end])})
+		tail = append(tail, moved{r, bytes.Clone(b.metas[b.offs[i]:end]), b.exps[at/rowSize]})
 	}
 	b.rows, b.metas, b.offs, b.ends = b.rows[:b.group], b.metas[:b.groupMetas], b.offs[:b.groupOffs], b.groupEnds
 	b.flush()
+	b.exps = b.exps[:0]
 	for _, t := range tail {
-		t.row[21] = uint8(b.meta(t.meta))
+		t.row[18] = uint8(b.meta(t.meta))
 		b.rows = append(b.rows, t.row...)
-		if e := rowExpires(t.row); e != 0 {
-			b.ends = min(b.ends, e)
-		}
+		b.exps = append(b.exps, t.expires)
+		b.end(t.expires)
 	}
 }
 
@@ -170,7 +199,7 @@ func (b *builder) flush() {
 	binary.BigEndian.PutUint32(p, crc32.Checksum(p[4:], castagnoli))
 	g.body.blocks++
 	g.index(p)
-	b.rows, b.metas, b.offs, b.ends = b.rows[:0], b.metas[:0], b.offs[:0], math.MaxInt64
+	b.rows, b.metas, b.offs, b.ends, b.exps = b.rows[:0], b.metas[:0], b.offs[:0], math.MaxInt64, b.exps[:0]
 	b.group, b.groupMetas, b.groupOffs, b.groupEnds = 0, 0, 0, math.MaxInt64
 	if len(b.slab) == cap(b.slab) {
 		b.turnSlab()
@@ -258,6 +287,7 @@ func (s *Set) Seal(path string, mark Mark) (*Segment, error) {
 		tenants:   s.tenantCounts(),
 		residents: s.residents(),
 	}
+	g.ids = sortedTenants(g.tenants)
 	for shape, n := range g.counts {
 		if n > 0 && shape > int(session.KindTenant) {
 			g.shapes = g.shapes.With(session.Shape(shape))
@@ -316,44 +346,51 @@ func (s *Set) feed(b *builder) error {
 	var form []byte
 	put := func(n *node) {
 		n.each(s.horizon, func(p packed) {
-			form = appendMeta(form[:0], p.meta)
-			b.add(&n.key, form, p.expires)
+			form = appendMeta(form[:0], n.key.Shape, p.meta)
+			b.add(&n.key, form, p.expires, p.meta.Since, p.meta.Seq)
 			added++
 		})
 	}
 	var serr error
 	if s.seg != nil {
 		err := s.seg.scan(nil, func(_ int, blk []byte) bool {
-			// Each meta's form, found once a block.
-			var forms [maxMetas][]byte
+			var metas [maxMetas]meta
 			for i, n := 0, blockRows(blk); i < n; i++ {
 				r := row(blk, i)
-				k := rowKey(r)
-				for len(delta) > 0 && compareKeys(&delta[0].key, &k) < 0 {
+				var e entry
+				if mi := rowMeta(r); metas[mi].form == nil {
+					if metas[mi], serr = blockMeta(blk, mi); serr != nil {
+						return false
+					}
+				}
+				e.m = metas[rowMeta(r)]
+				if serr = s.seg.readWith(r, &e); serr != nil {
+					return false
+				}
+				for len(delta) > 0 && compareKeys(&delta[0].key, &e.key) < 0 {
 					put(delta[0])
 					delta = delta[1:]
 				}
-				if len(delta) > 0 && delta[0].key == k {
+				if len(delta) > 0 && delta[0].key == e.key {
 					continue // replaced; put when its place comes
 				}
-				expires := rowExpires(r)
-				if expires != 0 && expires <= s.horizon {
+				if e.expires != 0 && e.expires <= s.horizon {
 					continue
 				}
-				mi := rowMeta(r)
-				if forms[mi] == nil {
-					m, err := blockMeta(blk, mi)
-					if err != nil {
-						serr = s.seg.damage(err)
-						return false
-					}
-					forms[mi] = m.form
+				class := e.m.form
+				if e.m.wide != nil {
+					class = append(form[:0], class[:len(class)-metaWide]...)
+					class[0] &^= flagWide
+					form = class
 				}
-				b.add(&k, forms[mi], expires)
+				b.add(&e.key, class, e.expires, e.since, e.seq)
 				added++
 			}
 			return b.err == nil
 		})
+		if serr != nil {
+			serr = s.seg.damage(serr)
+		}
 		if err = errors.Join(err, serr); err != nil {
 			return err
 		}

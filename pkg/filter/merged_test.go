@@ -242,6 +242,9 @@ func (w *people) entry(draw func(n int) int, horizon session.Instant) session.En
 
 func (w *people) batch(draw func(n int) int, number uint64, horizon session.Instant) *session.Batch {
 	b := &session.Batch{Epoch: 1, Number: number, Time: session.Instant(number), Horizon: horizon}
+	if draw(2) == 0 {
+		b.Time += 1.7e12 // else it is long ago, and does not fit a row
+	}
 	if draw(6) == 0 {
 		b.Horizon += session.Instant(draw(20))
 	}
@@ -318,6 +321,12 @@ func TestStates(t *testing.T) {
 				rt.Fatal(err)
 			}
 			return g
+		}
+		if draw(2) == 0 {
+			// Ends that fit a row, beside those that do not.
+			b := &session.Batch{Epoch: 1, Horizon: 1.7e12}
+			set = set.Apply(b, nil)
+			ref.apply(b)
 		}
 		rt.Repeat(map[string]func(*rapid.T){
 			"apply": func(*rapid.T) { step() },

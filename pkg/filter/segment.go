@@ -44,25 +44,30 @@ var (
 // Form of a segment. Integers are big-endian, the filter's words little-endian.
 //
 //	header   one block: see encodeHeader
-//	blocks   rows in ascending order of (digest, tenant, shape), in blocks
+//	blocks   rows in ascending order of their digests, in blocks
 //	extra    tenants with their counts; the global and tenant records
 //	filter   words of the bloom filter
 //
 //	block    crc (4) | number (4) | soonest (8) | rows (2) | metas (2) | salt (4)
-//	         | rows, 30 bytes each | … | metas | offsets of the metas, 2 bytes each
-//	row      digest (16) | tenant (4) | shape (1) | meta (1) | expires (8)
-//	meta     effect | reason | flags | share (2) | issued-before (8) | since (8)
-//	         | seq (8) | incident | acr | exemptions: each with its length first (1)
+//	         | rows, 34 bytes each | … | metas | offsets of the metas, 2 bytes each
+//	row      digest (16) | tenant (2) | meta (1) | expires (5) | since (5) | seq (5)
+//	meta     flags | shape | effect | reason | share (2) | issued-before (8)
+//	         | incident | acr | exemptions: each with its length first (1)
+//	         | when flagWide: tenant (4) | expires (8) | since (8) | seq (8)
 //
 // The rows of one key are in one block, so a block is all that a confirmation
-// reads. A block's metas are what its rows share: rows of one decision cost 30
-// bytes each. The salt keeps a block of another segment from passing for one.
+// reads. A block's metas are what its rows share: a row that shares its own costs
+// 34 bytes, whoever decided it when. A row's tenant is an index into the sorted
+// tenants; its times are milliseconds since 2020, plus 1, or 0 for none. What
+// does not fit is in a meta of its own. The salt keeps a block of another segment
+// from passing for one.
 const (
 	segmentMagic = "ILKSEG\r\n"
 	blockSize    = 4096
 	blockHeader  = 24
-	rowSize      = 30
-	metaFixed    = 3 + 2 + 8 + 8 + 8 + 3
+	rowSize      = 34
+	metaFixed    = 4 + 2 + 8 + 3 // with the three lengths
+	metaWide     = 4 + 8 + 8 + 8
 	maxMetas     = 255
 	maxSegment   = 64 << 30
 )
@@ -102,6 +107,7 @@ type Segment struct {
 	indexed uint32 // checksum of the two
 
 	tenants   map[session.TenantID]int
+	ids       []session.TenantID // sorted
 	residents map[session.Key][]session.Record
 
 	broken atomic.Pointer[error]
@@ -233,8 +239,19 @@ func (g *Segment) seek(k *session.Key) (h hits, err error) {
 			return h, g.damage(err)
 		}
 		n := blockRows(h.b)
-		h.lo = sort.Search(n, func(j int) bool { return compareRow(h.b, j, k) >= 0 })
-		for h.hi = h.lo; h.hi < n && compareRow(h.b, h.hi, k) == 0; h.hi++ {
+		h.lo = sort.Search(n, func(j int) bool { return bytes.Compare(row(h.b, j)[:16], k.Digest[:]) >= 0 })
+		for h.hi = h.lo; h.hi < n && bytes.Equal(row(h.b, h.hi)[:16], k.Digest[:]); h.hi++ {
+		}
+		// Keys with equal digests are next to each other; nobody has seen two.
+		for ; h.lo < h.hi; h.lo++ {
+			r, err := g.read(h.b, h.lo)
+			if err != nil {
+				h.done()
+				return h, g.damage(err)
+			}
+			if r.key == *k {
+				break
+			}
 		}
 		if h.lo < h.hi || g.first[i] != prefix {
 			break
@@ -266,36 +283,76 @@ func row(b []byte, i int) []byte {
 	return b[blockHeader+i*rowSize : blockHeader+(i+1)*rowSize]
 }
 
-func compareRow(b []byte, i int, k *session.Key) int {
+// entry is a row taken apart.
+type entry struct {
+	key            session.Key
+	expires, since session.Instant
+	seq            uint64
+	m              meta
+}
+
+// epoch2020 is where the times in rows begin, less one.
+const epoch2020 = 1577836800000 - 1
+
+func packTime(t session.Instant) (v uint64, ok bool) {
+	if t == 0 {
+		return 0, true
+	}
+	v = uint64(t - epoch2020)
+	return v, t > epoch2020 && v < 1<<40
+}
+
+func unpackTime(b []byte) session.Instant {
+	if v := u40(b); v != 0 {
+		return session.Instant(v) + epoch2020
+	}
+	return 0
+}
+
+func u40(b []byte) uint64 { return uint64(b[0])<<32 | uint64(binary.BigEndian.Uint32(b[1:])) }
+
+func appendU40(b []byte, v uint64) []byte {
+	return binary.BigEndian.AppendUint32(append(b, byte(v>>32)), uint32(v))
+}
+
+// read takes row i of a verified block apart. The entry aliases the block.
+func (g *Segment) read(b []byte, i int) (e entry, err error) {
 	r := row(b, i)
-	if c := bytes.Compare(r[:16], k.Digest[:]); c != 0 {
-		return c
+	if e.m, err = blockMeta(b, rowMeta(r)); err != nil {
+		return e, err
 	}
-	a, c := binary.BigEndian.Uint32(r[16:]), uint32(k.Tenant)
-	switch {
-	case a != c:
-		return 1 - 2*b2i(a < c)
-	case r[20] != uint8(k.Shape):
-		return 1 - 2*b2i(r[20] < uint8(k.Shape))
-	}
-	return 0
+	return e, g.readWith(r, &e)
 }
 
-func b2i(b bool) int {
-	if b {
-		return 1
+// readWith is read when the row's meta is known.
+func (g *Segment) readWith(r []byte, e *entry) error {
+	copy(e.key.Digest[:], r)
+	e.key.Shape = session.Shape(e.m.fixed[1])
+	if w := e.m.wide; w != nil {
+		e.key.Tenant = session.TenantID(binary.BigEndian.Uint32(w))
+		e.expires, e.since, e.seq = wideTimes(w)
+		return nil
 	}
-	return 0
+	id := int(binary.BigEndian.Uint16(r[16:]))
+	if id >= len(g.ids) {
+		return fmt.Errorf("%w: tenant %d of %d", ErrDamaged, id, len(g.ids))
+	}
+	e.key.Tenant = g.ids[id]
+	e.expires, e.since, e.seq = unpackTime(r[19:]), unpackTime(r[24:]), u40(r[29:])
+	return nil
 }
 
-func rowKey(r []byte) (k session.Key) {
-	copy(k.Digest[:], r)
-	k.Tenant, k.Shape = session.TenantID(binary.BigEndian.Uint32(r[16:])), session.Shape(r[20])
-	return k
+func wideTimes(w []byte) (expires, since session.Instant, seq uint64) {
+	return session.Instant(binary.BigEndian.Uint64(w[4:])), session.Instant(binary.BigEndian.Uint64(w[12:])), binary.BigEndian.Uint64(w[20:])
 }
 
-func rowMeta(r []byte) int                { return int(r[21]) }
-func rowExpires(r []byte) session.Instant { return session.Instant(binary.BigEndian.Uint64(r[22:])) }
+func (e *entry) record() session.Record {
+	r := e.m.record()
+	r.Since, r.Seq, r.Expires = e.since, e.seq, e.expires
+	return r
+}
+
+func rowMeta(r []byte) int { return int(r[18]) }
 
 // meta is a record's shared part as a block has it.
 type meta struct {
@@ -303,6 +360,7 @@ type meta struct {
 	fixed         []byte
 	incident, acr []byte
 	except        []byte
+	wide          []byte
 }
 
 // blockMeta takes meta i of a verified block apart. It trusts no length.
@@ -337,6 +395,12 @@ func parseMeta(rest []byte) (m meta, err error) {
 		end := 1 + int(rest[0])*f.unit
 		*f.to, rest = rest[1:end], rest[end:]
 	}
+	if m.fixed[0]&flagWide != 0 {
+		if len(rest) < metaWide {
+			return m, fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+		}
+		m.wide, rest = rest[:metaWide], rest[metaWide:]
+	}
 	m.form = m.form[:len(m.form)-len(rest)]
 	return m, nil
 }
@@ -354,18 +418,20 @@ func getKey(b []byte) (k session.Key) {
 	return k
 }
 
-const flagDrill = 1
+const (
+	flagDrill = 1
+	flagWide  = 2
+)
 
-func appendMeta(b []byte, r *session.Record) []byte {
+// appendMeta appends the form of what a record shares with others.
+func appendMeta(b []byte, shape session.Shape, r *session.Record) []byte {
 	flags := uint8(0)
 	if r.Drill {
 		flags = flagDrill
 	}
-	b = append(b, uint8(r.Effect), uint8(r.Reason), flags)
+	b = append(b, flags, uint8(shape), uint8(r.Effect), uint8(r.Reason))
 	b = binary.BigEndian.AppendUint16(b, r.Share)
 	b = binary.BigEndian.AppendUint64(b, uint64(r.IssuedBefore))
-	b = binary.BigEndian.AppendUint64(b, uint64(r.Since))
-	b = binary.BigEndian.AppendUint64(b, r.Seq)
 	b = append(append(b, uint8(len(r.Incident))), r.Incident...)
 	b = append(append(b, uint8(len(r.ACR))), r.ACR...)
 	b = append(b, uint8(len(r.Except)))
@@ -375,16 +441,24 @@ func appendMeta(b []byte, r *session.Record) []byte {
 	return b
 }
 
+// widen makes of a meta's form one that has what else there is, too.
+func widen(b []byte, tenant session.TenantID, expires, since session.Instant, seq uint64) []byte {
+	b[0] |= flagWide
+	b = binary.BigEndian.AppendUint32(b, uint32(tenant))
+	for _, v := range [...]uint64{uint64(expires), uint64(since), seq} {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	return b
+}
+
 // lean returns what decides whether the record matches, without allocating:
 // everything but the incident, and for the ACR, acr if it is that one and a text
 // that nobody has otherwise. The exemptions stay in except.
 func (m meta) lean(acr string, except *[session.MaxExcept]session.Key) (r session.Record) {
 	f := m.fixed
-	r.Effect, r.Reason, r.Drill = session.Effect(f[0]), session.Reason(f[1]), f[2]&flagDrill != 0
-	r.Share = binary.BigEndian.Uint16(f[3:])
-	r.IssuedBefore = session.Instant(binary.BigEndian.Uint64(f[5:]))
-	r.Since = session.Instant(binary.BigEndian.Uint64(f[13:]))
-	r.Seq = binary.BigEndian.Uint64(f[21:])
+	r.Drill, r.Effect, r.Reason = f[0]&flagDrill != 0, session.Effect(f[2]), session.Reason(f[3])
+	r.Share = binary.BigEndian.Uint16(f[4:])
+	r.IssuedBefore = session.Instant(binary.BigEndian.Uint64(f[6:]))
 	switch {
 	case len(m.acr) == 0:
 		r.ACR = ""
@@ -401,12 +475,12 @@ func (m meta) lean(acr string, except *[session.MaxExcept]session.Key) (r sessio
 	return r
 }
 
-// record returns the whole record, but for its end.
-func (m meta) record() *session.Record {
+// record returns what the meta has of the record.
+func (m meta) record() session.Record {
 	var except [session.MaxExcept]session.Key
 	r := m.lean("", &except)
 	r.Incident, r.ACR, r.Except = string(m.incident), string(m.acr), slices.Clone(r.Except)
-	return &r
+	return r
 }
 
 // records appends the whole records under a key that are in force.
@@ -417,13 +491,15 @@ func (g *Segment) records(k *session.Key, horizon session.Instant, to []packed) 
 	}
 	defer h.done()
 	for i := h.lo; i < h.hi; i++ {
-		r := row(h.b, i)
-		m, err := blockMeta(h.b, rowMeta(r))
+		e, err := g.read(h.b, i)
 		if err != nil {
 			return to, g.damage(err)
 		}
-		p := packed{meta: m.record(), expires: rowExpires(r)}
-		if p.live(horizon) {
+		if e.key != *k {
+			break
+		}
+		r := e.record()
+		if p := pack(&r); p.live(horizon) {
 			to = append(to, p)
 		}
 	}
@@ -617,7 +693,8 @@ func load(r io.Reader, size int64, keep bool) (*Segment, error) {
 	}
 	sha := startHash()
 	defer sha.stop()
-	if err := g.loadBlocks(r, sha, keep); err != nil {
+	tenants, err := g.loadBlocks(r, sha, keep)
+	if err != nil {
 		return nil, err
 	}
 	if g.extra, err = readExactly(r, extra); err != nil {
@@ -632,6 +709,9 @@ func load(r io.Reader, size int64, keep bool) (*Segment, error) {
 	}
 	if err := g.parseExtra(); err != nil {
 		return nil, err
+	}
+	if tenants > len(g.ids) {
+		return nil, fmt.Errorf("%w: %d tenants of %d", ErrAltered, len(g.ids), tenants)
 	}
 	g.filter.seal()
 	g.indexed = g.sumIndex()
@@ -706,14 +786,15 @@ func (s *hashing) stop() []byte {
 	return s.out
 }
 
-func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) error {
-	var last [keyLen]byte
+// loadBlocks also returns how many tenants the rows take for granted.
+func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) (tenants int, err error) {
+	var last session.Digest
 	rows := 0
 	for i := 0; i < g.body.blocks; {
 		n := min(slabBlocks, g.body.blocks-i)
 		buf := sha.buffer(n * blockSize)
 		if _, err := io.ReadFull(r, buf); err != nil {
-			return torn(err)
+			return 0, torn(err)
 		}
 		if keep {
 			g.body.slabs = append(g.body.slabs, bytes.Clone(buf))
@@ -721,17 +802,18 @@ func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) error {
 		for j := range n {
 			b := buf[j*blockSize : (j+1)*blockSize]
 			if err := checkBlock(b, i+j, g.salt); err != nil {
-				return fmt.Errorf("%w: %w", ErrAltered, err)
+				return 0, fmt.Errorf("%w: %w", ErrAltered, err)
 			}
-			// Keys never span blocks, so they ascend strictly between them.
 			first, end := row(b, 0), row(b, blockRows(b)-1)
-			if i+j > 0 && bytes.Compare(last[:], first[:keyLen]) >= 0 || bytes.Compare(first[:keyLen], end[:keyLen]) > 0 {
-				return fmt.Errorf("%w: order of blocks", ErrAltered)
+			if bytes.Compare(last[:], first[:16]) > 0 || bytes.Compare(first[:16], end[:16]) > 0 {
+				return 0, fmt.Errorf("%w: order of blocks", ErrAltered)
 			}
 			copy(last[:], end)
-			if err := checkContent(b); err != nil {
-				return err
+			top, err := checkContent(b)
+			if err != nil {
+				return 0, err
 			}
+			tenants = max(tenants, top)
 			rows += blockRows(b)
 			g.index(b)
 		}
@@ -739,30 +821,40 @@ func (g *Segment) loadBlocks(r io.Reader, sha *hashing, keep bool) error {
 		i += n
 	}
 	if rows != g.rows {
-		return fmt.Errorf("%w: %d rows of %d", ErrAltered, rows, g.rows)
+		return 0, fmt.Errorf("%w: %d rows of %d", ErrAltered, rows, g.rows)
 	}
-	return nil
+	return tenants, nil
 }
 
-// checkContent holds what is in a block to what its readers take for granted.
-func checkContent(b []byte) error {
+// checkContent holds what is in a block to what its readers take for granted,
+// and returns how many tenants that includes.
+func checkContent(b []byte) (tenants int, err error) {
 	metas := blockMetas(b)
+	var wide [maxMetas]bool
 	for i := range metas {
 		m, err := blockMeta(b, i)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrAltered, err)
+			return 0, fmt.Errorf("%w: %w", ErrAltered, err)
 		}
-		if !session.Effect(m.fixed[0]).Valid() {
-			return fmt.Errorf("%w: effect", ErrAltered)
+		if m.fixed[1] <= uint8(session.KindTenant) || m.fixed[1] > 63 || !session.Effect(m.fixed[2]).Valid() {
+			return 0, fmt.Errorf("%w: meta", ErrAltered)
+		}
+		if wide[i] = m.wide != nil; wide[i] {
+			if expires, since, _ := wideTimes(m.wide); expires < 0 || since < 0 {
+				return 0, fmt.Errorf("%w: time", ErrAltered)
+			}
 		}
 	}
 	for i, n := 0, blockRows(b); i < n; i++ {
 		r := row(b, i)
-		if r[20] <= uint8(session.KindTenant) || r[20] > 63 || rowMeta(r) >= metas || rowExpires(r) < 0 {
-			return fmt.Errorf("%w: row", ErrAltered)
+		if rowMeta(r) >= metas {
+			return 0, fmt.Errorf("%w: row", ErrAltered)
+		}
+		if !wide[rowMeta(r)] {
+			tenants = max(tenants, 1+int(binary.BigEndian.Uint16(r[16:])))
 		}
 	}
-	return nil
+	return tenants, nil
 }
 
 // index notes where a block begins and when its first row ends.
@@ -794,7 +886,7 @@ func (g *Segment) loadFilter(r io.Reader, sha *hashing, words int) error {
 }
 
 // The extra section: tenants (4) | each: id (4), count (8) | residents (4) |
-// each: key (21), expires (8), length of meta (2), meta.
+// each: key (21), length of meta (2), wide meta.
 func (g *Segment) encodeExtra() []byte {
 	b := binary.BigEndian.AppendUint32(nil, uint32(len(g.tenants)))
 	for _, id := range sortedTenants(g.tenants) {
@@ -810,8 +902,7 @@ func (g *Segment) encodeExtra() []byte {
 		for i := range g.residents[k] {
 			r := &g.residents[k][i]
 			b = putKey(b, &k)
-			b = binary.BigEndian.AppendUint64(b, uint64(r.Expires))
-			m := appendMeta(nil, r)
+			m := widen(appendMeta(nil, k.Shape, r), k.Tenant, r.Expires, r.Since, r.Seq)
 			b = append(binary.BigEndian.AppendUint16(b, uint16(len(m))), m...)
 		}
 	}
@@ -839,21 +930,23 @@ func (g *Segment) parseExtra() error {
 	}
 	residents := 0
 	for n := binary.BigEndian.Uint32(take(4)); n > 0 && ok; n-- {
-		k, expires := getKey(take(keyLen)), session.Instant(binary.BigEndian.Uint64(take(8)))
+		k := getKey(take(keyLen))
 		m, err := parseMeta(take(int(binary.BigEndian.Uint16(take(2)))))
-		if err != nil || !ok || k.Shape > session.Shape(session.KindTenant) {
+		if err != nil || !ok || m.wide == nil || !session.Effect(m.fixed[2]).Valid() || k.Shape > session.Shape(session.KindTenant) {
 			ok = false
 			break
 		}
 		r := m.record()
-		r.Expires = expires
-		g.residents[k] = append(g.residents[k], *r)
+		if r.Expires, r.Since, r.Seq = wideTimes(m.wide); r.Expires < 0 || r.Since < 0 {
+			ok = false
+		}
+		g.residents[k] = append(g.residents[k], r)
 		residents++
 	}
 	if !ok || len(b) > 0 || residents != g.Len()-g.rows {
 		return fmt.Errorf("%w: tenants", ErrAltered)
 	}
-	g.shapes = 0
+	g.ids = sortedTenants(g.tenants)
 	for shape, n := range g.counts {
 		if n > 0 && shape > int(session.KindTenant) {
 			g.shapes = g.shapes.With(session.Shape(shape))

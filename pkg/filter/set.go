@@ -237,44 +237,42 @@ func (s *Set) Range(fn func(session.Key, *session.Record) bool) {
 			}
 		}
 	}
-	_ = s.rows(nil, func(k session.Key, p packed) bool { // Err repeats the error
-		r := p.record()
-		return fn(k, &r)
+	_ = s.rows(nil, func(e *entry) bool { // Err repeats the error
+		r := e.record()
+		return fn(e.key, &r)
 	})
 }
 
 // rows calls fn for every record in force that stands in a block of the segment
 // that want does not rule out.
-func (s *Set) rows(want func(block int) bool, fn func(session.Key, packed) bool) error {
+func (s *Set) rows(want func(block int) bool, fn func(*entry) bool) error {
 	var merr error
 	err := s.seg.scan(want, func(_ int, b []byte) bool {
-		var metas [maxMetas + 1]*session.Record
+		var metas [maxMetas]meta
+		var e entry // one for all rows, since it escapes
 		for i, n := 0, blockRows(b); i < n; i++ {
 			r := row(b, i)
-			p := packed{expires: rowExpires(r)}
-			if p.expires != 0 && p.expires <= s.horizon {
-				continue
-			}
-			k := rowKey(r)
-			if len(s.layers) > 0 && s.layers.find(&k) != nil {
-				continue
-			}
-			mi := rowMeta(r)
-			if metas[mi] == nil {
-				m, err := blockMeta(b, mi)
-				if err != nil {
-					merr = s.seg.damage(err)
+			if mi := rowMeta(r); metas[mi].form == nil {
+				if metas[mi], merr = blockMeta(b, mi); merr != nil {
 					return false
 				}
-				metas[mi] = m.record()
 			}
-			p.meta = metas[mi]
-			if !fn(k, p) {
+			e.m = metas[rowMeta(r)]
+			if merr = s.seg.readWith(r, &e); merr != nil {
+				return false
+			}
+			if e.expires != 0 && e.expires <= s.horizon || len(s.layers) > 0 && s.layers.find(&e.key) != nil {
+				continue
+			}
+			if !fn(&e) {
 				return false
 			}
 		}
 		return true
 	})
+	if merr != nil {
+		merr = s.seg.damage(merr)
+	}
 	if err == nil {
 		err = merr
 	}
@@ -403,23 +401,25 @@ func (s *Set) confirm(m *Match, k *session.Key, p *session.Prepared, call *sessi
 	}
 	defer h.done()
 	for i := h.lo; i < h.hi; i++ {
-		row := row(h.b, i)
-		x, err := blockMeta(h.b, rowMeta(row))
+		e, err := s.seg.read(h.b, i)
 		if err != nil {
 			return s.seg.damage(err)
 		}
+		if e.key != *k {
+			break
+		}
 		var except [session.MaxExcept]session.Key
 		var acr string
-		if len(x.acr) > 0 {
+		if len(e.m.acr) > 0 {
 			acr = p.Identity().ACR
 		}
-		r := x.lean(acr, &except)
-		r.Expires = rowExpires(row)
+		r := e.m.lean(acr, &except)
+		r.Expires, r.Since, r.Seq = e.expires, e.since, e.seq
 		if r.Expires != 0 && r.Expires <= s.horizon || !m.weaker(&r) || !r.Matches(p, call, now) {
 			continue
 		}
-		whole := x.record()
-		whole.Expires = r.Expires
+		whole := new(session.Record)
+		*whole = e.record()
 		m.take(whole, k.Shape)
 	}
 	return nil
@@ -842,10 +842,10 @@ func (w *edit) expire(horizon session.Instant) {
 		}
 		err := before.rows(
 			func(block int) bool { return g.soonest[block] <= horizon },
-			func(k session.Key, p packed) bool {
-				if ended(p.expires) {
-					r := p.record()
-					w.account(&k, &r, -1)
+			func(e *entry) bool {
+				if ended(e.expires) {
+					r := e.record()
+					w.account(&e.key, &r, -1)
 				}
 				return true
 			})

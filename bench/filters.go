@@ -1,0 +1,187 @@
+package main
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"math/rand/v2"
+	"time"
+
+	"github.com/FastFilter/xorfilter"
+	"github.com/bits-and-blooms/bloom/v3"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// contender is a filter under comparison: sealed, asked about eight keys at
+// once, as a check does.
+type contender interface {
+	any8(keys *[8]session.Key) bool
+	bytes() int
+}
+
+// asIs is bloom/v3 as its README shows it.
+type asIs struct{ f *bloom.BloomFilter }
+
+func (a asIs) any8(keys *[8]session.Key) (any bool) {
+	for i := range keys {
+		any = a.f.Test(keys[i].Digest[:]) || any
+	}
+	return any
+}
+func (a asIs) bytes() int { return int(a.f.Cap() / 8) }
+
+// sieve is bloom/v3's bits with the locations taken from the digest, and the
+// first two probes of all keys before any other: what pkg/filter does.
+type sieve struct {
+	words []uint64
+	m     uint64
+}
+
+func halves(k *session.Key) (a, b uint64) {
+	return binary.LittleEndian.Uint64(k.Digest[:8]), binary.LittleEndian.Uint64(k.Digest[8:])
+}
+
+func reduce(h, m uint64) uint64 { hi, _ := bits.Mul64(h, m); return hi }
+
+func (s sieve) add(k *session.Key) {
+	a, b := halves(k)
+	for range 8 {
+		x := reduce(a, s.m)
+		s.words[x>>6] |= 1 << (x & 63)
+		a += b
+	}
+}
+
+func (s sieve) any8(keys *[8]session.Key) bool {
+	maybe := uint64(0)
+	for i := range keys {
+		a, b := halves(&keys[i])
+		x, y := reduce(a, s.m), reduce(a+b, s.m)
+		maybe |= (s.words[x>>6] >> (x & 63) & (s.words[y>>6] >> (y & 63)) & 1) << i
+	}
+	for ; maybe != 0; maybe &= maybe - 1 {
+		a, b := halves(&keys[bits.TrailingZeros64(maybe)])
+		hit := uint64(1)
+		for range 8 {
+			x := reduce(a, s.m)
+			hit &= s.words[x>>6] >> (x & 63)
+			a += b
+		}
+		if hit&1 == 1 {
+			return true
+		}
+	}
+	return false
+}
+func (s sieve) bytes() int { return 8 * len(s.words) }
+
+// split is a split-block bloom filter: one cache line of eight words a key, one
+// bit in each.
+type split struct{ blocks [][8]uint32 }
+
+var salts = [8]uint32{0x47b6137b, 0x44974d91, 0x8824ad5b, 0xa2b7289d, 0x705495c7, 0x2df1424b, 0x9efc4947, 0x5c6bfb31}
+
+func (s split) add(k *session.Key) {
+	a, b := halves(k)
+	block := &s.blocks[reduce(a, uint64(len(s.blocks)))]
+	for i := range block {
+		block[i] |= 1 << (uint32(b) * salts[i] >> 27)
+	}
+}
+
+func (s split) any8(keys *[8]session.Key) bool {
+	any := uint32(0)
+	for i := range keys {
+		a, b := halves(&keys[i])
+		block := &s.blocks[reduce(a, uint64(len(s.blocks)))]
+		hit := uint32(1)
+		for j := range block {
+			hit &= block[j] >> (uint32(b) * salts[j] >> 27)
+		}
+		any |= hit
+	}
+	return any&1 == 1
+}
+func (s split) bytes() int { return 32 * len(s.blocks) }
+
+// fuse is BinaryFuse16.
+type fuse struct {
+	f *xorfilter.BinaryFuse[uint16]
+}
+
+func (f fuse) any8(keys *[8]session.Key) (any bool) {
+	for i := range keys {
+		a, _ := halves(&keys[i])
+		any = f.f.Contains(a) || any
+	}
+	return any
+}
+func (f fuse) bytes() int { return 2 * len(f.f.Fingerprints) }
+
+// filters compares the filters, each on n keys and on the same questions.
+func filters(rep *report, n int) {
+	keys := make([]session.Key, n)
+	rnd := rand.New(rand.NewPCG(11, 11))
+	for i := range keys {
+		keys[i] = randomKey(rnd, kinds)
+	}
+	const questions = 1 << 14
+	ask := make([][8]session.Key, questions)
+	for i := range ask {
+		for j := range ask[i] {
+			ask[i][j] = randomKey(rnd, kinds)
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		build func() (contender, error)
+	}{
+		{"bloom/v3 as is, 24 bits", func() (contender, error) {
+			f := bloom.New(uint(24*n), 8)
+			for i := range keys {
+				f.Add(keys[i].Digest[:])
+			}
+			return asIs{f}, nil
+		}},
+		{"bloom/v3's bits, sifted (in use)", func() (contender, error) {
+			s := sieve{make([]uint64, 24*n/64+1), 0}
+			s.m = uint64(64 * len(s.words))
+			for i := range keys {
+				s.add(&keys[i])
+			}
+			return s, nil
+		}},
+		{"split-block bloom, 24 bits", func() (contender, error) {
+			s := split{make([][8]uint32, 24*n/256+1)}
+			for i := range keys {
+				s.add(&keys[i])
+			}
+			return s, nil
+		}},
+		{"BinaryFuse16", func() (contender, error) {
+			hashes := make([]uint64, n)
+			for i := range keys {
+				hashes[i], _ = halves(&keys[i])
+			}
+			f, err := xorfilter.NewBinaryFuse[uint16](hashes)
+			return fuse{f}, err
+		}},
+	} {
+		t := time.Now()
+		f, err := c.build()
+		if err != nil {
+			continue
+		}
+		built := time.Since(t)
+		wrong := 0
+		for i := range ask {
+			if f.any8(&ask[i]) {
+				wrong++
+			}
+		}
+		rep.add("filter: "+c.name+", 8 misses", n, perOp(questions*16, func(i int) { f.any8(&ask[i&(questions-1)]) }), "ns", "")
+		rep.add("filter: "+c.name+", memory", n, float64(f.bytes())/float64(n), "B/entry", "")
+		rep.add("filter: "+c.name+", build", n, built.Seconds(), "s", "")
+		rep.add("filter: "+c.name+", wrong per question of 8", n, float64(wrong)/questions*1e6, "ppm", "")
+	}
+}
