@@ -409,6 +409,9 @@ func (c *chain) confirm(h head) confirmation {
 	case h.number == c.confirmed.number:
 		return otherHead
 	case h != c.base.head && c.find(h.hash, h.number) == nil && !c.adopt(h.hash):
+		if c.contradicts(h.hash) {
+			return otherHead
+		}
 		return unknownHead
 	}
 	if l := c.at(c.floor.number); c.broken || l != nil && l.hash != c.floor.hash {
@@ -425,10 +428,7 @@ func (c *chain) confirm(h head) confirmation {
 
 // adopt makes the parked branch that ends in h the chain.
 func (c *chain) adopt(h session.Hash) bool {
-	var path []*link
-	for l := c.loose[h]; l != nil && len(path) < len(c.loose); l = c.loose[l.batch.Prev] {
-		path = append(path, l)
-	}
+	path := c.branch(h)
 	if len(path) == 0 {
 		return false
 	}
@@ -443,6 +443,25 @@ func (c *chain) adopt(h session.Hash) bool {
 		c.size += l.size
 	}
 	return true
+}
+
+// branch returns the parked links that end in h, newest first.
+func (c *chain) branch(h session.Hash) (path []*link) {
+	for l := c.loose[h]; l != nil && len(path) < len(c.loose); l = c.loose[l.batch.Prev] {
+		path = append(path, l)
+	}
+	return path
+}
+
+// contradicts reports whether the parked branch that ends in h follows another
+// batch than the one that is confirmed under that number.
+func (c *chain) contradicts(h session.Hash) bool {
+	path := c.branch(h)
+	if len(path) == 0 {
+		return false
+	}
+	first := path[len(path)-1].batch
+	return first.Number == c.confirmed.number+1 && first.Prev != c.confirmed.hash
 }
 
 // restart forgets all that is not confirmed, because it leads nowhere: it will

@@ -74,6 +74,7 @@ type follower struct {
 	floorFailed bool
 	saving      bool
 
+	keep     keeper
 	receipts receipts
 }
 
@@ -195,8 +196,10 @@ func (f *follower) authority() session.Instant {
 
 func (f *follower) run(ctx context.Context) {
 	defer f.saveLastFloor() // after the jobs, one of which may be saving
+	defer f.keepLast()      // and sealing
 	defer f.jobs.Wait()
 	f.start(ctx)
+	f.loadSegment()
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()
 	for {
@@ -299,6 +302,7 @@ func (f *follower) tick(ctx context.Context) {
 		}
 	}
 	f.saveFloor(ctx)
+	f.tendState(ctx)
 }
 
 // tend starts the jobs that are due.
@@ -400,6 +404,10 @@ func (f *follower) openEpoch(ks *session.KeySet) {
 		bottom = head{f.floor.Number, f.floor.Hash}
 	}
 	f.begin(bottom)
+	if !f.verified {
+		f.resume(bottom)
+	}
+	f.keep.warm = nil
 	f.chain.live = f.verified
 }
 
@@ -664,10 +672,17 @@ func (f *follower) confirm(b beat) bool {
 	if f.chain.confirmed.set.Digest() != b.State {
 		f.e.count.diverged.Add(1)
 		f.e.opts.Logger.Error("the state differs from the authority's at the same batch: denying and rebuilding", "number", b.Number, "epoch", b.Epoch)
+		f.forgetSegment()
 		f.rebuild("the state differs from the authority's", f.chain.floor)
 		// A fault that lasts must not have every enforcer read the log for ever.
 		f.repairAt = f.now() + f.rereadWait - rereadMin
 		f.rereadWait = min(2*f.rereadWait, rereadMax)
+		return true
+	}
+	if n := f.chain.confirmed.set.Len(); n > f.e.opts.MaxEntries {
+		f.alarm("there are more entries in force than this enforcer may hold: denying", "entries", n, "bound", f.e.opts.MaxEntries)
+		f.unusable = "more entries are in force than may be held here"
+		f.publish()
 		return true
 	}
 	if b.origin > f.origin {

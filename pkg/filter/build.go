@@ -281,6 +281,9 @@ func (s *Set) Seal(path string, mark Mark) (*Segment, error) {
 	if err := s.Err(); err != nil {
 		return nil, err
 	}
+	if len(mark.Note) > MaxNote {
+		return nil, fmt.Errorf("%w: a note of %d bytes", session.ErrInvalid, len(mark.Note))
+	}
 	g := &Segment{
 		mark: mark, horizon: s.horizon, digest: s.digest, counts: s.counts,
 		salt:      binary.BigEndian.Uint32(s.digest[:]) ^ uint32(mark.Number),

@@ -79,7 +79,12 @@ type Mark struct {
 	Head session.Hash
 	// Time is that batch's time.
 	Time session.Instant
+	// Note is what whoever seals wants to find again: at most MaxNote bytes.
+	Note string
 }
+
+// MaxNote bounds a Mark's Note.
+const MaxNote = 1 << 16
 
 // Segment is a sealed, immutable snapshot of the state: a bloom filter in
 // memory, and behind it the exact entries, in a file or on the heap. A filter
@@ -886,7 +891,7 @@ func (g *Segment) loadFilter(r io.Reader, sha *hashing, words int) error {
 }
 
 // The extra section: tenants (4) | each: id (4), count (8) | residents (4) |
-// each: key (21), length of meta (2), wide meta.
+// each: key (21), length of meta (2), wide meta | length of the note (4), note.
 func (g *Segment) encodeExtra() []byte {
 	b := binary.BigEndian.AppendUint32(nil, uint32(len(g.tenants)))
 	for _, id := range sortedTenants(g.tenants) {
@@ -906,7 +911,8 @@ func (g *Segment) encodeExtra() []byte {
 			b = append(binary.BigEndian.AppendUint16(b, uint16(len(m))), m...)
 		}
 	}
-	return b
+	b = binary.BigEndian.AppendUint32(b, uint32(len(g.mark.Note)))
+	return append(b, g.mark.Note...)
 }
 
 func (g *Segment) parseExtra() error {
@@ -942,6 +948,9 @@ func (g *Segment) parseExtra() error {
 		}
 		g.residents[k] = append(g.residents[k], r)
 		residents++
+	}
+	if n := binary.BigEndian.Uint32(take(4)); n <= MaxNote {
+		g.mark.Note = string(take(int(n)))
 	}
 	if !ok || len(b) > 0 || residents != g.Len()-g.rows {
 		return fmt.Errorf("%w: tenants", ErrAltered)

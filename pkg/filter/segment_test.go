@@ -30,7 +30,7 @@ func populate(tb testing.TB, w *people, n int) *Set {
 }
 
 func segmentBytes(tb testing.TB, n int) []byte {
-	g, err := populate(tb, newPeople(tb), n).Seal("", Mark{Epoch: 2, Number: 7, Head: session.Hash{1}, Time: 9})
+	g, err := populate(tb, newPeople(tb), n).Seal("", Mark{Epoch: 2, Number: 7, Head: session.Hash{1}, Time: 9, Note: "a note"})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -45,7 +45,7 @@ func read(b []byte) (*Segment, error) { return ReadSegment(bytes.NewReader(b), i
 
 func TestOpenRefusesWhatIsNotWhole(t *testing.T) {
 	whole := segmentBytes(t, 2000)
-	if g, err := read(whole); err != nil || g.Mark() != (Mark{Epoch: 2, Number: 7, Head: session.Hash{1}, Time: 9}) {
+	if g, err := read(whole); err != nil || g.Mark() != (Mark{Epoch: 2, Number: 7, Head: session.Hash{1}, Time: 9, Note: "a note"}) {
 		t.Fatal(err)
 	}
 	for _, n := range []int{0, 1, 8, blockSize - 1, blockSize, blockSize + 1, len(whole) / 2, len(whole) - 1} {

@@ -371,7 +371,7 @@ func (s *Set) decideKeys(m *Match, keys []session.Key, p *session.Prepared, call
 	}
 	for l := len(s.layers) - 1; l >= 0 && mask != 0; l-- {
 		layer := &s.layers[l]
-		for rest := mask; rest != 0; rest &= rest - 1 {
+		for rest := layer.sift(keys, mask); rest != 0; rest &= rest - 1 {
 			i := bits.TrailingZeros64(rest)
 			if n := layer.find(&keys[i]); n != nil {
 				mask &^= 1 << i

@@ -207,6 +207,20 @@ func (l *layer) find(k *session.Key) *node {
 	return l.visible(idx)
 }
 
+// sift returns those of the keys in mask that the layer may have. As with the
+// filter, all the memory is asked for before any of the answers is needed.
+func (l *layer) sift(keys []session.Key, mask uint64) (maybe uint64) {
+	slots := l.slots
+	last := uint64(len(slots) - 1)
+	for rest := mask; rest != 0; rest &= rest - 1 {
+		i := bits.TrailingZeros64(rest)
+		a, _ := hashOf(&keys[i])
+		w := slots[a&last].Load()
+		maybe |= (w | -w) >> 63 << i
+	}
+	return maybe
+}
+
 func (l *layer) visible(idx uint32) *node {
 	for idx != 0 {
 		n := l.t.node(idx - 1)
