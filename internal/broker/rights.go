@@ -38,6 +38,7 @@ func EnforcerPermissions(name string) Permissions {
 			natsfeed.ClockSubject(name),
 			directGet + natsfeed.LogStream,
 			directGet + natsfeed.TrustStream,
+			directGet + natsfeed.SegmentStream,
 		},
 		Subscribe: []string{
 			natsfeed.LogSubject,
@@ -57,6 +58,7 @@ func AuthorityPermissions() Permissions {
 	own := []string{
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
 		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ClockSubjects,
+		natsfeed.SegmentSubject, natsfeed.SegmentChunks,
 	}
 	return Permissions{
 		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>"}, own...),
@@ -91,7 +93,7 @@ func accountsConfig(authority string, list []Enforcer) string {
 	for _, s := range []string{natsfeed.ReceiptSubjects, natsfeed.ClockSubjects} {
 		line("      {service: %q, response_type: singleton, response_threshold: %q}", s, responseThreshold)
 	}
-	for _, s := range []string{natsfeed.LogStream, natsfeed.TrustStream} {
+	for _, s := range []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.SegmentStream} {
 		line("      {service: %q, response_type: stream, response_threshold: %q}", directGet+s, responseThreshold)
 	}
 	line("    ]")

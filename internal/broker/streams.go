@@ -49,7 +49,7 @@ func streams(replicas int) []jetstream.StreamConfig {
 		Replicas: replicas, Duplicates: duplicates,
 		MaxConsumers: -1, MaxMsgs: -1, MaxBytes: -1, MaxMsgsPerSubject: -1,
 	}
-	log, trust, receipts := base, base, base
+	log, trust, receipts, segments := base, base, base, base
 
 	log.Name, log.Subjects = natsfeed.LogStream, []string{natsfeed.LogSubject}
 	log.Description = "signed batches; read by batched direct gets"
@@ -74,7 +74,13 @@ func streams(replicas int) []jetstream.StreamConfig {
 	receipts.MaxMsgsPerSubject = MaxReceipts
 	receipts.MaxMsgSize = MaxReceiptLen
 	receipts.MaxBytes = maxReceiptAll
-	return []jetstream.StreamConfig{log, trust, receipts}
+
+	segments.Name, segments.Subjects = natsfeed.SegmentStream, []string{natsfeed.SegmentSubject, natsfeed.SegmentChunks}
+	segments.Description = "published segments; the writer purges old ones"
+	segments.Discard = jetstream.DiscardNew
+	segments.AllowDirect, segments.DenyDelete = true, true
+	segments.MaxMsgSize = session.MaxFrameLen + maxHeader
+	return []jetstream.StreamConfig{log, trust, receipts, segments}
 }
 
 // EnsureStreams makes the streams and the lease bucket, with the given number of

@@ -111,6 +111,11 @@ type Options struct {
 	// MaxState bounds the entries in force of all tenants; 0 is
 	// DefaultMaxState. It must stay below what enforcers hold.
 	MaxState int
+	// SegmentEvery is how often a state that has changed is published as a
+	// segment, and SegmentBatches how many batches do not wait for that; 0 is
+	// DefaultSegmentEvery and DefaultSegmentBatches.
+	SegmentEvery   time.Duration
+	SegmentBatches uint64
 	// Logger takes what an operator should know; nil is silence.
 	Logger *slog.Logger
 	// Hooks are for tests.
@@ -244,6 +249,12 @@ func Open(ctx context.Context, o Options) (*Sequencer, error) {
 	if o.Lease <= 0 {
 		o.Lease = DefaultLease
 	}
+	if o.SegmentEvery <= 0 {
+		o.SegmentEvery = DefaultSegmentEvery
+	}
+	if o.SegmentBatches == 0 {
+		o.SegmentBatches = DefaultSegmentBatches
+	}
 	if o.MaxState <= 0 {
 		o.MaxState = DefaultMaxState
 	}
@@ -300,6 +311,7 @@ func (s *Sequencer) start(ctx context.Context) error {
 	}
 	s.wg.Go(s.followKeySets)
 	s.wg.Go(s.holdLease)
+	s.wg.Go(s.publishSegments)
 	return nil
 }
 

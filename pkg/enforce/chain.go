@@ -53,6 +53,8 @@ type chain struct {
 	// run: no other chain is accepted. broken is set when base has left it.
 	floor  head
 	broken bool
+	// trial is set for a chain that begins at a published segment.
+	trial bool
 }
 
 // head names one batch; the zero head is before every chain.

@@ -330,7 +330,11 @@ func (f *follower) tend(ctx context.Context) {
 		f.anchoring, f.anchorAt = true, -1
 		f.job(ctx, clockLimit, f.askClock)
 	}
-	if f.repairAt >= 0 && !f.repairing && now >= f.repairAt && f.trust.KeySet() != nil {
+	if f.keep.want && f.trust.KeySet() != nil {
+		f.keep.want = false
+		f.needSegment(ctx)
+	}
+	if f.repairAt >= 0 && !f.repairing && !f.keep.fetching && now >= f.repairAt && f.trust.KeySet() != nil {
 		f.repairing, f.repairAt = true, -1
 		f.repair(ctx)
 	}
@@ -406,6 +410,7 @@ func (f *follower) openEpoch(ks *session.KeySet) {
 	f.begin(bottom)
 	if !f.verified {
 		f.resume(bottom)
+		f.keep.want = f.chain.base.number == 0
 	}
 	f.keep.warm = nil
 	f.chain.live = f.verified
@@ -424,6 +429,7 @@ func (f *follower) begin(floor head) {
 func (f *follower) rebuild(why string, floor head) {
 	f.unusable = why
 	f.begin(floor)
+	f.keep.want = true
 	f.publish()
 }
 
@@ -659,6 +665,9 @@ func (f *follower) confirm(b beat) bool {
 	case unknownHead:
 		return false
 	case olderHead, otherHead:
+		if f.giveUp() {
+			return true
+		}
 		if b.origin < f.headAt {
 			f.e.count.replayed.Add(1)
 		} else {
@@ -673,7 +682,9 @@ func (f *follower) confirm(b beat) bool {
 		f.e.count.diverged.Add(1)
 		f.e.opts.Logger.Error("the state differs from the authority's at the same batch: denying and rebuilding", "number", b.Number, "epoch", b.Epoch)
 		f.forgetSegment()
+		trial := f.chain.trial
 		f.rebuild("the state differs from the authority's", f.chain.floor)
+		f.keep.want = !trial
 		// A fault that lasts must not have every enforcer read the log for ever.
 		f.repairAt = f.now() + f.rereadWait - rereadMin
 		f.rereadWait = min(2*f.rereadWait, rereadMax)
@@ -783,6 +794,7 @@ func (f *follower) repaired(epoch, from, next, last uint64, err error) {
 		if f.rereadWait > rereadMin && f.hint == "" {
 			f.alarm("the log does not lead from what is in force here to the authority's head: it was rolled back, or part of it is missing")
 		}
+		f.keep.want = true
 		f.chain.restart()
 		f.logPos, f.logNumber, f.tipSeen, f.stuckAt = 0, 0, 0, now
 		f.rereadWait = min(2*f.rereadWait, rereadMax)

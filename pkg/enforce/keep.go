@@ -34,6 +34,9 @@ type keeper struct {
 	warm     *filter.Segment // of an earlier run, until an epoch begins
 	scrubbed *filter.Segment
 	stop     context.CancelFunc // ends the scrub
+	fetching bool               // a published segment
+	want     bool
+	fetchAt  time.Duration // not before
 }
 
 // segmentPath is in a directory that several enforcers may share.
@@ -72,7 +75,7 @@ func (f *follower) resume(bottom head) {
 	if g == nil {
 		return
 	}
-	m, ks := g.Mark(), f.trust.KeySet()
+	m, ks := g.Mark(), f.trust.KeySet() // g's file was this enforcer's own
 	at := head{m.Number, m.Head}
 	var signers []signer
 	if err := json.Unmarshal([]byte(m.Note), &signers); err != nil || m.Epoch != ks.Epoch || anyRevoked(ks, signers) ||
@@ -88,11 +91,14 @@ func (f *follower) resume(bottom head) {
 
 // resume makes a state that was confirmed by an earlier run the beginning.
 func (c *chain) resume(s state) {
-	c.base, c.confirmed = s, s
+	c.start(s)
 	if s.number > c.floor.number {
 		c.floor = s.head
 	}
 }
+
+// start makes a state the beginning of a chain that has nothing yet.
+func (c *chain) start(s state) { c.base, c.confirmed = s, s }
 
 // tendState seals the state when that is due, has the segment in use scrubbed,
 // and rebuilds when it turns out to be damaged.
@@ -107,7 +113,7 @@ func (f *follower) tendState(ctx context.Context) {
 	}
 	f.scrub(ctx, set.Segment())
 	now := f.now()
-	due := set.Due() || f.e.opts.StateDir != "" && set.Delta() > 0 && now-f.keep.sealedAt >= sealEvery
+	due := set.Due() || f.e.opts.StateDir != "" && now-f.keep.sealedAt >= sealEvery && (set.Delta() > 0 || f.keep.sealedAt == never)
 	ks := f.trust.KeySet()
 	if !due || f.keep.sealing || now < f.keep.sealAt || !f.chain.live || ks == nil {
 		return
@@ -197,7 +203,7 @@ func (f *follower) keepLast() {
 		f.keep.stop()
 	}
 	c, ks := f.chain, f.trust.KeySet()
-	if f.e.opts.StateDir == "" || ks == nil || !f.verified || !c.live || f.unusable != "" || c.confirmed.set.Delta() == 0 {
+	if f.e.opts.StateDir == "" || ks == nil || !f.verified || !c.live || f.unusable != "" || c.confirmed.set.Delta() == 0 && f.keep.sealedAt != never {
 		return
 	}
 	note, err := json.Marshal(c.confirmed.signers)

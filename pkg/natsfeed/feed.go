@@ -54,7 +54,7 @@ type Feed struct {
 	requests   atomic.Uint64
 }
 
-var _ enforce.Feed = (*Feed)(nil)
+var _ enforce.SegmentFeed = (*Feed)(nil)
 
 // New returns a feed over a connection that the host owns: Close leaves it open.
 // The connection must be authenticated as the enforcer of that name. Its ping

@@ -90,6 +90,11 @@ func (f *Feed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
 }
 
 func (f *Feed) read(ctx context.Context, stream string, from uint64, fn func(uint64, []byte) error) (uint64, error) {
+	return f.readSubject(ctx, stream, "", from, fn)
+}
+
+// readSubject reads what is on one subject of a stream, or all of it.
+func (f *Feed) readSubject(ctx context.Context, stream, subject string, from uint64, fn func(uint64, []byte) error) (uint64, error) {
 	pos := max(from, 1)
 	in, err := f.inbox(pieceMessages + 1)
 	if err != nil {
@@ -97,7 +102,7 @@ func (f *Feed) read(ctx context.Context, stream string, from uint64, fn func(uin
 	}
 	defer in.close()
 	for failed, short := 0, 0; ; {
-		next, last, err := in.piece(ctx, stream, pos, fn)
+		next, last, err := in.piece(ctx, stream, subject, pos, fn)
 		if next > pos {
 			failed, short = 0, 0
 		}
@@ -214,9 +219,12 @@ func (in *inbox) next(ctx context.Context, patience time.Duration) (*nats.Msg, e
 
 // piece reads once from pos and returns the position to go on from. last is set
 // when the end of the stream was reached: its last position as far as known.
-func (in *inbox) piece(ctx context.Context, stream string, pos uint64, fn func(uint64, []byte) error) (next uint64, last *uint64, err error) {
+func (in *inbox) piece(ctx context.Context, stream, subject string, pos uint64, fn func(uint64, []byte) error) (next uint64, last *uint64, err error) {
 	in.f.requests.Add(1)
 	req := fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, pos, pieceMessages, pieceBytes)
+	if subject != "" {
+		req = fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q,"batch":%d,"max_bytes":%d}`, pos, subject, pieceMessages, pieceBytes)
+	}
 	if err := in.ask(directGet+stream, req); err != nil {
 		return pos, nil, err
 	}

@@ -28,6 +28,7 @@ const (
 	TypeRejection FrameType = 5 // writer → enforcers: a batch that will never be in the log
 	TypeReceipt   FrameType = 6 // enforcer → authority: what it has applied
 	TypeForward   FrameType = 7 // authority → writer: a decision to be taken
+	TypeSegment   FrameType = 8 // writer → enforcers: a published segment
 )
 
 // KeyID names a public key by the first eight bytes of its SHA-256.

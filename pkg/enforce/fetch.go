@@ -1,0 +1,218 @@
+package enforce
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/filter"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// SegmentFeed is a Feed that can also fetch published segments. With one, a cold
+// start takes a segment and the log from there, instead of the whole log; and a
+// log that does not reach back far enough is no end.
+type SegmentFeed interface {
+	Feed
+	// Segments returns the descriptions of the published segments, oldest first,
+	// as signed frames.
+	Segments(ctx context.Context) ([][]byte, error)
+	// Segment writes the bytes of a described segment to w. An error of w stops
+	// it and is returned.
+	Segment(ctx context.Context, ref session.SegmentRef, w io.Writer) error
+}
+
+const (
+	// fetchSilence is how long a segment may make no progress.
+	fetchSilence = 15 * time.Second
+	// refetch is the least time between two fetches.
+	refetch = 5 * time.Second
+)
+
+var errNotNewer = errors.New("no published segment is newer than what is here")
+
+// fetched is a segment that has been verified, with who vouched for it.
+type fetchedSegment struct {
+	ref    session.SegmentRef
+	g      *filter.Segment
+	signer session.KeyID
+}
+
+// needSegment begins to fetch the newest published segment, if the feed has any.
+// Until that has ended, the log is not read.
+func (f *follower) needSegment(ctx context.Context) {
+	feed, ok := f.e.feed.(SegmentFeed)
+	if !ok || f.keep.fetching || f.now() < f.keep.fetchAt {
+		return
+	}
+	f.keep.fetching, f.keep.fetchAt = true, f.now()+refetch
+	c, trust, above := f.chain, f.trust, f.chain.base.number
+	f.jobs.Go(func() {
+		x, err := f.fetchSegment(ctx, feed, trust, above)
+		f.post(ctx, func() {
+			f.keep.fetching = false
+			if err != nil && !errors.Is(err, errNotNewer) {
+				f.e.opts.Logger.Warn("no published segment could be had: reading the log instead", "error", err)
+			}
+			if err == nil && c == f.chain {
+				f.adoptSegment(x)
+			}
+			f.needRepair()
+		})
+	})
+}
+
+// fetchSegment fetches the newest segment above a number whose description is
+// signed by a trusted writer, and verifies that it is the one described.
+func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *session.Trust, above uint64) (fetchedSegment, error) {
+	ks := trust.KeySet()
+	lctx, cancel := context.WithTimeout(ctx, jobLimit)
+	frames, err := feed.Segments(lctx)
+	cancel()
+	if err != nil {
+		return fetchedSegment{}, err
+	}
+	err = errNotNewer
+	for _, b := range slices.Backward(frames) {
+		frame, ferr := session.ParseFrame(b)
+		if ferr != nil || frame.Type != session.TypeSegment {
+			continue
+		}
+		ref, ferr := session.UnmarshalSegmentRef(frame.Body)
+		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= above || predates(ref, ks) {
+			continue
+		}
+		key, ferr := trust.Writer(&frame, ref.Number, false, session.Instant(f.e.opts.clock().wall/int64(time.Millisecond)))
+		if ferr != nil || !key.May(session.GlobalKey()) {
+			// One that may not speak for all tenants must not say what is in
+			// force in all of them.
+			f.e.count.refused.Add(1)
+			continue
+		}
+		var g *filter.Segment
+		if g, err = f.download(ctx, feed, ref); err == nil {
+			return fetchedSegment{ref, g, frame.Key}, nil
+		}
+	}
+	return fetchedSegment{}, err
+}
+
+// predates reports whether a segment is from before a key was withdrawn whose
+// batches may be in it.
+func predates(ref session.SegmentRef, ks *session.KeySet) bool {
+	return ref.Time <= ks.Issued && slices.ContainsFunc(ks.Keys, func(k session.SigningKey) bool {
+		return k.Withdrawn && (k.LastEpoch < ks.Epoch || k.LastEpoch == ks.Epoch && k.LastNumber < ref.Number)
+	})
+}
+
+// download fetches one segment, into the state directory if there is one.
+func (f *follower) download(ctx context.Context, feed SegmentFeed, ref session.SegmentRef) (g *filter.Segment, err error) {
+	if limit := 512 * uint64(f.e.opts.MaxEntries); ref.Size > limit {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", filter.ErrSegment, ref.Size, limit)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	silence := time.AfterFunc(fetchSilence, cancel)
+	defer silence.Stop()
+	sum := sha256.New()
+	to := func(w io.Writer) error {
+		return feed.Segment(ctx, ref, io.MultiWriter(w, sum, progress(func() { silence.Reset(fetchSilence) })))
+	}
+	if path := segmentPath(f.e.opts); path != "" {
+		g, err = downloadFile(path, to)
+	} else {
+		g, err = downloadHeap(ref, to)
+	}
+	if err != nil {
+		return nil, err
+	}
+	m := g.Mark()
+	if [32]byte(sum.Sum(nil)) != ref.Sum || m.Epoch != ref.Epoch || m.Number != ref.Number || m.Head != ref.Head ||
+		g.Digest() != ref.State || uint64(g.Size()) != ref.Size {
+		return nil, fmt.Errorf("%w: not the one described", filter.ErrAltered)
+	}
+	return g, nil
+}
+
+type progress func()
+
+func (p progress) Write(b []byte) (int, error) { p(); return len(b), nil }
+
+// downloadFile puts the bytes into a file beside path and opens them there. The
+// file goes at once; what is open of it stays. What is resumed from after a
+// restart is what this enforcer has sealed itself, after it was vouched for.
+func downloadFile(path string, to func(io.Writer) error) (g *filter.Segment, err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	file, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*.tmp") // 0600
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.Remove(file.Name())) }()
+	if err = to(file); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	if err = file.Close(); err != nil {
+		return nil, err
+	}
+	return filter.OpenSegment(file.Name())
+}
+
+func downloadHeap(ref session.SegmentRef, to func(io.Writer) error) (*filter.Segment, error) {
+	r, w := io.Pipe()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = w.CloseWithError(to(w)) // never fails (io.Pipe)
+	}()
+	g, err := filter.ReadSegment(r, int64(ref.Size))
+	if err == nil {
+		// The end, or the error that there was after it.
+		_, err = io.Copy(io.Discard, r)
+	}
+	_ = r.CloseWithError(err) // never fails (io.Pipe)
+	<-done
+	return g, err
+}
+
+// giveUp leaves a published segment that turned out not to be of the authority's
+// log, before anything of it was in force, for the log itself. It reports whether
+// there was one.
+func (f *follower) giveUp() bool {
+	if !f.chain.trial || f.chain.live {
+		return false
+	}
+	f.e.count.refused.Add(1)
+	f.alarm("a published segment is not of the authority's log: reading the log from its beginning")
+	f.begin(f.chain.floor)
+	f.publish()
+	return true
+}
+
+// adoptSegment begins the chain at a fetched segment. It is in force once a
+// heartbeat has vouched for it.
+func (f *follower) adoptSegment(x fetchedSegment) {
+	floor := f.chain.floor
+	at := head{x.ref.Number, x.ref.Head}
+	if ks := f.trust.KeySet(); ks.Epoch != x.ref.Epoch || revoked(ks, x.signer, x.ref.Number) {
+		return
+	}
+	if at.number == floor.number && at != floor {
+		f.rolledBack("a published segment is not of the log that was in force here: it was rolled back, and a new epoch is needed", "number", at.number)
+		return
+	}
+	f.begin(floor)
+	f.chain.start(state{head: at, set: x.g.Set(), signers: []signer{{x.signer, at.number}}})
+	f.chain.trial = true
+	f.logPos, f.logNumber = 1, 0 // the log's positions are at least the batches' numbers
+	f.keep.sealedAt = never
+	f.e.opts.Logger.Info("starting from a published segment", "epoch", x.ref.Epoch, "number", x.ref.Number, "entries", x.g.Len())
+	f.publish()
+}

@@ -1,0 +1,58 @@
+package session
+
+import "fmt"
+
+// SegmentRef is the signed description of a published segment: which state it
+// holds and how its bytes are known. The bytes are found under its Sum.
+type SegmentRef struct {
+	Epoch  uint64
+	Number uint64
+	// Head is the hash of that batch, or the epoch's origin.
+	Head Hash
+	// State is the digest of the state at Number.
+	State StateDigest
+	Time  Instant
+	// Entries are in the state.
+	Entries uint64
+	// Size is the length of the segment in bytes, Sum its SHA-256.
+	Size uint64
+	Sum  [32]byte
+	// Unknown holds fields of a later version.
+	Unknown []Field
+}
+
+// MaxSegmentSize bounds a segment in bytes.
+const MaxSegmentSize = 8 << 30
+
+// MarshalBody returns the body of the description's frame.
+func (s *SegmentRef) MarshalBody() []byte {
+	var w writer
+	w.u64(s.Epoch)
+	w.u64(s.Number)
+	w.raw(s.Head[:])
+	w.raw(s.State[:])
+	w.instant(s.Time)
+	w.u64(s.Entries)
+	w.u64(s.Size)
+	w.raw(s.Sum[:])
+	w.fields(nil, s.Unknown)
+	return w.b
+}
+
+// UnmarshalSegmentRef parses a body. Errors wrap ErrMalformed or ErrCritical.
+func UnmarshalSegmentRef(body []byte) (SegmentRef, error) {
+	r := reader{b: body}
+	s := SegmentRef{Epoch: r.u64(), Number: r.u64()}
+	copy(s.Head[:], r.take(len(s.Head)))
+	copy(s.State[:], r.take(len(s.State)))
+	s.Time, s.Entries, s.Size = r.instant(), r.u64(), r.u64()
+	copy(s.Sum[:], r.take(len(s.Sum)))
+	s.Unknown = r.fields(refuseAll)
+	if err := r.end(); err != nil {
+		return SegmentRef{}, err
+	}
+	if s.Epoch == 0 || s.Size == 0 || s.Size > MaxSegmentSize {
+		return SegmentRef{}, fmt.Errorf("%w: segment of %d bytes in epoch %d", ErrMalformed, s.Size, s.Epoch)
+	}
+	return s, nil
+}
