@@ -22,11 +22,11 @@ type contender interface {
 // asIs is bloom/v3 as its README shows it.
 type asIs struct{ f *bloom.BloomFilter }
 
-func (a asIs) any8(keys *[8]session.Key) (any bool) {
+func (a asIs) any8(keys *[8]session.Key) (some bool) {
 	for i := range keys {
-		any = a.f.Test(keys[i].Digest[:]) || any
+		some = a.f.Test(keys[i].Digest[:]) || some
 	}
-	return any
+	return some
 }
 func (a asIs) bytes() int { return int(a.f.Cap() / 8) }
 
@@ -90,7 +90,7 @@ func (s split) add(k *session.Key) {
 }
 
 func (s split) any8(keys *[8]session.Key) bool {
-	any := uint32(0)
+	some := uint32(0)
 	for i := range keys {
 		a, b := halves(&keys[i])
 		block := &s.blocks[reduce(a, uint64(len(s.blocks)))]
@@ -98,9 +98,9 @@ func (s split) any8(keys *[8]session.Key) bool {
 		for j := range block {
 			hit &= block[j] >> (uint32(b) * salts[j] >> 27)
 		}
-		any |= hit
+		some |= hit
 	}
-	return any&1 == 1
+	return some&1 == 1
 }
 func (s split) bytes() int { return 32 * len(s.blocks) }
 
@@ -109,12 +109,12 @@ type fuse struct {
 	f *xorfilter.BinaryFuse[uint16]
 }
 
-func (f fuse) any8(keys *[8]session.Key) (any bool) {
+func (f fuse) any8(keys *[8]session.Key) (some bool) {
 	for i := range keys {
 		a, _ := halves(&keys[i])
-		any = f.f.Contains(a) || any
+		some = f.f.Contains(a) || some
 	}
-	return any
+	return some
 }
 func (f fuse) bytes() int { return 2 * len(f.f.Fingerprints) }
 

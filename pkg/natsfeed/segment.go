@@ -13,7 +13,8 @@ const (
 	// SegmentStream holds the published segments: each in chunks on a subject of
 	// its own, and behind them its signed description, on SegmentSubject.
 	// Enforcers read it by batched direct gets, like the log.
-	SegmentStream  = "INTERLOCK_SEGMENTS"
+	SegmentStream = "INTERLOCK_SEGMENTS"
+	// SegmentSubject is where the descriptions are.
 	SegmentSubject = "interlock.v1.segment"
 	// SegmentChunks are the subjects of the chunks.
 	SegmentChunks = "interlock.v1.segment.*"
