@@ -54,7 +54,8 @@ func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error
 }
 
 func newEnforcersCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var busConfig bool
+	cmd := &cobra.Command{
 		Use: "enforcers", Short: "Show the roster", Args: noArgs,
 		Example: `  session-authority enforcers
   session-authority enforcers --json | jq '.[] | select(.condition != "fresh")'`,
@@ -64,6 +65,14 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 				return err
 			}
 			defer c.Close()
+			if busConfig {
+				config, err := c.BusConfig(cmd.Context())
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprint(cmd.OutOrStdout(), config)
+				return err
+			}
 			list, err := c.Enforcers(cmd.Context())
 			if err != nil {
 				return err
@@ -93,4 +102,6 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 			return w.Flush()
 		},
 	}
+	cmd.Flags().BoolVar(&busConfig, "bus-config", false, "print the accounts of a nats-server that runs apart; reload it whenever the roster changes")
+	return cmd
 }

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -452,14 +453,19 @@ func (a *Authority) onBatch(m *nats.Msg) {
 func (a *Authority) onRoster(list []roster.Enforcer) error {
 	// The tracker comes first: whoever is let in is expected.
 	a.tracker.SetEnforcers(list)
+	a.claims.keep(list)
 	if a.broker == nil {
 		return nil
 	}
+	return a.broker.SetEnforcers(busUsers(list))
+}
+
+func busUsers(list []roster.Enforcer) []broker.Enforcer {
 	users := make([]broker.Enforcer, len(list))
 	for i, e := range list {
 		users[i] = broker.Enforcer{Name: e.Name, PublicNKey: e.NKey}
 	}
-	return a.broker.SetEnforcers(users)
+	return users
 }
 
 // accepted takes what a believed receipt says of the log itself.
@@ -467,15 +473,16 @@ func (a *Authority) accepted(r *session.Receipt) {
 	if r.Confirmed != r.Number || a.seq == nil {
 		return // its head is not one that it knows to be in the log
 	}
-	for _, c := range a.claims.weigh(r, (*logView)(a), a.tracker.Live) {
+	for _, c := range a.claims.weigh(r, (*logView)(a)) {
 		a.seq.Heard(c.epoch, c.number, c.head)
 	}
 }
 
 // claims holds what enforcers say of a log that is not the one known here. The
 // sequencer stops writing when it must believe that it was given an old log, so
-// the word of one is not enough where there is another to ask: an enforcer that
-// was turned must not be able to stop the log.
+// the word of one is never enough, not even of the only one that lives: an
+// enforcer that was turned must not be able to stop the log. The status shows a
+// single claim, and whoever makes it in good faith denies by itself.
 type claims struct {
 	mu  sync.Mutex
 	all map[string]claim
@@ -486,7 +493,19 @@ type claim struct {
 	head          session.Hash
 }
 
-func (c *claims) weigh(r *session.Receipt, log roster.Log, live func() int) []claim {
+// corroborated is how many enforcers must say that there is another log.
+const corroborated = 2
+
+// keep forgets the claims of those who are not in the roster any more.
+func (c *claims) keep(list []roster.Enforcer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.all, func(name string, _ claim) bool {
+		return !slices.ContainsFunc(list, func(e roster.Enforcer) bool { return e.Name == name })
+	})
+}
+
+func (c *claims) weigh(r *session.Receipt, log roster.Log) []claim {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if h, ok := log.HashAt(r.Epoch, r.Number); r.Number == 0 || ok && h == r.Head {
@@ -503,7 +522,7 @@ func (c *claims) weigh(r *session.Receipt, log roster.Log, live func() int) []cl
 			same = append(same, o)
 		}
 	}
-	if len(same) < min(2, live()) {
+	if len(same) < corroborated {
 		return nil
 	}
 	return same
