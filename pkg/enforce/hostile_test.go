@@ -80,7 +80,7 @@ func TestForgeries(t *testing.T) {
 		b.decide(revoke(b.session("s1")), revoke(session.TenantKey(1)), revoke(session.GlobalKey()), revoke(globex))
 		settle()
 		mustAllow(t, e, p, session.Call{})
-		mustRun(t, ctx)
+		mustRun(ctx, t)
 		id := caller("s1")
 		id.Tenant = "globex"
 		mustDeny(t, e, prepare(t, e, id), session.Call{}, session.ErrRevoked)
@@ -90,7 +90,7 @@ func TestForgeries(t *testing.T) {
 		b.as(func(b *bus) { b.signer = b.keys["a"] })
 		b.decide(revoke(b.session("s1")))
 		settle()
-		mustBeCut(t, ctx, session.ErrRevoked)
+		mustBeCut(ctx, t, session.ErrRevoked)
 	})
 }
 

@@ -36,7 +36,7 @@ func TestProvisional(t *testing.T) {
 		b.say(frame)
 		settle()
 		mustDenyAs(t, e, p, session.ErrRevoked, true)
-		mustBeCut(t, ctx, session.ErrRevoked)
+		mustBeCut(ctx, t, session.ErrRevoked)
 		mustDenyAs(t, e, q, session.ErrSuspended, false)
 		if s := e.Status(); s.Applied != 2 || s.Confirmed != 1 {
 			t.Fatalf("status %+v", s)
@@ -433,7 +433,7 @@ func TestDivergence(t *testing.T) {
 		settle()
 		p, q := prepare(t, e, caller("s1")), prepare(t, e, caller("s2"))
 		ctx := mustBind(t, e, q, session.Call{})
-		real := b.state
+		truth := b.state
 		b.as(func(b *bus) {
 			b.state = b.state.Apply(&session.Batch{Number: 9, Entries: []session.Entry{revoke(b.session("s9"))}}, nil)
 			b.beatLocked()
@@ -444,7 +444,7 @@ func TestDivergence(t *testing.T) {
 		mustDeny(t, e, p, session.Call{}, session.ErrStale)
 		time.Sleep(tickEvery)
 		settle()
-		mustBeCut(t, ctx, session.ErrStale)
+		mustBeCut(ctx, t, session.ErrStale)
 		reads := b.readings()
 		time.Sleep(5 * time.Minute)
 		if n := b.readings() - reads; n > 400 {
@@ -453,7 +453,7 @@ func TestDivergence(t *testing.T) {
 		if s := e.Status(); s.Diverged < 3 || s.Diverged > 20 || s.Fresh {
 			t.Fatalf("status %+v", s)
 		}
-		b.as(func(b *bus) { b.state = real })
+		b.as(func(b *bus) { b.state = truth })
 		time.Sleep(rereadMax + 2*time.Second)
 		settle()
 		mustAllow(t, e, q, session.Call{})
@@ -471,17 +471,17 @@ func TestRebuildCuts(t *testing.T) {
 		cut, stays := mustBind(t, e, p, session.Call{}), mustBind(t, e, q, session.Call{})
 		b.decide(set(session.EffectReduced, b.session("s0")))
 		settle()
-		real := b.state
+		truth := b.state
 		b.with(func(b *bus) { b.noLog = true })
-		b.as(func(b *bus) { b.state = nil; b.beatLocked(); b.state = real })
+		b.as(func(b *bus) { b.state = nil; b.beatLocked(); b.state = truth })
 		settle()
-		mustRun(t, cut)
+		mustRun(cut, t)
 		b.decide(revoke(b.session("s1")))
 		time.Sleep(time.Second)
 		b.with(func(b *bus) { b.noLog = false })
 		time.Sleep(5 * time.Second)
-		mustBeCut(t, cut, session.ErrRevoked)
-		mustRun(t, stays)
+		mustBeCut(cut, t, session.ErrRevoked)
+		mustRun(stays, t)
 	})
 }
 
@@ -545,7 +545,7 @@ func TestEpoch(t *testing.T) {
 		if s := e.Status(); s.Epoch != 2 || s.Confirmed != 2 || s.Inherited != 4 || !s.Fresh || s.Diverged != 0 {
 			t.Fatalf("status %+v", s)
 		}
-		mustRun(t, ctx)
+		mustRun(ctx, t)
 
 		later, _ := b.open(nil)
 		defer later.Close()
