@@ -21,8 +21,6 @@ const responseThreshold = "10s"
 type Permissions struct {
 	Publish   []string
 	Subscribe []string
-	// Respond permits one answer to each request received.
-	Respond bool
 }
 
 // EnforcerPermissions returns all that the enforcer of that name may do on the
@@ -51,17 +49,19 @@ func EnforcerPermissions(name string) Permissions {
 const directGet = "$JS.API.DIRECT.GET."
 
 // AuthorityPermissions returns all that an authority may do on the bus: its own
-// subjects, JetStream with its buckets, and one answer to each request that it
-// gets.
+// subjects, JetStream with its buckets, and answers: to other authorities, and
+// under the names that the server gives to what comes out of the enforcers'
+// accounts. An allow_responses would name them more closely, but the server
+// forgets what it permits when the accounts change, and with it the answers to
+// whoever asks at that moment.
 func AuthorityPermissions() Permissions {
 	own := []string{
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
 		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ClockSubjects,
 	}
 	return Permissions{
-		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>"}, own...),
+		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>", "_INBOX.>", "_R_.>"}, own...),
 		Subscribe: append([]string{"_INBOX.>", "$KV.>", "$O.>"}, own...),
-		Respond:   true,
 	}
 }
 
@@ -120,12 +120,8 @@ func accountsConfig(authority string, list []Enforcer) string {
 func AccountOf(enforcer string) string { return "ENFORCER_" + enforcer }
 
 func userConfig(nkey string, p Permissions) string {
-	respond := ""
-	if p.Respond {
-		respond = fmt.Sprintf(", allow_responses: {max: 1, expires: %q}", responseThreshold)
-	}
-	return fmt.Sprintf("{nkey: %s, permissions: {publish: {allow: %s}, subscribe: {allow: %s}%s}}",
-		nkey, subjectList(p.Publish), subjectList(p.Subscribe), respond)
+	return fmt.Sprintf("{nkey: %s, permissions: {publish: {allow: %s}, subscribe: {allow: %s}}}",
+		nkey, subjectList(p.Publish), subjectList(p.Subscribe))
 }
 
 func subjectList(subjects []string) string {
