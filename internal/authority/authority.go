@@ -326,7 +326,7 @@ func (a *Authority) openBus(ctx context.Context) error {
 		}); err != nil {
 			return err
 		}
-		connect = func(name string) (*nats.Conn, error) { return a.broker.Conn(ctx, seed, nats.Name(name)) }
+		connect = func(name string) (*nats.Conn, error) { return a.broker.Conn(ctx, seed, nats.Name(name), a.busErrors()) }
 	}
 	var err error
 	if a.nc, err = connect("interlock authority"); err != nil {
@@ -357,6 +357,11 @@ func (a *Authority) openBus(ctx context.Context) error {
 	}
 }
 
+// busErrors logs what nats.go would otherwise print.
+func (a *Authority) busErrors() nats.Option {
+	return nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { a.log.Warn("bus error", "error", err) })
+}
+
 func (a *Authority) dial(ctx context.Context, seed, name string) (*nats.Conn, error) {
 	secure := a.o.NATSClientTLS
 	for s := range strings.SplitSeq(a.o.NATSURL, ",") {
@@ -369,7 +374,7 @@ func (a *Authority) dial(ctx context.Context, seed, name string) (*nats.Conn, er
 		}
 	}
 	opts := []nats.Option{
-		nats.Name(name), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
+		nats.Name(name), a.busErrors(), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
 		nats.PingInterval(500 * time.Millisecond), nats.MaxPingsOutstanding(2),
 	}
 	if d, ok := ctx.Deadline(); ok {
