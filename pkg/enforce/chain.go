@@ -195,12 +195,13 @@ func (c *chain) at(number uint64) *link {
 }
 
 // add takes a verified batch that has not been seen. It reports false when there
-// is no room for it.
+// is no room for it: what is stored makes room by being folded into base, and what
+// was only heard, and fills the rest, goes with the next confirmation or restart.
 func (c *chain) add(l *link) bool {
 	if c.full(l) {
 		c.trim(keepLinks)
-		if l.stored && c.full(l) {
-			c.makeRoom(l)
+		if c.full(l) && l.stored {
+			c.trim(0)
 		}
 		if c.full(l) {
 			return false
@@ -214,27 +215,6 @@ func (c *chain) add(l *link) bool {
 
 func (c *chain) full(l *link) bool {
 	return c.size+l.size > maxHeld || len(c.links)+len(c.loose) >= maxLinks
-}
-
-// makeRoom gives what is stored the room of what was only heard, which is in the
-// log too or will be rejected; what that denied stays denied until the next
-// heartbeat.
-func (c *chain) makeRoom(l *link) {
-	for _, x := range c.loose {
-		if !c.full(l) {
-			return
-		}
-		if !x.stored {
-			c.unpark(x)
-		}
-	}
-	for n := len(c.links); n > 0 && c.full(l) && !c.links[n-1].stored; n-- {
-		c.size -= c.links[n-1].size
-		c.links = c.links[: n-1 : n-1]
-	}
-	if c.full(l) {
-		c.trim(0)
-	}
 }
 
 // deny puts what a batch denies in force before it is confirmed.
