@@ -195,10 +195,13 @@ func (a *Authority) open(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
-	if a.roster, err = roster.Open(ctx, roster.Options{NC: a.nc, OnChange: a.onRoster, Logger: a.log}); err != nil {
+	if err := a.patiently(ctx, func(ctx context.Context) (err error) {
+		a.roster, err = roster.Open(ctx, roster.Options{NC: a.nc, OnChange: a.onRoster, Logger: a.log})
+		return err
+	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
-	if err := a.openReceipts(ctx); err != nil {
+	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err
 	}
 	a.done.Go(func() { a.hub.run(run) })
@@ -339,13 +342,18 @@ func (a *Authority) openBus(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
-	// A cluster that has just come up has no leader yet.
+	return a.patiently(ctx, func(ctx context.Context) error { return broker.EnsureStreams(ctx, js, a.o.Replicas) })
+}
+
+// patiently takes a step of the start that needs the store. A cluster that has
+// just come up has no leaders yet, and one that just came up may lose them
+// again.
+func (a *Authority) patiently(ctx context.Context, step func(context.Context) error) error {
 	for {
 		try, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := broker.EnsureStreams(try, js, a.o.Replicas)
+		err := step(try)
 		cancel()
-		var unsafe *broker.StreamConfigError
-		if err == nil || errors.As(err, &unsafe) {
+		if err == nil || !transient(err) {
 			return err
 		}
 		a.log.Info("waiting for the bus", "error", err)
@@ -355,6 +363,14 @@ func (a *Authority) openBus(ctx context.Context) error {
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
+}
+
+// transient reports whether an error of the store may pass by itself.
+func transient(err error) bool {
+	var api *jetstream.APIError
+	return errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) ||
+		errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrJetStreamNotEnabled) ||
+		errors.As(err, &api) && api.Code >= 500
 }
 
 // busErrors logs what nats.go would otherwise print.
