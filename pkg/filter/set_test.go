@@ -199,7 +199,7 @@ func TestMerge(t *testing.T) {
 	drill := put(session.EffectRevoked, sessionKey(1))
 	drill.Drill = true
 	other := (*Set)(nil).Apply(batch(2, put(session.EffectRevoked, sessionKey(2)), drill), nil)
-	got := Merge(share(3000), nil, other, share(1000))
+	got := Merge(share(1000), nil, other, share(3000))
 	if r := got.Lookup(userKey); got.Len() != 2 || len(r) != 1 || r[0].Share != 1000 || len(got.Lookup(sessionKey(1))) != 0 {
 		t.Fatalf("%d records, %+v", got.Len(), r)
 	}
