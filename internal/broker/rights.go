@@ -66,10 +66,12 @@ func AuthorityPermissions() Permissions {
 }
 
 // ServerConfig returns the accounts block of a nats-server configuration that
-// gives the authority and the enforcers their rights. The embedded server reads
-// this same text. The operator of an external cluster puts it on every server,
+// gives the authority and the enforcers their rights, the same as the embedded
+// server gives them. The operator of an external cluster puts it on every server,
 // with a listener, TLS and `jetstream { sync_interval: always }` of their own,
-// and reloads the servers when it changes. Errors are those of a bad name or key.
+// and reloads the servers, twice, when it changes: nats-server 2.15 activates
+// the service imports of a new account only in the reload after the one that
+// brings it. Errors are those of a bad name or key.
 func ServerConfig(authority string, list []Enforcer) (string, error) {
 	if err := validateEnforcers(authority, list); err != nil {
 		return "", err
