@@ -31,7 +31,7 @@ type beat struct {
 
 // begin starts a run as the writer: heartbeats, clock answers, and taking
 // forwarded decisions.
-func (b *beat) begin(s *Sequencer, now time.Time) {
+func (b *beat) begin(s *Sequencer) {
 	b.on, b.id, b.want, b.last = true, newWriterID(), true, time.Time{}
 	b.clock = &clock{s: s, id: b.id, seen: map[string]int{}}
 	b.clock.live.Store(true)
@@ -71,7 +71,8 @@ func (b *beat) prove(sent time.Time) {
 // unprove forgets the proof, because the head is not what it was thought to be.
 func (b *beat) unprove() { b.proven = time.Time{} }
 
-func (b *beat) soon(time.Time) { b.want = true }
+// soon has the next one sent as soon as the rate allows.
+func (b *beat) soon() { b.want = true }
 
 func (w *writer) tickBeat(now time.Time, due func(time.Time) bool) {
 	b := &w.beat

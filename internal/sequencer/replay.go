@@ -294,9 +294,9 @@ func (w *writer) take(m *stored) bool {
 	w.lostFrom = time.Time{}
 	if len(w.flight) > 0 && bytes.Equal(m.Data, w.flight[0].frame) {
 		w.pos = m.Seq - 1
-		w.confirm(time.Now())
+		w.confirm()
 		w.publishView()
-		w.beat.soon(time.Now())
+		w.beat.soon()
 		return true
 	}
 	j, v := w.judge(m.Data, &w.epochs)
@@ -426,6 +426,10 @@ func (w *writer) streamEnds(made time.Time, last uint64, now time.Time) {
 func (w *writer) rollback(why string) {
 	w.s.log.Error("sequencer: the log was rolled back: open a new epoch", "why", why, "epoch", w.epoch, "number", w.number)
 	w.halt(ErrRolledBack)
+	// The key sets may have gone the same way: read and store them again.
+	w.s.keysMu.Lock()
+	w.s.keysPos, w.s.keysSeen = 0, 0
+	w.s.keysMu.Unlock()
 }
 
 // halt refuses everything that is not stored.

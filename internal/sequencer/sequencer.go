@@ -189,6 +189,7 @@ type Sequencer struct {
 	keysNow  chan struct{}
 	keysMu   sync.Mutex
 	keysSeen uint64 // version of the newest key set that is stored
+	keysPos  uint64 // how far their stream has been read
 	counters
 }
 
@@ -219,8 +220,6 @@ type Status struct {
 	// InFlight batches are published and not known to be stored; Pending
 	// decisions are in no batch yet.
 	InFlight, Pending int
-	// RolledBack is set while nothing is written because of ErrRolledBack.
-	RolledBack bool
 	// Halted is why nothing is written, ErrRolledBack or ErrUpgrade; nil is the
 	// usual case.
 	Halted error
@@ -432,7 +431,7 @@ func (s *Sequencer) Status() Status {
 	return Status{
 		Writer: s.IsWriter(), Epoch: v.epoch, Number: v.number, Head: v.head, Entries: v.set.Len(),
 		Position: s.position.Load(), InFlight: int(s.flight.Load()), Pending: int(s.pending.Load()),
-		RolledBack: errors.Is(s.halted(), ErrRolledBack), Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
+		Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
 		Deposed: s.deposed.Load(),
 	}
 }

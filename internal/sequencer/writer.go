@@ -78,8 +78,9 @@ type inflight struct {
 	expected uint64    // the fence that it was sent with last
 	stored   uint64    // the sequence that the store named
 	failed   bool      // the store refused the last attempt
-	refused  int       // how often the fence did not hold against something new
-	refusal  uint64    // pos at the last of those
+	warned   bool
+	refused  int    // how often the fence did not hold against something new
+	refusal  uint64 // pos at the last of those
 }
 
 // taken is where a decision is.
@@ -536,7 +537,10 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 		f.failed = true
 	default:
 		f.failed = true
-		w.s.log.Warn("sequencer: the store refused a batch", "number", f.batch.Number, "code", a.code, "err", a.text)
+		if !f.warned {
+			f.warned = true
+			w.s.log.Warn("sequencer: the store refused a batch", "number", f.batch.Number, "code", a.code, "err", a.text)
+		}
 		f.sent = now.Add(retryAfter - retrySoon)
 	}
 }
@@ -547,20 +551,20 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 func (w *writer) settle(now time.Time) {
 	confirmed := false
 	for len(w.flight) > 0 && w.flight[0].stored == w.pos+1 {
-		w.confirm(now)
+		w.confirm()
 		confirmed = true
 	}
 	if confirmed {
 		w.resend(now)
 		w.publishView()
-		w.beat.soon(now)
+		w.beat.soon()
 	} else if len(w.flight) > 0 && w.flight[0].stored > w.pos+1 {
 		w.examine()
 	}
 }
 
 // confirm counts the oldest batch in flight as stored at pos+1.
-func (w *writer) confirm(now time.Time) {
+func (w *writer) confirm() {
 	f := w.flight[0]
 	w.flight[0] = nil
 	w.flight = w.flight[1:]
@@ -572,7 +576,7 @@ func (w *writer) confirm(now time.Time) {
 	w.number, w.head, w.set = f.batch.Number, f.hash, f.set
 	w.chain.time, w.chain.horizon = max(w.time, f.batch.Time), max(w.chain.horizon, f.batch.Horizon)
 	w.s.hashes.put(link{epoch: f.batch.Epoch, number: f.batch.Number, hash: f.hash, key: f.key, own: true})
-	w.beat.prove(f.sent)
+	w.beat.prove(f.first) // which of the attempts succeeded is not known
 	for _, r := range f.reqs {
 		w.remember(r.d.ID, f.batch)
 		if r.d.ID == restateID(w.epoch, -1) {
@@ -581,7 +585,7 @@ func (w *writer) confirm(now time.Time) {
 		w.end(r, Result{Epoch: f.batch.Epoch, Number: f.batch.Number, At: f.batch.Time, Durable: true}, nil)
 	}
 	if w.role == proving {
-		w.prevail(now)
+		w.prevail()
 	}
 }
 
@@ -673,9 +677,9 @@ func (w *writer) elected(proven time.Time) {
 }
 
 // prevail is called when the proof is stored: from here on this is the writer.
-func (w *writer) prevail(now time.Time) {
+func (w *writer) prevail() {
+	w.beat.begin(w.s)
 	w.setRole(writing)
-	w.beat.begin(w.s, now)
 	w.s.log.Info("sequencer: writing the log", "epoch", w.epoch, "number", w.number)
 }
 
