@@ -329,7 +329,8 @@ func (w *writer) take(m *stored) bool {
 			id := j.batch.Decisions[i].ID
 			own := w.ids[id].own
 			w.remember(id, j.batch)
-			if own != nil {
+			// The writer says whether it was first, unless it has said so.
+			if own != nil && (!own.away || own.wasTold()) {
 				own.retry()
 				w.end(own, Result{Epoch: j.batch.Epoch, Number: j.batch.Number, At: j.batch.Time, Durable: true}, nil)
 			}

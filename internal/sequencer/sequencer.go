@@ -75,7 +75,7 @@ const (
 	maxFlightBytes = 64 << 20 // and their bytes
 	maxPending     = 50_000   // decisions that wait for a batch
 	patience       = 30 * time.Second
-	maxForwards    = 256
+	maxForwards    = 4096
 	eventBacklog   = 4096
 )
 
@@ -467,6 +467,7 @@ type request struct {
 	number    uint64 // of the batch it is in; the writer's
 	dups      []*request
 	internal  bool // the sequencer's own: no quota
+	away      bool // forwarded; the writer's
 	abandoned atomic.Bool
 
 	mu        sync.Mutex

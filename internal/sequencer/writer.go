@@ -111,6 +111,7 @@ type writer struct {
 	idOrder     []idAge
 	waiters     []waiter
 	redoing     int // decisions of orphaned batches that are still on their way
+	away        int // decisions that were forwarded and have not ended
 
 	// Reading the log.
 	reading  bool
