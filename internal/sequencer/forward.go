@@ -184,7 +184,9 @@ func (s *Sequencer) carry(r *request) {
 		case <-s.ctx.Done():
 			pause.Stop()
 		}
-		r.retry()
+		if !errors.Is(err, nats.ErrNoResponders) && !errors.Is(err, ErrBusy) {
+			r.retry() // it may have been taken: being known is no surprise
+		}
 	}
 }
 
