@@ -261,7 +261,7 @@ func (s *story) revokeInMidCall() error {
 			cover, err := s.fabric.client.Coverage(s.ctx, d.Epoch, d.Number, 10*time.Second)
 			name := t.era + ": in effect everywhere"
 			if err == nil {
-				name = fmt.Sprintf("%s: in effect on %d of %d, %d pieces of running work cut", t.era, cover.InEffect, cover.Enforcers, cover.Cut)
+				name = fmt.Sprintf("%s: in effect on %d of %d; running work cut: %d", t.era, cover.InEffect, cover.Enforcers, cover.Cut)
 				if cover.InEffect != cover.Enforcers || cover.Cut == 0 {
 					err = fmt.Errorf("coverage: %+v", *cover)
 				}
