@@ -80,7 +80,12 @@ func (f *fabric) dial() {
 
 func dialAPI(t *testing.T, dir string) *authority.Client {
 	t.Helper()
-	c, err := authority.New(authority.Options{Socket: filepath.Join(dir, service.SocketFile)})
+	return dialSocket(t, filepath.Join(dir, service.SocketFile))
+}
+
+func dialSocket(t *testing.T, path string) *authority.Client {
+	t.Helper()
+	c, err := authority.New(authority.Options{Socket: path})
 	must(t, err)
 	t.Cleanup(c.Close)
 	return c
@@ -254,10 +259,10 @@ type guard struct {
 	crowd    *crowd
 	prepared []*session.Prepared
 	// exempt are callers that the test judges by itself.
-	exempt []*caller
-	cancel   context.CancelFunc
-	done     sync.WaitGroup
-	stopped  sync.Once
+	exempt  []*caller
+	cancel  context.CancelFunc
+	done    sync.WaitGroup
+	stopped sync.Once
 
 	allowed, stale, revoked, wrong atomic.Int64
 }
