@@ -172,7 +172,11 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	var err error
-	if a.lock, err = flock.Acquire(filepath.Join(o.DataDir, lockFile)); err != nil {
+	a.lock, err = flock.Acquire(filepath.Join(o.DataDir, lockFile))
+	if err != nil && !errors.Is(err, flock.ErrHeld) {
+		return fmt.Errorf("authority: %w", err)
+	}
+	if err != nil {
 		return fmt.Errorf("authority: another authority runs on %s: %w", o.DataDir, err)
 	}
 	if err := a.openKeys(); err != nil {
