@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"text/tabwriter"
 	"time"
 
@@ -21,6 +23,16 @@ type authorityEnroll struct {
 func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error {
 	if !session.ValidEnforcerName(name) {
 		return usagef("%.64q cannot name an enforcer: use 1 to 64 of a-z, 0-9, \"-\" and \"_\"", name)
+	}
+	if r.out != "" {
+		// The identity is shown once: what would keep it from being written is
+		// best found out before it is made.
+		if _, err := os.Lstat(r.out); err == nil {
+			return usagef("--out %s is there already: give a new file", r.out)
+		}
+		if _, err := os.Stat(filepath.Dir(r.out)); err != nil {
+			return usagef("--out: %w: make the directory first", err)
+		}
 	}
 	c, err := g.client()
 	if err != nil {

@@ -13,8 +13,10 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
@@ -91,8 +93,10 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// The first signal ends things in order; a second one ends them at once.
+	context.AfterFunc(ctx, stop)
 	root := newRoot()
-	root.SetArgs(args)
+	root.SetArgs(joinWait(args))
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -113,6 +117,20 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	// Where stderr is closed, the exit code still tells.
 	_, _ = fmt.Fprintf(stderr, "session-authority: %s\n", strings.Join(strings.Fields(oneLine(err.Error())), " "))
 	return code
+}
+
+// joinWait makes "--wait 10s" mean "--wait=10s". The flag may stand alone, and so
+// would not take the word behind it.
+func joinWait(args []string) []string {
+	for i := 0; i+1 < len(args) && args[i] != "--"; i++ {
+		if args[i] != "--wait" {
+			continue
+		}
+		if _, err := time.ParseDuration(args[i+1]); err == nil {
+			return slices.Concat(args[:i], []string{"--wait=" + args[i+1]}, args[i+2:])
+		}
+	}
+	return args
 }
 
 // globals are the flags of every command.
