@@ -688,8 +688,9 @@ func (f *follower) confirm(b beat) bool {
 		f.chain.expire(f.fresh, f.authority())
 	}
 	v := f.publish()
-	if !wasLive {
-		// What came into force during a rebuild has cut nothing yet.
+	if f.chain.takeSurprise() || !wasLive {
+		// What came into force during a rebuild, or against a rejection, has cut
+		// nothing yet.
 		f.e.cut(v, slices.Values(f.e.bound.snapshot()))
 	}
 	if !f.e.isReady() && f.now()-f.origin <= f.e.opts.MaxStale {
