@@ -40,7 +40,8 @@ const helpExitCodes = `Exit codes:
   1  denied, failed, or not in effect everywhere
   2  the command line or a value in it is not valid
   3  in effect, but not durable yet
-  4  the authority cannot be reached; what was asked for may have happened
+  4  the authority cannot be reached, or the command was interrupted; what was
+     asked for may have happened
   5  previewed only: add --commit to do it`
 
 const helpTargets = `A target is KIND VALUE; two or three are joined by "and":
@@ -189,19 +190,21 @@ running.
 // classify gives the errors of every command their exit codes.
 func classify(cmd *cobra.Command) {
 	if inner := cmd.RunE; inner != nil {
-		cmd.RunE = func(cmd *cobra.Command, args []string) error { return withCode(inner(cmd, args)) }
+		cmd.RunE = func(cmd *cobra.Command, args []string) error { return withCode(cmd.Context(), inner(cmd, args)) }
 	}
 	for _, c := range cmd.Commands() {
 		classify(c)
 	}
 }
 
-func withCode(err error) error {
+func withCode(ctx context.Context, err error) error {
 	var e *exitError
 	var p *authority.Problem
 	switch {
 	case err == nil || errors.As(err, &e):
 		return err
+	case ctx.Err() != nil: // interrupted, with what was asked for on its way
+		return &exitError{exitUnreachable, err}
 	case errors.Is(err, authority.ErrUnreachable):
 		mend := "is session-authority serve running? give --data-dir, --socket or --url"
 		if errors.Is(err, fs.ErrPermission) {

@@ -329,6 +329,9 @@ func (c *Client) unreachable(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && errors.Is(cause, ErrUnreachable) {
 		return cause
 	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return context.Cause(ctx) // the caller's doing, not the server's
+	}
 	var u *url.Error
 	if errors.As(err, &u) {
 		err = u.Err
