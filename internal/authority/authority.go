@@ -209,6 +209,9 @@ func (a *Authority) open(ctx context.Context) error {
 		return err
 	}
 	a.done.Go(func() { a.hub.run(run) })
+	if a.broker != nil {
+		a.done.Go(func() { a.tendStore(run) })
+	}
 	a.server, err = api.Serve(a, api.Options{
 		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS,
 		TokenFile: filepath.Join(o.DataDir, TokenFile), Logger: a.log,
@@ -375,6 +378,32 @@ func transient(err error) bool {
 	return errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) ||
 		errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrJetStreamNotEnabled) ||
 		errors.As(err, &api) && api.Code >= 500
+}
+
+// tendStore brings the store back once a disk that was full has room.
+func (a *Authority) tendStore(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	why := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if a.broker.Sound() {
+			continue
+		}
+		if err := a.broker.Revive(); err != nil {
+			if why != err.Error() {
+				why = err.Error()
+				a.log.Error("the store does not take writes: decisions are in effect and not durable", "error", err)
+			}
+			continue
+		}
+		why = ""
+		a.log.Warn("the store was started anew after an error of the disk")
+	}
 }
 
 // busErrors logs what nats.go would otherwise print.

@@ -362,6 +362,54 @@ func (b *Broker) SetEnforcers(list []Enforcer) error {
 	return b.gate.set(list)
 }
 
+// Sound reports whether the store takes writes, as far as it has tried. nats-server
+// stops it when the disk is full, or holds the error against the stream that met
+// it. In a cluster only the former shows: a stream moves to another server then.
+func (b *Broker) Sound() bool {
+	switch {
+	case !b.srv.JetStreamEnabled():
+		return false
+	case b.opts.Cluster != nil:
+		return true
+	}
+	return b.srv.Healthz(&server.HealthzOptions{}).Status == "ok"
+}
+
+// Revive starts the store anew after an error of the disk, which nats-server never
+// does by itself, and returns when its streams are recovered. Connections stay, and
+// what is published goes on being heard. While the disk still takes no writes it
+// changes nothing and returns that error.
+func (b *Broker) Revive() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return ErrClosed
+	}
+	if err := probe(b.opts.Dir); err != nil {
+		return fmt.Errorf("broker: the disk: %w", err)
+	}
+	if err := b.srv.ShutdownJetStream(); err != nil {
+		return fmt.Errorf("broker: %w", err)
+	}
+	if err := b.srv.EnableJetStream(&server.JetStreamConfig{StoreDir: b.opts.Dir}); err != nil {
+		return fmt.Errorf("broker: %w", err)
+	}
+	return nil
+}
+
+// probe reports whether there is room in dir for the streams to grow a little.
+func probe(dir string) error {
+	f, err := os.CreateTemp(dir, "probe-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(make([]byte, 4<<20))
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close(), os.Remove(f.Name()))
+}
+
 // Close shuts the server down, waits until all of it has stopped, and frees the
 // directory. Every call returns after that.
 func (b *Broker) Close() error {
