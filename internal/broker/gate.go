@@ -3,6 +3,8 @@ package broker
 import (
 	"encoding/base64"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -65,21 +67,43 @@ func (g *gate) Check(c server.ClientAuthentication) bool {
 	if u == nil {
 		return false
 	}
-	if len(u.conns) >= pruneAt {
-		for id := range u.conns {
-			if g.srv.GetClient(id) == nil {
-				delete(u.conns, id)
-			}
-		}
-	}
+	g.makeRoom(u)
 	u.conns[c.GetID()] = struct{}{}
 	c.RegisterUser(&server.User{Username: o.Nkey, Account: u.account, Permissions: u.rights})
 	return true
 }
 
-// pruneAt is how many connections of one key are remembered before those that
-// are gone are forgotten.
-const pruneAt = 64
+const (
+	// pruneAt is how many connections of the authority's key are remembered
+	// before those that are gone are forgotten.
+	pruneAt = 64
+	// maxConns is how many connections one enforcer may have. It needs one; a
+	// link that fails silently leaves dead ones for some pings. Each may make
+	// the server hold maxPending for it, and all share the server's limit.
+	maxConns = 8
+)
+
+// makeRoom forgets connections that are gone. Of an enforcer that has too many,
+// the oldest make room: an honest one has left them, and it must get in.
+func (g *gate) makeRoom(u *guest) {
+	limit := pruneAt
+	if u.enforcer != "" {
+		limit = maxConns
+	}
+	if len(u.conns) < limit {
+		return
+	}
+	for id := range u.conns {
+		if g.srv.GetClient(id) == nil {
+			delete(u.conns, id)
+		}
+	}
+	for u.enforcer != "" && len(u.conns) >= limit {
+		oldest := slices.Min(slices.Collect(maps.Keys(u.conns)))
+		delete(u.conns, oldest)
+		_ = g.srv.DisconnectClientByID(oldest) // gone already, or goes now
+	}
+}
 
 // set replaces the enforcers. Those that are no longer listed, or have another
 // key, are disconnected.
