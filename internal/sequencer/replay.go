@@ -295,7 +295,6 @@ func (w *writer) take(m *stored) bool {
 	if len(w.flight) > 0 && bytes.Equal(m.Data, w.flight[0].frame) {
 		w.pos = m.Seq - 1
 		w.confirm()
-		w.publishView()
 		w.beat.soon()
 		return true
 	}
@@ -325,6 +324,9 @@ func (w *writer) take(m *stored) bool {
 			w.s.halt.Store(nil)
 		}
 		w.beat.unprove()
+		if w.role != loading {
+			w.publishView()
+		}
 		for i := range j.batch.Decisions {
 			id := j.batch.Decisions[i].ID
 			own := w.ids[id].own
@@ -335,11 +337,8 @@ func (w *writer) take(m *stored) bool {
 				w.end(own, Result{Epoch: j.batch.Epoch, Number: j.batch.Number, At: j.batch.Time, Durable: true}, nil)
 			}
 		}
-		if w.role != loading {
-			w.publishView()
-			if len(w.flight) > 0 || w.role == writing {
-				w.depose()
-			}
+		if w.role != loading && (len(w.flight) > 0 || w.role == writing) {
+			w.depose()
 		}
 	case doubtful:
 		w.salvage(j)

@@ -134,6 +134,7 @@ type writer struct {
 	mine     map[session.Hash]bool // batches of this sequencer that the chain was cut before
 	salvaged []*request            // their decisions, and what else waits for the reload
 	unstored int                   // of those, in no stored batch
+	fallen   [][]fallen            // to be rejected once the chain has passed them
 
 	lease     bool
 	proof     bool // the next batch is due even when empty
@@ -224,6 +225,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 		}
 	}
 	w.tickBeat(now, due)
+	w.sayFallen()
 	w.forgetOld()
 	w.s.pending.Store(int64(len(w.pending)))
 	w.s.flight.Store(int64(len(w.flight)))
@@ -557,7 +559,6 @@ func (w *writer) settle(now time.Time) {
 	}
 	if confirmed {
 		w.resend(now)
-		w.publishView()
 		w.beat.soon()
 	} else if len(w.flight) > 0 && w.flight[0].stored > w.pos+1 {
 		w.examine()
@@ -578,6 +579,7 @@ func (w *writer) confirm() {
 	w.chain.time, w.chain.horizon = max(w.time, f.batch.Time), max(w.chain.horizon, f.batch.Horizon)
 	w.s.hashes.put(link{epoch: f.batch.Epoch, number: f.batch.Number, hash: f.hash, key: f.key, own: true})
 	w.beat.prove(f.first) // which of the attempts succeeded is not known
+	w.publishView()       // whoever is told that it is stored finds it in State
 	for _, r := range f.reqs {
 		w.remember(r.d.ID, f.batch)
 		if r.d.ID == restateID(w.epoch, -1) {
@@ -756,27 +758,27 @@ func (w *writer) reroute(rs []*request) {
 	}
 }
 
-// orphan deals with batches that were published and will never be in the chain,
-// and returns what has to be decided again. Their rejection is said only when
-// that has been done: until then enforcers keep to them.
+// orphan deals with batches that were published and are given up, and returns
+// what has to be decided again. Their rejection is said only when that has been
+// done, and they are known not to be in the chain: until then enforcers keep to
+// them.
 func (w *writer) orphan(batches []*inflight) (again []*request) {
 	if len(batches) == 0 {
 		return nil
 	}
-	rejections := make([]session.Rejection, len(batches))
+	group := make([]fallen, len(batches))
 	left := 1
 	settled := func(err error) {
 		if err != nil {
 			left = -1 << 30 // never: a decision's fate is not known
 		}
 		if left--; left == 0 {
-			for i := range rejections {
-				w.reject(&rejections[i])
-			}
+			w.fallen = append(w.fallen, group)
+			w.sayFallen()
 		}
 	}
 	for i, f := range batches {
-		rejections[i] = session.Rejection{Epoch: f.batch.Epoch, Number: f.batch.Number, Batch: f.hash}
+		group[i] = fallen{session.Rejection{Epoch: f.batch.Epoch, Number: f.batch.Number, Batch: f.hash}, f.key, f.batch.Deadline}
 		for _, r := range f.reqs {
 			w.release(r)
 			if !r.internal {
@@ -791,6 +793,47 @@ func (w *writer) orphan(batches []*inflight) (again []*request) {
 	}
 	settled(nil)
 	return again
+}
+
+// fallen is a batch that was given up.
+type fallen struct {
+	session.Rejection
+	key      session.KeyID
+	deadline session.Instant
+}
+
+// sayFallen rejects what has turned out not to be in the chain. Of a batch whose
+// acknowledgement never came that is not known before its place is taken: the
+// store may have it.
+func (w *writer) sayFallen() {
+	if w.role == loading || len(w.fallen) == 0 {
+		return
+	}
+	now := w.wall()
+	var last map[session.KeyID]uint64
+	if ks := w.s.trust.KeySet(); ks.Epoch == w.epoch {
+		last = trustedUpTo(ks)
+	}
+	w.fallen = slices.DeleteFunc(w.fallen, func(group []fallen) bool {
+		for len(group) > 0 && now < group[0].deadline {
+			x := &group[0]
+			l, known := w.s.hashes.at(x.Epoch, x.Number)
+			switch {
+			case x.Epoch == w.epoch && x.Number <= w.number && (!known || l.hash == x.Batch):
+				group = group[1:] // it counts, or is too long ago to tell
+				continue
+			case x.Epoch < w.epoch, x.Number <= w.number, last != nil && x.Number > last[x.key]:
+			default:
+				return false
+			}
+			// Each is chained on the one before.
+			for i := range group {
+				w.reject(&group[i].Rejection)
+			}
+			return true
+		}
+		return true // past its deadline it falls away by itself
+	})
 }
 
 func (w *writer) reject(x *session.Rejection) {
