@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/http"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -77,5 +79,24 @@ func TestReadmeShowsCodeThatCompiles(t *testing.T) {
 	}
 	if !strings.Contains(string(source), indented.String()) {
 		t.Fatalf("the README's code is not that of embed:\n%s", shown)
+	}
+}
+
+// TestFailureModesNameTestsThatExist: what the documents promise a test for has it.
+func TestFailureModesNameTestsThatExist(t *testing.T) {
+	const page = "docs/design/failure-modes.md"
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	links := regexp.MustCompile("\\[`(Test\\w+)`\\]\\(([^)]+)\\)").FindAllStringSubmatch(string(text), -1)
+	if len(links) < 8 {
+		t.Fatalf("%s names %d tests", page, len(links))
+	}
+	for _, l := range links {
+		source, err := os.ReadFile(filepath.Join(filepath.Dir(page), l[2]))
+		if err != nil || !strings.Contains(string(source), "\nfunc "+l[1]+"(") {
+			t.Errorf("%s is not in %s: %v", l[1], l[2], err)
+		}
 	}
 }

@@ -1,6 +1,6 @@
 // Package sequencer writes the log: it turns decisions into signed, chained
 // batches, appends them to the one JetStream stream, and says when they are
-// durable (DESIGN §3, §5).
+// durable.
 //
 // Any number of sequencers run on one store; a lease names the one that writes,
 // and the others forward to it. The lease only avoids contention. What keeps the

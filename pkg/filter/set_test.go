@@ -33,7 +33,7 @@ func batch(number uint64, entries ...session.Entry) *session.Batch {
 	return &session.Batch{Number: number, Time: session.Instant(1000 * number), Entries: entries}
 }
 
-// TestStep holds the rule for one effect on one key to DESIGN §2, case by case:
+// TestStep holds the rule for one effect on one key case by case:
 // a set never weakens, a revoke of what is terminal stays, a lift of any other
 // leaves its issued-before behind.
 func TestStep(t *testing.T) {
