@@ -527,7 +527,11 @@ func (a *Authority) accepted(r *session.Receipt) {
 	if r.Confirmed != r.Number || a.seq == nil {
 		return // its head is not one that it knows to be in the log
 	}
-	for _, c := range a.claims.weigh(r, (*logView)(a)) {
+	epoch, number, _ := a.seq.Head() // read after the receipt: an honest one is not ahead of a writer
+	if r.Epoch != epoch {
+		return
+	}
+	for _, c := range a.claims.weigh(r, (*logView)(a), number) {
 		a.seq.Heard(c.epoch, c.number, c.head)
 	}
 }
@@ -559,23 +563,26 @@ func (c *claims) keep(list []roster.Enforcer) {
 	})
 }
 
-func (c *claims) weigh(r *session.Receipt, log roster.Log) []claim {
+// weigh takes an accepted receipt and returns the claims that the log, whose
+// newest batch is number, gives the lie to, when there are enough of them. What
+// was claimed earlier is judged anew: the log may have caught up with it, and
+// whoever was merely ahead is no second witness.
+func (c *claims) weigh(r *session.Receipt, log roster.Log, number uint64) []claim {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if h, ok := log.HashAt(r.Epoch, r.Number); r.Number == 0 || ok && h == r.Head {
-		delete(c.all, r.Enforcer)
-		return nil
-	}
 	if c.all == nil {
 		c.all = map[string]claim{}
 	}
 	c.all[r.Enforcer] = claim{r.Epoch, r.Number, r.Head}
-	var same []claim
-	for _, o := range c.all {
-		if o.epoch == r.Epoch {
-			same = append(same, o)
-		}
+	maps.DeleteFunc(c.all, func(_ string, o claim) bool {
+		h, ok := log.HashAt(o.epoch, o.number)
+		// A batch that is too long ago to be known says nothing either way.
+		return o.epoch != r.Epoch || o.number == 0 || ok && h == o.head || !ok && o.number <= number
+	})
+	if _, ok := c.all[r.Enforcer]; !ok {
+		return nil
 	}
+	same := slices.Collect(maps.Values(c.all))
 	if len(same) < corroborated {
 		return nil
 	}

@@ -343,9 +343,9 @@ func TestExplainClaims(t *testing.T) {
 // One enforcer's word does not stop the log.
 func TestOneEnforcerCannotStopTheLog(t *testing.T) {
 	var c claims
-	log := fakeLog{5: {5}}
+	log, newest := fakeLog{5: {5}}, uint64(5)
 	say := func(name string, number uint64, head session.Hash) int {
-		return len(c.weigh(&session.Receipt{Enforcer: name, Epoch: 1, Number: number, Confirmed: number, Head: head}, log))
+		return len(c.weigh(&session.Receipt{Enforcer: name, Epoch: 1, Number: number, Confirmed: number, Head: head}, log, newest))
 	}
 	if n := say("a", 9, session.Hash{9}); n != 0 {
 		t.Errorf("one: %d claims handed on", n)
@@ -361,6 +361,15 @@ func TestOneEnforcerCannotStopTheLog(t *testing.T) {
 	}
 	if n := say("a", 5, session.Hash{5}); n != 0 {
 		t.Errorf("one has come round: %d", n)
+	}
+	// b said 8 and then nothing more; the log comes to it. Without judging earlier
+	// claims anew b is a witness for whatever anybody says.
+	log[8], newest = session.Hash{8}, 8
+	if n := say("a", 9, session.Hash{9}); n != 0 {
+		t.Errorf("with one that was only ahead: %d", n)
+	}
+	if n := say("c", 3, session.Hash{3}); n != 0 {
+		t.Errorf("with one whose batch is not known any more: %d", n)
 	}
 }
 
