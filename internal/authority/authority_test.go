@@ -461,7 +461,7 @@ func TestWatch(t *testing.T) {
 		t.Errorf("coverage %+v", c)
 	}
 	cancel()
-	if err := <-ended; !errors.Is(err, authority.ErrUnreachable) || !errors.Is(err, context.Canceled) {
+	if err := <-ended; errors.Is(err, authority.ErrUnreachable) || !errors.Is(err, context.Canceled) {
 		t.Errorf("the watch ended with %v", err)
 	}
 }
