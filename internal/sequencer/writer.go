@@ -40,6 +40,7 @@ const (
 	retryAfter   = 250 * time.Millisecond
 	retrySoon    = 20 * time.Millisecond
 	resendWindow = 64
+	repeatBytes  = 1 << 20 // each retryAfter
 	readTimeout  = time.Second
 	pollIdle     = time.Second
 	pollHeard    = 20 * time.Millisecond
@@ -105,6 +106,7 @@ type writer struct {
 
 	flight      []*inflight // oldest first, each chained on the one before
 	flightBytes int
+	repeated    int // which of flight was said again last
 	pending     []*request
 	pendingAt   time.Time // arrival of the oldest
 	ids         map[session.DecisionID]taken
@@ -221,6 +223,7 @@ func (w *writer) tick(now time.Time) time.Duration {
 		}
 		if due(f.sent.Add(wait)) {
 			w.publish(f, w.pos, now)
+			w.repeat(now)
 			due(f.sent.Add(retryAfter))
 		}
 	}
@@ -605,6 +608,23 @@ func (w *writer) resend(now time.Time) {
 		want := w.pos + uint64(i)
 		if f.stored == 0 && (f.failed || f.expected != want || now.Sub(f.sent) >= retryAfter) {
 			w.publish(f, want, now)
+		}
+	}
+}
+
+// repeat says again what is in flight behind the oldest, a part at a time, while
+// the store does not answer. An enforcer that was changing servers when it was
+// said hears it then, and not only once it is stored.
+func (w *writer) repeat(now time.Time) {
+	behind := len(w.flight) - 1
+	if now.Sub(w.flight[0].first) < retryAfter {
+		return
+	}
+	for size, n := 0, 0; size < repeatBytes && n < behind; n++ {
+		w.repeated = w.repeated%behind + 1
+		if f := w.flight[w.repeated]; f.stored == 0 {
+			w.publish(f, w.pos+uint64(w.repeated), now)
+			size += len(f.frame)
 		}
 	}
 }
