@@ -230,6 +230,10 @@ func (w *world) newServer() *mcp.Server {
 		<-w.let
 		return "too late", nil
 	})
+	mcp.AddTool(s, &mcp.Tool{Name: "whoami"}, func(_ context.Context, req *mcp.CallToolRequest, _ struct{}) (*mcp.CallToolResult, any, error) {
+		id, ok := mcpguard.IdentityOf(req)
+		return &mcp.CallToolResult{Content: []mcp.Content{&mcp.TextContent{Text: id.User}}, IsError: !ok}, nil, nil
+	})
 	return s
 }
 

@@ -199,7 +199,9 @@ type caller struct {
 const callerKey = "interlock.caller"
 
 // IdentityOf returns the verified identity behind a request, for the tools of a
-// guarded server. Its slices must not be changed.
+// guarded server. Its slices must not be changed. There is none where the
+// request carried no credentials, as over stdio: there the host has configured
+// the identity itself.
 func IdentityOf(req mcp.Request) (session.Identity, bool) {
 	if c := callerOf(req); c != nil {
 		return c.prepared.Identity(), true

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"testing"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -21,6 +23,21 @@ func TestAllowedCallerCallsTools(t *testing.T) {
 		mustAllow(t, c, "echo")
 		if _, ever := w.enforcer.bindings(); ever == 0 {
 			t.Fatal("the call was not bound")
+		}
+	})
+}
+
+func TestToolSeesWhoCalls(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		for _, user := range []string{"ann", "bob"} {
+			res, err := w.mustDial(t, era, w.token(t, user)).call("whoami")
+			if err != nil || res.IsError {
+				t.Fatalf("%+v, %v", res, err)
+			}
+			if text, ok := res.Content[0].(*mcp.TextContent); !ok || text.Text != user {
+				t.Errorf("%s is %+v to the tool", user, res.Content[0])
+			}
 		}
 	})
 }

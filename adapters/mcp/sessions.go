@@ -19,11 +19,32 @@ type tracked struct {
 
 	// All below is guarded by g.mu.
 
-	owner   *session.Prepared // whom the session is bound to now
-	release context.CancelFunc
+	held    *hold         // nil while no binding is in place
 	posts   int           // HTTP requests whose answers may still be on their way
 	idle    chan struct{} // set while somebody waits for posts to fall to zero
 	closing bool
+}
+
+// hold is one binding of a session.
+type hold struct {
+	owner   *session.Prepared
+	ended   <-chan struct{}
+	release context.CancelFunc
+}
+
+// keeps reports whether the binding is alive and is to this credential, though
+// it may have been prepared for another request.
+func (h *hold) keeps(p *session.Prepared) bool {
+	if h == nil {
+		return false
+	}
+	select {
+	case <-h.ended:
+		return false
+	default:
+	}
+	a, b := h.owner.Identity(), p.Identity()
+	return h.owner == p || a.Token == b.Token && a.Token != "" && a.Issuer == b.Issuer && a.Tenant == b.Tenant
 }
 
 // sessionKey finds a session again from an HTTP request, which knows its id
@@ -44,13 +65,13 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 	key := sessionKey(ss)
 	g.mu.Lock()
 	t := g.sessions[key]
-	current := t != nil && t.owner == c.prepared
 	closed := g.closed || t != nil && t.closing
+	kept := t != nil && t.held.keeps(c.prepared)
 	g.mu.Unlock()
 	if closed {
 		return errClosed()
 	}
-	if current || t != nil && t.sameCredential(c.prepared) {
+	if kept {
 		return nil
 	}
 
@@ -70,24 +91,18 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 		g.sessions[key] = t
 		g.goLocked(func() { t.await(key) })
 	}
-	if t.release != nil {
-		t.release()
-	}
-	t.owner, t.release = c.prepared, release
-	context.AfterFunc(bound, func() { t.cut(c.prepared, denied(bound)) })
+	t.releaseLocked()
+	h := &hold{owner: c.prepared, ended: bound.Done(), release: release}
+	t.held = h
+	context.AfterFunc(bound, func() { t.cut(h, denied(bound)) })
 	return nil
 }
 
-// sameCredential reports whether the session is bound to this credential
-// already, prepared for another request.
-func (t *tracked) sameCredential(p *session.Prepared) bool {
-	t.g.mu.Lock()
-	defer t.g.mu.Unlock()
-	if t.owner == nil {
-		return false
+func (t *tracked) releaseLocked() {
+	if t.held != nil {
+		t.held.release()
+		t.held = nil
 	}
-	a, b := t.owner.Identity(), p.Identity()
-	return a.Token == b.Token && a.Token != "" && a.Issuer == b.Issuer && a.Tenant == b.Tenant
 }
 
 // await forgets the session when it ends, by whomever.
@@ -97,22 +112,19 @@ func (t *tracked) await(key any) {
 	defer t.g.mu.Unlock()
 	delete(t.g.sessions, key)
 	t.closing = true
-	if t.release != nil {
-		t.release()
-	}
+	t.releaseLocked()
 }
 
-// cut runs when the binding to owner has ended.
-func (t *tracked) cut(owner *session.Prepared, why *session.DeniedError) {
+// cut runs when a binding has ended.
+func (t *tracked) cut(h *hold, why *session.DeniedError) {
 	t.g.mu.Lock()
 	defer t.g.mu.Unlock()
-	if why == nil || t.owner != owner || t.closing {
+	if why == nil || t.held != h || t.closing {
 		return
 	}
 	// Bind anew at the next request that is let through. Only a revocation
 	// closes: a suspension may be lifted, a token renewed, a bus come back.
-	t.release()
-	t.owner, t.release = nil, nil
+	t.releaseLocked()
 	if errors.Is(why, session.ErrRevoked) && !t.g.closed {
 		t.closing = true
 		flushed := t.flushedLocked()

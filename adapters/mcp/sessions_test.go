@@ -76,6 +76,22 @@ func TestSuspendedCallerKeepsItsSession(t *testing.T) {
 	})
 }
 
+// A binding that has ended is replaced by the next request, even one that comes
+// before the guard has looked at why.
+func TestSessionIsBoundAnewAtOnce(t *testing.T) {
+	w := newWorld(t, nil)
+	for range 50 {
+		c := w.mustDial(t, legacy, w.token(t, "ann"))
+		w.enforcer.deny(session.Denial{Effect: session.EffectSuspended, Seq: 3}, user("ann"))()
+		mustAllow(t, c, "echo")
+		w.await(t, w.started, "echo")
+		w.await(t, w.ended, "echo")
+		lift := w.enforcer.deny(stolen, user("ann"))
+		eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+		lift()
+	}
+}
+
 // The mechanism is that the cause of the context is examined, and not only the
 // result: a call that was cut is not answered, even when its tool made it.
 func TestResultOfACallThatWasCutIsNotDelivered(t *testing.T) {

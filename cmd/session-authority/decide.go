@@ -233,12 +233,19 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 }
 
 func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []string) error {
+	if d.until != "" && d.forTime != 0 {
+		return usagef("both --until and --for: give one of them")
+	}
 	if d.wait < 0 || d.wait > authority.MaxWait {
 		return usagef("--wait %s is out of range: give at most %s, or 0 not to wait", d.wait, authority.MaxWait)
 	}
 	r, err := d.request(v.op, args, time.Now())
 	if err != nil {
 		return err
+	}
+	// One from the environment is a default; one that was given is meant.
+	if term := r.Targets[0].Terms[0]; r.Targets[0].Tenant == "" && d.tenant != "" && cmd.Flags().Changed("tenant") && term.Value != d.tenant {
+		return usagef("--tenant %.64s and the target %s contradict each other: leave one of them out", d.tenant, strings.TrimSpace(term.Kind+" "+term.Value))
 	}
 	c, err := g.client()
 	if err != nil {

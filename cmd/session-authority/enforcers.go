@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"text/tabwriter"
 	"time"
 
@@ -21,6 +23,16 @@ type authorityEnroll struct {
 func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error {
 	if !session.ValidEnforcerName(name) {
 		return usagef("%.64q cannot name an enforcer: use 1 to 64 of a-z, 0-9, \"-\" and \"_\"", name)
+	}
+	if r.out != "" {
+		// The identity is shown once: what would keep it from being written is
+		// best found out before it is made.
+		if _, err := os.Lstat(r.out); err == nil {
+			return usagef("--out %s is there already: give a new file", r.out)
+		}
+		if _, err := os.Stat(filepath.Dir(r.out)); err != nil {
+			return usagef("--out: %w: make the directory first", err)
+		}
 	}
 	c, err := g.client()
 	if err != nil {
@@ -54,7 +66,8 @@ func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error
 }
 
 func newEnforcersCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var busConfig bool
+	cmd := &cobra.Command{
 		Use: "enforcers", Short: "Show the roster", Args: noArgs,
 		Example: `  session-authority enforcers
   session-authority enforcers --json | jq '.[] | select(.condition != "fresh")'`,
@@ -64,6 +77,14 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 				return err
 			}
 			defer c.Close()
+			if busConfig {
+				config, err := c.BusConfig(cmd.Context())
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprint(cmd.OutOrStdout(), config)
+				return err
+			}
 			list, err := c.Enforcers(cmd.Context())
 			if err != nil {
 				return err
@@ -93,4 +114,6 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 			return w.Flush()
 		},
 	}
+	cmd.Flags().BoolVar(&busConfig, "bus-config", false, "print the accounts of a nats-server that runs apart; reload it whenever the roster changes")
+	return cmd
 }

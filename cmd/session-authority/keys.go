@@ -234,6 +234,9 @@ others, give the last number that is known to be good.`,
 			}
 			copy(id[:], b)
 			if !cmd.Flags().Changed("last") {
+				if cmd.Flags().Changed("epoch") {
+					return usagef("--epoch without --last: give both, or neither for all that is known here")
+				}
 				c, err := g.client()
 				if err != nil {
 					return err

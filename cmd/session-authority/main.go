@@ -13,8 +13,10 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
@@ -38,7 +40,8 @@ const helpExitCodes = `Exit codes:
   1  denied, failed, or not in effect everywhere
   2  the command line or a value in it is not valid
   3  in effect, but not durable yet
-  4  the authority cannot be reached; what was asked for may have happened
+  4  the authority cannot be reached, or the command was interrupted; what was
+     asked for may have happened
   5  previewed only: add --commit to do it`
 
 const helpTargets = `A target is KIND VALUE; two or three are joined by "and":
@@ -91,8 +94,10 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// The first signal ends things in order; a second one ends them at once.
+	context.AfterFunc(ctx, stop)
 	root := newRoot()
-	root.SetArgs(args)
+	root.SetArgs(joinWait(args))
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -113,6 +118,20 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	// Where stderr is closed, the exit code still tells.
 	_, _ = fmt.Fprintf(stderr, "session-authority: %s\n", strings.Join(strings.Fields(oneLine(err.Error())), " "))
 	return code
+}
+
+// joinWait makes "--wait 10s" mean "--wait=10s". The flag may stand alone, and so
+// would not take the word behind it.
+func joinWait(args []string) []string {
+	for i := 0; i+1 < len(args) && args[i] != "--"; i++ {
+		if args[i] != "--wait" {
+			continue
+		}
+		if _, err := time.ParseDuration(args[i+1]); err == nil {
+			return slices.Concat(args[:i], []string{"--wait=" + args[i+1]}, args[i+2:])
+		}
+	}
+	return args
 }
 
 // globals are the flags of every command.
@@ -171,19 +190,21 @@ running.
 // classify gives the errors of every command their exit codes.
 func classify(cmd *cobra.Command) {
 	if inner := cmd.RunE; inner != nil {
-		cmd.RunE = func(cmd *cobra.Command, args []string) error { return withCode(inner(cmd, args)) }
+		cmd.RunE = func(cmd *cobra.Command, args []string) error { return withCode(cmd.Context(), inner(cmd, args)) }
 	}
 	for _, c := range cmd.Commands() {
 		classify(c)
 	}
 }
 
-func withCode(err error) error {
+func withCode(ctx context.Context, err error) error {
 	var e *exitError
 	var p *authority.Problem
 	switch {
 	case err == nil || errors.As(err, &e):
 		return err
+	case ctx.Err() != nil: // interrupted, with what was asked for on its way
+		return &exitError{exitUnreachable, err}
 	case errors.Is(err, authority.ErrUnreachable):
 		mend := "is session-authority serve running? give --data-dir, --socket or --url"
 		if errors.Is(err, fs.ErrPermission) {

@@ -98,6 +98,8 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("INTERLOCK_DATA_DIR", e.WorkDir+"/d")
 			e.Setenv("HOME", e.WorkDir)
+			// Under the race detector every process otherwise stays for a second.
+			e.Setenv("GORACE", "atexit_sleep_ms=50")
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

@@ -126,6 +126,22 @@ func TestParseTarget(t *testing.T) {
 	}
 }
 
+// A bare --wait waits as long as can be waited; the word behind it is its value
+// only where it is a duration.
+func TestWaitTakesADurationOrStandsAlone(t *testing.T) {
+	for in, want := range map[string]string{
+		"revoke user a --wait 5s --commit": "revoke user a --wait=5s --commit",
+		"revoke --wait 0 user a":           "revoke --wait=0 user a",
+		"revoke --wait user 5s":            "revoke --wait user 5s",
+		"revoke user a --wait":             "revoke user a --wait",
+		"revoke -- user --wait 5s":         "revoke -- user --wait 5s",
+	} {
+		if got := strings.Join(joinWait(strings.Fields(in)), " "); got != want {
+			t.Errorf("%s: %s", in, got)
+		}
+	}
+}
+
 func TestEveryCommandHelpsItself(t *testing.T) {
 	var out strings.Builder
 	for _, name := range []string{"serve", "init", "keys", "epoch", "enroll", "retire", "enforcers", "revoke", "suspend", "step-up",

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strings"
 	"time"
@@ -113,6 +115,9 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	start, cancel := context.WithTimeout(cmd.Context(), startTimeout)
 	a, err := service.Open(start, o)
 	cancel()
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: give a --data-dir that this user can write, or an address that it may listen on", err)
+	}
 	if err != nil {
 		return err
 	}

@@ -64,6 +64,7 @@ type Service interface {
 	Enforcers(ctx context.Context) ([]authority.Enforcer, error)
 	Enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error)
 	Retire(ctx context.Context, name string) error
+	BusConfig(ctx context.Context) (string, error)
 	KeySet(ctx context.Context) ([]byte, error)
 	PublishKeySet(ctx context.Context, frame []byte) error
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
@@ -308,6 +309,7 @@ func (s *Server) routes() http.Handler {
 		"GET /v1/enforcers":                           s.enforcers,
 		"POST /v1/enforcers":                          s.enroll,
 		"DELETE /v1/enforcers/{name}":                 s.retire,
+		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,
 	} {
@@ -508,6 +510,15 @@ func (s *Server) retire(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (s *Server) busConfig(w http.ResponseWriter, r *http.Request) error {
+	config, err := s.svc.BusConfig(r.Context())
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, map[string]string{"config": config})
 	return nil
 }
 

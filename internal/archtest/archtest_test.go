@@ -1,5 +1,5 @@
 // Package archtest holds the test that keeps the imports of this module in the
-// direction that docs/design describes: what a user embeds stays small, and no
+// direction that its rules describe: what a user embeds stays small, and no
 // layer reaches around the one below it.
 package archtest
 

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -171,7 +172,11 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	var err error
-	if a.lock, err = flock.Acquire(filepath.Join(o.DataDir, lockFile)); err != nil {
+	a.lock, err = flock.Acquire(filepath.Join(o.DataDir, lockFile))
+	if err != nil && !errors.Is(err, flock.ErrHeld) {
+		return fmt.Errorf("authority: %w", err)
+	}
+	if err != nil {
 		return fmt.Errorf("authority: another authority runs on %s: %w", o.DataDir, err)
 	}
 	if err := a.openKeys(); err != nil {
@@ -194,13 +199,19 @@ func (a *Authority) open(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
-	if a.roster, err = roster.Open(ctx, roster.Options{NC: a.nc, OnChange: a.onRoster, Logger: a.log}); err != nil {
+	if err := a.patiently(ctx, func(ctx context.Context) (err error) {
+		a.roster, err = roster.Open(ctx, roster.Options{NC: a.nc, OnChange: a.onRoster, Logger: a.log})
+		return err
+	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
-	if err := a.openReceipts(ctx); err != nil {
+	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err
 	}
 	a.done.Go(func() { a.hub.run(run) })
+	if a.broker != nil {
+		a.done.Go(func() { a.tendStore(run) })
+	}
 	a.server, err = api.Serve(a, api.Options{
 		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS,
 		TokenFile: filepath.Join(o.DataDir, TokenFile), Logger: a.log,
@@ -325,7 +336,7 @@ func (a *Authority) openBus(ctx context.Context) error {
 		}); err != nil {
 			return err
 		}
-		connect = func(name string) (*nats.Conn, error) { return a.broker.Conn(ctx, seed, nats.Name(name)) }
+		connect = func(name string) (*nats.Conn, error) { return a.broker.Conn(ctx, seed, nats.Name(name), a.busErrors()) }
 	}
 	var err error
 	if a.nc, err = connect("interlock authority"); err != nil {
@@ -338,13 +349,18 @@ func (a *Authority) openBus(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
-	// A cluster that has just come up has no leader yet.
+	return a.patiently(ctx, func(ctx context.Context) error { return broker.EnsureStreams(ctx, js, a.o.Replicas) })
+}
+
+// patiently takes a step of the start that needs the store. A cluster that has
+// just come up has no leaders yet, and one that just came up may lose them
+// again.
+func (a *Authority) patiently(ctx context.Context, step func(context.Context) error) error {
 	for {
 		try, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := broker.EnsureStreams(try, js, a.o.Replicas)
+		err := step(try)
 		cancel()
-		var unsafe *broker.StreamConfigError
-		if err == nil || errors.As(err, &unsafe) {
+		if err == nil || !transient(err) {
 			return err
 		}
 		a.log.Info("waiting for the bus", "error", err)
@@ -354,6 +370,45 @@ func (a *Authority) openBus(ctx context.Context) error {
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
+}
+
+// transient reports whether an error of the store may pass by itself.
+func transient(err error) bool {
+	var api *jetstream.APIError
+	return errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) ||
+		errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrJetStreamNotEnabled) ||
+		errors.As(err, &api) && api.Code >= 500
+}
+
+// tendStore brings the store back once a disk that was full has room.
+func (a *Authority) tendStore(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	why := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if a.broker.Sound() {
+			continue
+		}
+		if err := a.broker.Revive(); err != nil {
+			if why != err.Error() {
+				why = err.Error()
+				a.log.Error("the store does not take writes: decisions are in effect and not durable", "error", err)
+			}
+			continue
+		}
+		why = ""
+		a.log.Warn("the store was started anew after an error of the disk")
+	}
+}
+
+// busErrors logs what nats.go would otherwise print.
+func (a *Authority) busErrors() nats.Option {
+	return nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { a.log.Warn("bus error", "error", err) })
 }
 
 func (a *Authority) dial(ctx context.Context, seed, name string) (*nats.Conn, error) {
@@ -368,7 +423,7 @@ func (a *Authority) dial(ctx context.Context, seed, name string) (*nats.Conn, er
 		}
 	}
 	opts := []nats.Option{
-		nats.Name(name), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
+		nats.Name(name), a.busErrors(), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
 		nats.PingInterval(500 * time.Millisecond), nats.MaxPingsOutstanding(2),
 	}
 	if d, ok := ctx.Deadline(); ok {
@@ -452,14 +507,19 @@ func (a *Authority) onBatch(m *nats.Msg) {
 func (a *Authority) onRoster(list []roster.Enforcer) error {
 	// The tracker comes first: whoever is let in is expected.
 	a.tracker.SetEnforcers(list)
+	a.claims.keep(list)
 	if a.broker == nil {
 		return nil
 	}
+	return a.broker.SetEnforcers(busUsers(list))
+}
+
+func busUsers(list []roster.Enforcer) []broker.Enforcer {
 	users := make([]broker.Enforcer, len(list))
 	for i, e := range list {
 		users[i] = broker.Enforcer{Name: e.Name, PublicNKey: e.NKey}
 	}
-	return a.broker.SetEnforcers(users)
+	return users
 }
 
 // accepted takes what a believed receipt says of the log itself.
@@ -467,15 +527,20 @@ func (a *Authority) accepted(r *session.Receipt) {
 	if r.Confirmed != r.Number || a.seq == nil {
 		return // its head is not one that it knows to be in the log
 	}
-	for _, c := range a.claims.weigh(r, (*logView)(a), a.tracker.Live) {
+	epoch, number, _ := a.seq.Head() // read after the receipt: an honest one is not ahead of a writer
+	if r.Epoch != epoch {
+		return
+	}
+	for _, c := range a.claims.weigh(r, (*logView)(a), number) {
 		a.seq.Heard(c.epoch, c.number, c.head)
 	}
 }
 
 // claims holds what enforcers say of a log that is not the one known here. The
 // sequencer stops writing when it must believe that it was given an old log, so
-// the word of one is not enough where there is another to ask: an enforcer that
-// was turned must not be able to stop the log.
+// the word of one is never enough, not even of the only one that lives: an
+// enforcer that was turned must not be able to stop the log. The status shows a
+// single claim, and whoever makes it in good faith denies by itself.
 type claims struct {
 	mu  sync.Mutex
 	all map[string]claim
@@ -486,24 +551,39 @@ type claim struct {
 	head          session.Hash
 }
 
-func (c *claims) weigh(r *session.Receipt, log roster.Log, live func() int) []claim {
+// corroborated is how many enforcers must say that there is another log.
+const corroborated = 2
+
+// keep forgets the claims of those who are not in the roster any more.
+func (c *claims) keep(list []roster.Enforcer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if h, ok := log.HashAt(r.Epoch, r.Number); r.Number == 0 || ok && h == r.Head {
-		delete(c.all, r.Enforcer)
-		return nil
-	}
+	maps.DeleteFunc(c.all, func(name string, _ claim) bool {
+		return !slices.ContainsFunc(list, func(e roster.Enforcer) bool { return e.Name == name })
+	})
+}
+
+// weigh takes an accepted receipt and returns the claims that the log, whose
+// newest batch is number, gives the lie to, when there are enough of them. What
+// was claimed earlier is judged anew: the log may have caught up with it, and
+// whoever was merely ahead is no second witness.
+func (c *claims) weigh(r *session.Receipt, log roster.Log, number uint64) []claim {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.all == nil {
 		c.all = map[string]claim{}
 	}
 	c.all[r.Enforcer] = claim{r.Epoch, r.Number, r.Head}
-	var same []claim
-	for _, o := range c.all {
-		if o.epoch == r.Epoch {
-			same = append(same, o)
-		}
+	maps.DeleteFunc(c.all, func(_ string, o claim) bool {
+		h, ok := log.HashAt(o.epoch, o.number)
+		// A batch that is too long ago to be known says nothing either way.
+		return o.epoch != r.Epoch || o.number == 0 || ok && h == o.head || !ok && o.number <= number
+	})
+	if _, ok := c.all[r.Enforcer]; !ok {
+		return nil
 	}
-	if len(same) < min(2, live()) {
+	same := slices.Collect(maps.Values(c.all))
+	if len(same) < corroborated {
 		return nil
 	}
 	return same

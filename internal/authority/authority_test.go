@@ -3,6 +3,11 @@ package authority
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -35,7 +40,7 @@ func start(t *testing.T, o Options) *fixture {
 	if o.DataDir == "" {
 		o.DataDir = t.TempDir()
 	}
-	if o.NATSListen == "" {
+	if o.NATSListen == "" && o.NATSURL == "" {
 		o.NATSListen = "127.0.0.1:0"
 	}
 	o.RelaxedSync = true
@@ -332,6 +337,89 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// Two authorities on one store take decisions, share the roster, and each knows
+// where the other's decisions are in force.
+func TestTwoAuthoritiesOnOneStore(t *testing.T) {
+	dir := t.TempDir()
+	a := start(t, Options{DataDir: filepath.Join(dir, "a")})
+	if err := os.CopyFS(filepath.Join(dir, "b", KeysDir), os.DirFS(filepath.Join(dir, "a", KeysDir))); err != nil {
+		t.Fatal(err)
+	}
+	// Copies are made with the umask; keys must be their owner's alone.
+	if err := filepath.WalkDir(filepath.Join(dir, "b"), func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			err = os.Chmod(path, 0o600)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	b := start(t, Options{DataDir: filepath.Join(dir, "b"), NATSURL: "nats://" + a.a.NATSAddr()})
+	e := a.enforcer("tools", enforce.Options{})
+	b.until(func() bool {
+		list := b.a.enforcers()
+		return len(list) == 1 && list[0].Condition == authority.ConditionFresh
+	})
+	for i, f := range []*fixture{a, b, a, b} {
+		id := fmt.Sprint("s", i)
+		d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", id)})
+		for _, g := range []*fixture{a, b} {
+			g.until(func() bool { _, n, _ := g.a.seq.Head(); return n >= d.Number })
+			if c := g.settle(d); c.InEffect != 1 || !c.Durable {
+				t.Errorf("decision %d: coverage %+v", d.Number, c)
+			}
+		}
+		if err := e.Check(a.prepare(e, session.Identity{Session: session.SessionRef{ID: id}}), session.Call{}); !errors.Is(err, session.ErrRevoked) {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+	if err := b.c.Retire(b.ctx, "tools"); err != nil {
+		t.Fatal(err)
+	}
+	a.until(func() bool { return len(a.a.enforcers()) == 0 })
+	config, err := b.c.BusConfig(b.ctx)
+	if err != nil || !strings.Contains(config, "accounts {") || strings.Contains(config, "tools") {
+		t.Errorf("%s, %v", config, err)
+	}
+}
+
+// A watcher that does not read is let go, and nobody waits for it.
+func TestSlowWatcherIsLetGo(t *testing.T) {
+	h := newHub(func(session.TenantID) string { return "" })
+	ended := make(chan error, 1)
+	entered, leave := make(chan struct{}), make(chan struct{})
+	go func() {
+		first := true
+		ended <- h.watch(t.Context(), func(authority.Event) error {
+			if first {
+				first = false
+				close(entered)
+				<-leave
+			}
+			return nil
+		})
+	}()
+	entries := []session.Entry{{Op: session.OpSet, Effect: session.EffectRevoked, Key: session.GlobalKey()}}
+	for n := uint64(1); ; n++ {
+		h.heard(&session.Batch{Epoch: 1, Number: n, Entries: entries})
+		select {
+		case <-entered:
+		default:
+			continue
+		}
+		h.mu.Lock()
+		gone := len(h.watchers) == 0
+		h.mu.Unlock()
+		if gone {
+			break
+		}
+	}
+	close(leave)
+	if err := <-ended; !errors.Is(err, errLagged) {
+		t.Errorf("ended with %v", err)
+	}
+}
+
 func TestWatch(t *testing.T) {
 	f := start(t, Options{})
 	f.enforcer("tools", enforce.Options{})
@@ -373,7 +461,7 @@ func TestWatch(t *testing.T) {
 		t.Errorf("coverage %+v", c)
 	}
 	cancel()
-	if err := <-ended; !errors.Is(err, authority.ErrUnreachable) || !errors.Is(err, context.Canceled) {
+	if err := <-ended; errors.Is(err, authority.ErrUnreachable) || !errors.Is(err, context.Canceled) {
 		t.Errorf("the watch ended with %v", err)
 	}
 }

@@ -3,6 +3,7 @@ package authority
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -289,7 +290,7 @@ func (p *planner) name(t authority.Target) (named, error) {
 	}
 	canonical, shape, err := target.Canonical()
 	if err != nil {
-		if issuerless != nil && strings.Contains(err.Error(), "needs the issuer") {
+		if issuerless != nil && errors.Is(err, session.ErrNoIssuer) {
 			return named{}, authority.NewProblem(authority.ProblemIssuer,
 				fmt.Sprintf("%s %.64q is not unique without the issuer that minted it", issuerless.Kind, issuerless.Value),
 				"give --issuer or set INTERLOCK_ISSUER (in the API: the term's issuer)")
@@ -433,7 +434,7 @@ func orList(effects []session.Effect) string {
 	for _, e := range effects {
 		names = append(names, e.String())
 	}
-	return strings.Join(names, ", ")
+	return strings.Join(names, " or ")
 }
 
 // describe says what the decision would do to one target.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -76,6 +77,8 @@ func decideProblem(err error) error {
 		return authority.NewProblem(authority.ProblemOverloaded, "too many decisions are waiting for the store", again)
 	case errors.Is(err, sequencer.ErrRolledBack):
 		return authority.NewProblem(authority.ProblemUnavailable, "the log was rolled back: enforcers have seen more of it", "open a new epoch: session-authority epoch open")
+	case errors.Is(err, sequencer.ErrUpgrade):
+		return authority.NewProblem(authority.ProblemUnavailable, "the log has what this version cannot read", "upgrade this authority")
 	case errors.Is(err, sequencer.ErrNoKey):
 		return authority.NewProblem(authority.ProblemUnavailable, "no signing key that the key set trusts is here", "renew or rotate: session-authority keys renew, session-authority keys rotate")
 	case errors.Is(err, sequencer.ErrUntrusted):
@@ -128,8 +131,11 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	if _, err := a.store.Signer(session.InstantOf(now)); err != nil {
 		warn("no signing key here: session-authority keys rotate")
 	}
-	if st.RolledBack {
+	switch {
+	case errors.Is(st.Halted, sequencer.ErrRolledBack):
 		warn("the log was rolled back, and nothing is written: session-authority epoch open")
+	case st.Halted != nil:
+		warn("nothing is written: %v", st.Halted)
 	}
 	if _, missing := a.tenants(); len(missing) > 0 {
 		warn("the keys of %d tenants are not here, the first is %s: copy keys/tenants.json from where they were added", len(missing), missing[0])
@@ -137,7 +143,10 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	if n := a.tracker.Strangers(); n > 0 {
 		warn("%d receipts came in the name of enforcers that are not enrolled", n)
 	}
-	for _, e := range a.enforcers() {
+	list := a.enforcers()
+	// Read after the receipts: none that is honest can be ahead of it.
+	epoch, head, _ := a.seq.Head()
+	for _, e := range list {
 		s.Enforcers.Enrolled++
 		switch e.Condition {
 		case authority.ConditionFresh:
@@ -152,7 +161,7 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		if e.Mode != "" && e.Mode != session.ModeStrict.String() {
 			s.Enforcers.Exposed++
 		}
-		if e.Diverged {
+		if e.Diverged || st.Writer && (e.Epoch > epoch || e.Epoch == epoch && e.Confirmed > head) {
 			warn("enforcer %s reports a head that is not the log's", e.Name)
 		}
 		if e.ReceiptsRefused > 0 {
@@ -270,6 +279,16 @@ func (a *Authority) Retire(ctx context.Context, name string) error {
 		a.log.Info("retired", "enforcer", name)
 	}
 	return err
+}
+
+// BusConfig returns what a bus that runs apart must be configured with; it is
+// the API's.
+func (a *Authority) BusConfig(context.Context) (string, error) {
+	nkey, err := a.store.AuthorityNKey()
+	if err != nil {
+		return "", err
+	}
+	return broker.ServerConfig(nkey, busUsers(a.roster.Enforcers()))
 }
 
 // KeySet returns the key set in force, as the root signed it; it is the API's.

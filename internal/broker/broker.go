@@ -177,6 +177,7 @@ type Broker struct {
 	opts Options
 	srv  *server.Server
 	lock *os.File
+	gate gate
 
 	mu     sync.Mutex // serialises SetEnforcers and Close
 	closed bool
@@ -215,10 +216,12 @@ func Start(o Options) (*Broker, error) {
 }
 
 func (b *Broker) start() error {
-	so, err := b.serverOptions(b.opts.Enforcers)
+	so, err := b.serverOptions()
 	if err != nil {
 		return err
 	}
+	// The server answers nobody before the gate knows who may come.
+	so.CustomClientAuthentication, so.AlwaysEnableNonce = &b.gate, true
 	srv, err := server.NewServer(so)
 	if err != nil {
 		return fmt.Errorf("broker: %w", err)
@@ -226,6 +229,12 @@ func (b *Broker) start() error {
 	log := &serverLog{log: b.opts.Logger}
 	srv.SetLoggerV2(log, false, false, false)
 	b.srv = srv
+	if err := b.gate.open(srv, b.opts.Authority); err != nil {
+		return err
+	}
+	if err := b.gate.set(b.opts.Enforcers); err != nil {
+		return err
+	}
 	srv.Start()
 	for deadline := time.Now().Add(startTimeout); !srv.ReadyForConnections(100 * time.Millisecond); {
 		if why := log.failure(); why != "" {
@@ -241,9 +250,8 @@ func (b *Broker) start() error {
 	return nil
 }
 
-// serverOptions builds the whole configuration. It is built anew for a reload,
-// which compares it with what runs.
-func (b *Broker) serverOptions(list []Enforcer) (*server.Options, error) {
+// serverOptions builds the configuration, the enforcers apart.
+func (b *Broker) serverOptions() (*server.Options, error) {
 	o := &b.opts
 	so := &server.Options{
 		NoSigs:                 true,
@@ -287,7 +295,7 @@ func (b *Broker) serverOptions(list []Enforcer) (*server.Options, error) {
 			so.Routes = append(so.Routes, &url.URL{Scheme: "nats", Host: r, User: url.UserPassword("route", c.Secret)})
 		}
 	}
-	if err := so.ProcessConfigString(accountsConfig(o.Authority, list)); err != nil {
+	if err := so.ProcessConfigString(accountsConfig(o.Authority, nil)); err != nil {
 		return nil, fmt.Errorf("broker: accounts: %w", err)
 	}
 	return so, nil
@@ -351,18 +359,55 @@ func (b *Broker) SetEnforcers(list []Enforcer) error {
 	if b.closed {
 		return ErrClosed
 	}
-	// nats-server 2.15 activates the service imports of an account only in the
-	// reload after the one that brings the account.
-	for range 2 {
-		so, err := b.serverOptions(list)
-		if err != nil {
-			return err
-		}
-		if err := b.srv.ReloadOptions(so); err != nil {
-			return fmt.Errorf("broker: set enforcers: %w", err)
-		}
+	return b.gate.set(list)
+}
+
+// Sound reports whether the store takes writes, as far as it has tried. nats-server
+// stops it when the disk is full, or holds the error against the stream that met
+// it. In a cluster only the former shows: a stream moves to another server then.
+func (b *Broker) Sound() bool {
+	switch {
+	case !b.srv.JetStreamEnabled():
+		return false
+	case b.opts.Cluster != nil:
+		return true
+	}
+	return b.srv.Healthz(&server.HealthzOptions{}).Status == "ok"
+}
+
+// Revive starts the store anew after an error of the disk, which nats-server never
+// does by itself, and returns when its streams are recovered. Connections stay, and
+// what is published goes on being heard. While the disk still takes no writes it
+// changes nothing and returns that error.
+func (b *Broker) Revive() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return ErrClosed
+	}
+	if err := probe(b.opts.Dir); err != nil {
+		return fmt.Errorf("broker: the disk: %w", err)
+	}
+	if err := b.srv.ShutdownJetStream(); err != nil {
+		return fmt.Errorf("broker: %w", err)
+	}
+	if err := b.srv.EnableJetStream(&server.JetStreamConfig{StoreDir: b.opts.Dir}); err != nil {
+		return fmt.Errorf("broker: %w", err)
 	}
 	return nil
+}
+
+// probe reports whether there is room in dir for the streams to grow a little.
+func probe(dir string) error {
+	f, err := os.CreateTemp(dir, "probe-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(make([]byte, 4<<20))
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close(), os.Remove(f.Name()))
 }
 
 // Close shuts the server down, waits until all of it has stopped, and frees the

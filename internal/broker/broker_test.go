@@ -355,7 +355,7 @@ func TestReplySubjectLeadsNowhere(t *testing.T) {
 	}
 }
 
-// TestPublisherPortWithoutAuthentication is failure 12 of FACTS.
+// TestPublisherPortWithoutAuthentication is failure 12 of docs/design/failure-modes.md.
 func TestPublisherPortWithoutAuthentication(t *testing.T) {
 	f := newFabric(t, t.TempDir())
 	stranger := newUser(t)

@@ -3,7 +3,7 @@
 //
 // An enforcer may publish its receipts, its clock requests and reads of the two
 // streams, and may hear the log, the heartbeats, the key sets and its own inbox;
-// nothing else (DESIGN §4). It has no consumer and no stream rights at all:
+// nothing else. It has no consumer and no stream rights at all:
 // with them a hostile one can have stored messages delivered onto subjects that
 // it may not publish to.
 //

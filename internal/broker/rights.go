@@ -21,8 +21,6 @@ const responseThreshold = "10s"
 type Permissions struct {
 	Publish   []string
 	Subscribe []string
-	// Respond permits one answer to each request received.
-	Respond bool
 }
 
 // EnforcerPermissions returns all that the enforcer of that name may do on the
@@ -52,8 +50,11 @@ func EnforcerPermissions(name string) Permissions {
 const directGet = "$JS.API.DIRECT.GET."
 
 // AuthorityPermissions returns all that an authority may do on the bus: its own
-// subjects, JetStream with its buckets, and one answer to each request that it
-// gets.
+// subjects, JetStream with its buckets, and answers: to other authorities, and
+// under the names that the server gives to what comes out of the enforcers'
+// accounts. An allow_responses would name them more closely, but the server
+// forgets what it permits when the accounts change, and with it the answers to
+// whoever asks at that moment.
 func AuthorityPermissions() Permissions {
 	own := []string{
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
@@ -61,17 +62,18 @@ func AuthorityPermissions() Permissions {
 		natsfeed.SegmentSubject, natsfeed.SegmentChunks,
 	}
 	return Permissions{
-		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>"}, own...),
+		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>", "_INBOX.>", "_R_.>"}, own...),
 		Subscribe: append([]string{"_INBOX.>", "$KV.>", "$O.>"}, own...),
-		Respond:   true,
 	}
 }
 
 // ServerConfig returns the accounts block of a nats-server configuration that
-// gives the authority and the enforcers their rights. The embedded server reads
-// this same text. The operator of an external cluster puts it on every server,
+// gives the authority and the enforcers their rights, the same as the embedded
+// server gives them. The operator of an external cluster puts it on every server,
 // with a listener, TLS and `jetstream { sync_interval: always }` of their own,
-// and reloads the servers when it changes. Errors are those of a bad name or key.
+// and reloads the servers, twice, when it changes: nats-server 2.15 activates
+// the service imports of a new account only in the reload after the one that
+// brings it. Errors are those of a bad name or key.
 func ServerConfig(authority string, list []Enforcer) (string, error) {
 	if err := validateEnforcers(authority, list); err != nil {
 		return "", err
@@ -122,12 +124,8 @@ func accountsConfig(authority string, list []Enforcer) string {
 func AccountOf(enforcer string) string { return "ENFORCER_" + enforcer }
 
 func userConfig(nkey string, p Permissions) string {
-	respond := ""
-	if p.Respond {
-		respond = fmt.Sprintf(", allow_responses: {max: 1, expires: %q}", responseThreshold)
-	}
-	return fmt.Sprintf("{nkey: %s, permissions: {publish: {allow: %s}, subscribe: {allow: %s}%s}}",
-		nkey, subjectList(p.Publish), subjectList(p.Subscribe), respond)
+	return fmt.Sprintf("{nkey: %s, permissions: {publish: {allow: %s}, subscribe: {allow: %s}}}",
+		nkey, subjectList(p.Publish), subjectList(p.Subscribe))
 }
 
 func subjectList(subjects []string) string {

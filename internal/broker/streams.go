@@ -19,10 +19,12 @@ const (
 	// MaxKeySets is how many key sets are kept.
 	MaxKeySets = 64
 	// MaxReceiptLen and MaxReceipts bound what one enforcer can keep stored;
-	// the oldest of its own give way.
+	// the oldest of its own give way. Only its last one is ever read again.
+	// maxReceiptAll is what dozens of hostile ones could fill; the server
+	// refuses to start where it finds less room than that.
 	MaxReceiptLen = 64 << 10
-	MaxReceipts   = 1024
-	maxReceiptAll = 4 << 30
+	MaxReceipts   = 64
+	maxReceiptAll = 128 << 20
 	// duplicates is the window in which the server remembers message ids. The
 	// fence is the expected-last-sequence, not this: it is short because its
 	// memory grows with the rate.

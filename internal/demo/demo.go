@@ -72,7 +72,11 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		if err != nil {
 			return Result{}, err
 		}
-		defer os.RemoveAll(dir)
+		defer func() {
+			if err := os.RemoveAll(dir); err != nil {
+				o.Logger.Warn("remove the demo's folder", "error", err)
+			}
+		}()
 		o.Dir = dir
 	}
 	s := &story{Options: o, ctx: ctx}
@@ -94,7 +98,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	if !s.result.OK {
 		return s.result, ErrFailed
 	}
-	return s.result, nil
+	return s.result, s.broken
 }
 
 // story is a demo that is being played.
@@ -103,6 +107,7 @@ type story struct {
 	ctx     context.Context
 	result  Result
 	closers []func()
+	broken  error // of the writer
 
 	fabric *fabric
 	mint   *mint
@@ -121,28 +126,37 @@ func (s *story) later(fn func()) { s.closers = append(s.closers, fn) }
 
 // chapter announces what follows.
 func (s *story) chapter(format string, a ...any) {
-	if !s.JSON {
-		fmt.Fprintf(s.Out, "\n%s\n", fmt.Sprintf(format, a...))
-	}
+	s.say("\n"+format+"\n", a...)
 }
 
-// step records an expectation. It returns err, so that what builds on it can
-// stop.
-func (s *story) step(name string, took time.Duration, err error) error {
+// say writes a line of the story, unless it is told as JSON. The first error of
+// the writer is kept for Run.
+func (s *story) say(format string, a ...any) {
+	if s.JSON || s.broken != nil {
+		return
+	}
+	_, s.broken = fmt.Fprintf(s.Out, format, a...)
+}
+
+// step records an expectation, and that it held if err is nil.
+func (s *story) step(name string, took time.Duration, err error) {
 	step := Step{Name: name, OK: err == nil, Millis: float64(took.Microseconds()) / 1000}
 	mark := "ok  "
 	if err != nil {
 		step.Why, mark = err.Error(), "FAIL"
 	}
 	s.result.Steps = append(s.result.Steps, step)
-	if s.JSON {
-		return err
-	}
-	fmt.Fprintf(s.Out, "  %s %-62s %9.2f ms\n", mark, name, step.Millis)
+	s.say("  %s %-62s %9.2f ms\n", mark, name, step.Millis)
 	if err != nil {
-		fmt.Fprintf(s.Out, "       %v\n", err)
+		s.say("       %v\n", err)
 	}
-	return err
+}
+
+// does records an expectation on what fn does, with the time that it takes.
+func (s *story) does(name string, fn func() error) {
+	began := time.Now()
+	err := fn()
+	s.step(name, time.Since(began), err)
 }
 
 func (s *story) play() error {
@@ -167,9 +181,7 @@ func (s *story) play() error {
 		*x.into = t
 		s.later(t.close)
 	}
-	if !s.JSON {
-		fmt.Fprintf(s.Out, "A session authority with its bus, and two MCP servers with the enforcer in them.\n")
-	}
+	s.say("A session authority with its bus, and two MCP servers with the enforcer in them.\n")
 	s.step("authority and two MCP servers are up", time.Since(began), nil)
 
 	for _, play := range []func() error{s.allow, s.revokeInMidCall, s.suspend, s.cascade, s.kill, s.fanOut, s.cutTheBus} {
@@ -187,11 +199,11 @@ func (s *story) play() error {
 // errStep marks an error that is in the result already.
 var errStep = errors.New("a step failed")
 
-func (s *story) failed(err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("%w: %w", errStep, err)
+// failed records a step that failed, and on which the rest of its chapter
+// builds.
+func (s *story) failed(name string, took time.Duration, err error) error {
+	s.step(name, took, err)
+	return errStep
 }
 
 func (s *story) eras() []*tools { return []*tools{s.legacy, s.modern} }
@@ -201,11 +213,9 @@ func (s *story) allow() error {
 	for _, t := range s.eras() {
 		c, err := t.dial(s.ctx, s.mint.caller("alice", "s-allow"))
 		if err != nil {
-			return s.failed(s.step(t.era+": an agent calls a tool", 0, err))
+			return s.failed(t.era+": an agent calls a tool", 0, err)
 		}
-		began := time.Now()
-		err = c.call(s.ctx, "echo")
-		s.step(t.era+": an agent calls a tool", time.Since(began), err)
+		s.does(t.era+": an agent calls a tool", func() error { return c.call(s.ctx, "echo") })
 		c.close()
 	}
 	return nil
@@ -217,17 +227,17 @@ func (s *story) revokeInMidCall() error {
 		id := fmt.Sprintf("s-revoke-%d", i)
 		victim, err := t.dial(s.ctx, s.mint.caller("alice", id))
 		if err != nil {
-			return s.failed(s.step(t.era+": connect", 0, err))
+			return s.failed(t.era+": connect", 0, err)
 		}
 		defer victim.close()
 		bystander, err := t.dial(s.ctx, s.mint.caller("alice", id+"-bystander"))
 		if err != nil {
-			return s.failed(s.step(t.era+": connect", 0, err))
+			return s.failed(t.era+": connect", 0, err)
 		}
 		defer bystander.close()
 		running, err := victim.start(s.ctx, t, "wait")
 		if err != nil {
-			return s.failed(s.step(t.era+": start a call", 0, err))
+			return s.failed(t.era+": start a call", 0, err)
 		}
 		began := time.Now()
 		denied := make(chan timed, 1)
@@ -245,13 +255,13 @@ func (s *story) revokeInMidCall() error {
 		s.step(t.era+": the running call is cut, its client reads why", cut.at.Sub(began), expect(cut.err, session.ErrRevoked, "INC-142"))
 		first := <-denied
 		s.step(t.era+": first request denied", first.at.Sub(began), expect(first.err, session.ErrRevoked, "INC-142"))
-		s.step(t.era+": another session of the same user goes on", 0, bystander.call(s.ctx, "echo"))
+		s.does(t.era+": another session of the same user goes on", func() error { return bystander.call(s.ctx, "echo") })
 		if d != nil {
 			began := time.Now()
 			cover, err := s.fabric.client.Coverage(s.ctx, d.Epoch, d.Number, 10*time.Second)
 			name := t.era + ": in effect everywhere"
 			if err == nil {
-				name = fmt.Sprintf("%s: in effect on %d of %d, %d pieces of running work cut", t.era, cover.InEffect, cover.Enforcers, cover.Cut)
+				name = fmt.Sprintf("%s: in effect on %d of %d; running work cut: %d", t.era, cover.InEffect, cover.Enforcers, cover.Cut)
 				if cover.InEffect != cover.Enforcers || cover.Cut == 0 {
 					err = fmt.Errorf("coverage: %+v", *cover)
 				}
@@ -267,7 +277,7 @@ func (s *story) suspend() error {
 	t := s.modern
 	c, err := t.dial(s.ctx, s.mint.caller("bob", "s-suspend", "spiffe://demo/agent/researcher"))
 	if err != nil {
-		return s.failed(s.step("connect", 0, err))
+		return s.failed("connect", 0, err)
 	}
 	defer c.close()
 	target := []authority.Target{authority.One("", "agent", "", "spiffe://demo/agent/researcher")}
@@ -276,13 +286,13 @@ func (s *story) suspend() error {
 		Operation: authority.Suspend, Targets: target, Reason: "anomaly", Incident: "INC-143", Commit: true,
 	})
 	if err != nil {
-		return s.failed(s.step("suspend", time.Since(began), err))
+		return s.failed("suspend", time.Since(began), err)
 	}
 	first := c.untilDenied(s.ctx, began)
 	s.step("suspended agent: first request denied", first.at.Sub(began), expect(first.err, session.ErrSuspended, "INC-143"))
 	began = time.Now()
 	if _, err = s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Resume, Targets: target, Commit: true}); err != nil {
-		return s.failed(s.step("resume", time.Since(began), err))
+		return s.failed("resume", time.Since(began), err)
 	}
 	back, err := c.untilAllowed(s.ctx)
 	s.step("resumed agent: first request allowed", back.Sub(began), err)
@@ -294,7 +304,7 @@ func (s *story) cascade() error {
 	t := s.legacy
 	parent, err := t.dial(s.ctx, s.mint.caller("carol", "s-parent", "spiffe://demo/agent/planner"))
 	if err != nil {
-		return s.failed(s.step("connect", 0, err))
+		return s.failed("connect", 0, err)
 	}
 	defer parent.close()
 	began := time.Now()
@@ -303,7 +313,7 @@ func (s *story) cascade() error {
 		Reason: "compromised", Incident: "INC-144", Commit: true,
 	})
 	if err != nil {
-		return s.failed(s.step("revoke the user", time.Since(began), err))
+		return s.failed("revoke the user", time.Since(began), err)
 	}
 	first := parent.untilDenied(s.ctx, began)
 	s.step("the user's agent is denied", first.at.Sub(began), expect(first.err, session.ErrRevoked, "INC-144"))
@@ -320,7 +330,7 @@ func (s *story) kill() error {
 	for i, t := range s.eras() {
 		c, err := t.dial(s.ctx, s.mint.caller("dave", fmt.Sprintf("s-kill-%d", i)))
 		if err != nil {
-			return s.failed(s.step("connect", 0, err))
+			return s.failed("connect", 0, err)
 		}
 		defer c.close()
 		clients = append(clients, c)
@@ -329,7 +339,7 @@ func (s *story) kill() error {
 	began := time.Now()
 	_, err := s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Kill, Targets: target, Incident: "INC-145", Commit: true})
 	if err != nil {
-		return s.failed(s.step("kill", time.Since(began), err))
+		return s.failed("kill", time.Since(began), err)
 	}
 	for i, c := range clients {
 		first := c.untilDenied(s.ctx, began)
@@ -337,7 +347,7 @@ func (s *story) kill() error {
 	}
 	began = time.Now()
 	if _, err = s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Restore, Targets: target, Commit: true}); err != nil {
-		return s.failed(s.step("restore", time.Since(began), err))
+		return s.failed("restore", time.Since(began), err)
 	}
 	for i, c := range clients {
 		back, err := c.untilAllowed(s.ctx)
@@ -351,7 +361,7 @@ func (s *story) fanOut() error {
 	began := time.Now()
 	fleet, err := s.fabric.fleet(s.ctx, s.Fleet)
 	if err != nil {
-		return s.failed(s.step("open the fleet", time.Since(began), err))
+		return s.failed("open the fleet", time.Since(began), err)
 	}
 	defer fleet.close()
 	s.step(fmt.Sprintf("%d enforcers enrolled and open", s.Fleet), time.Since(began), nil)
@@ -366,16 +376,16 @@ func (s *story) cutTheBus() error {
 	t := s.modern
 	c, err := t.dial(s.ctx, s.mint.caller("erin", "s-cut"))
 	if err != nil {
-		return s.failed(s.step("connect", 0, err))
+		return s.failed("connect", 0, err)
 	}
 	defer c.close()
 	running, err := c.start(s.ctx, t, "wait")
 	if err != nil {
-		return s.failed(s.step("start a call", 0, err))
+		return s.failed("start a call", 0, err)
 	}
 	began := time.Now()
 	s.fabric.stop()
-	s.step("the bus is cut; requests go on within the bound", 0, c.call(s.ctx, "echo"))
+	s.does("the bus is cut; requests go on within the bound", func() error { return c.call(s.ctx, "echo") })
 	first := c.untilDenied(s.ctx, began)
 	err = expect(first.err, session.ErrStale, "")
 	if took := first.at.Sub(began); err == nil && took > maxStale+time.Second {

@@ -26,14 +26,14 @@ type tools struct {
 	guard    *mcpguard.Guard
 	verifier *credential.Verifier
 	http     *http.Server
-	served   chan error
+	served   chan struct{}
 	started  chan struct{} // a tool that waits has begun
 }
 
 // startTools is what an author of an MCP server writes, with a listener that the
 // demo picks.
 func (f *fabric) startTools(ctx context.Context, name, era string, m *mint, log *slog.Logger) (_ *tools, err error) {
-	t := &tools{era: era, served: make(chan error, 1), started: make(chan struct{}, 16)}
+	t := &tools{era: era, served: make(chan struct{}), started: make(chan struct{}, 16)}
 	defer func() {
 		if err != nil {
 			t.close()
@@ -59,13 +59,18 @@ func (f *fabric) startTools(ctx context.Context, name, era string, m *mint, log 
 			<-ctx.Done()
 			return nil, nil, ctx.Err()
 		})
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
 	t.url = "http://" + l.Addr().String()
 	t.http = &http.Server{Handler: t.guard.Serve(server, nil), ReadHeaderTimeout: 10 * time.Second}
-	go func() { t.served <- t.http.Serve(l) }()
+	go func() {
+		defer close(t.served)
+		if err := t.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			log.Error("serve", "server", name, "error", err)
+		}
+	}()
 	return t, nil
 }
 
@@ -209,7 +214,7 @@ func expect(err, want error, incident string) error {
 	switch {
 	case err == nil:
 		return errors.New("it was allowed")
-	case !ok && want == session.ErrStale && strings.Contains(err.Error(), http.StatusText(http.StatusServiceUnavailable)):
+	case !ok && errors.Is(want, session.ErrStale) && strings.Contains(err.Error(), http.StatusText(http.StatusServiceUnavailable)):
 		// The SDK's client shows the status of a 503, and not its body.
 		return nil
 	case !ok:

@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -43,8 +45,9 @@ type childConfig struct {
 	// KillAt makes the process kill itself at Step of that many appends.
 	KillAt int
 	Step   step
-	// Tmpfs, when set, is mounted on DataDir with that size.
-	Tmpfs string
+	// Tmpfs, when set, is mounted on DataDir with that size, where nobody else
+	// sees it; Socket is then elsewhere.
+	Tmpfs, Socket string
 }
 
 // step is where in an append a process dies.
@@ -69,22 +72,59 @@ func child() error {
 	}
 	if c.Tmpfs != "" {
 		if err := mountTmpfs(c.DataDir, c.Tmpfs); err != nil {
-			return fmt.Errorf("mount: %w", err)
+			fmt.Println("ready", noMount)
+			return nil
 		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	asked := make(chan struct{}) // to end
+	go func() {
+		defer cancel()
+		defer close(asked)
+		for sc := bufio.NewScanner(in); sc.Scan(); {
+			fmt.Println(sc.Text(), c.do(sc.Text()))
+		}
+	}()
 	a, err := service.Open(ctx, service.Options{
-		DataDir: c.DataDir, NATSListen: c.NATSListen, NATSURL: c.NATSURL, Cluster: c.Cluster,
+		DataDir: c.DataDir, Socket: c.Socket, NATSListen: c.NATSListen, NATSURL: c.NATSURL, Cluster: c.Cluster,
 		EnforcerURLs: c.EnforcerURLs, AckWait: c.AckWait, Hooks: c.hooks(),
 	})
 	if err != nil {
 		return err
 	}
 	fmt.Println("ready", a.NATSAddr())
-	_, _ = io.Copy(io.Discard, in)
+	<-asked
 	return a.Close()
 }
+
+// do does what the test asks for while the authority runs.
+func (c *childConfig) do(what string) error {
+	ballast := filepath.Join(c.DataDir, "ballast")
+	switch what {
+	case fillDisk:
+		f, err := os.OpenFile(ballast, os.O_CREATE|os.O_WRONLY, 0o600)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		for size := 1 << 20; size > 0; {
+			if _, err := f.Write(make([]byte, size)); err != nil {
+				size /= 2
+			}
+		}
+		return nil
+	case emptyDisk:
+		return os.Remove(ballast)
+	}
+	return errors.ErrUnsupported
+}
+
+const (
+	fillDisk, emptyDisk = "fill", "empty"
+	// noMount is said, in place of an address, where mounting is not permitted.
+	noMount = "-"
+)
 
 func (c *childConfig) hooks() (h sequencer.Hooks) {
 	if c.KillAt == 0 {
@@ -137,8 +177,24 @@ type process struct {
 	cmd   *exec.Cmd
 	in    io.WriteCloser
 	addr  string // of the bus
+	said  chan string
 	ended chan struct{}
 	once  sync.Once
+}
+
+// ask has the process do something.
+func (p *process) ask(what string) {
+	p.t.Helper()
+	_, err := io.WriteString(p.in, what+"\n")
+	must(p.t, err)
+	select {
+	case got := <-p.said:
+		if got != what+" <nil>" {
+			p.t.Fatalf("asked for %q: %q", what, got)
+		}
+	case <-time.After(patience):
+		p.t.Fatalf("asked for %q: no answer", what)
+	}
 }
 
 // spawn starts a process and returns when its API answers.
@@ -161,7 +217,7 @@ func launch(t *testing.T, c childConfig) launched {
 	must(t, err)
 	raw, err := json.Marshal(c)
 	must(t, err)
-	p := &process{t: t, cmd: exec.Command(exe), ended: make(chan struct{})}
+	p := &process{t: t, cmd: exec.Command(exe), said: make(chan string, 1), ended: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), childEnv+"=1")
 	p.cmd.Stderr = os.Stderr
 	if c.Tmpfs != "" {
@@ -171,7 +227,13 @@ func launch(t *testing.T, c childConfig) launched {
 	must(t, err)
 	out, err := p.cmd.StdoutPipe()
 	must(t, err)
-	must(t, p.cmd.Start())
+	if err := p.cmd.Start(); err != nil && c.Tmpfs != "" {
+		said := make(chan string, 1)
+		said <- noMount // not even a namespace for it
+		return launched{p, said}
+	} else {
+		must(t, err)
+	}
 	ready := make(chan string, 1)
 	go func() {
 		defer close(p.ended)
@@ -179,6 +241,8 @@ func launch(t *testing.T, c childConfig) launched {
 		for sc := bufio.NewScanner(out); sc.Scan(); {
 			if addr, ok := strings.CutPrefix(sc.Text(), "ready "); ok {
 				ready <- addr
+			} else {
+				p.said <- sc.Text()
 			}
 		}
 		_ = p.cmd.Wait() // how it ended is the test's business

@@ -45,6 +45,10 @@ const (
 	// at the latest; the change itself is normally heard.
 	pollEvery   = 2 * time.Second
 	callTimeout = 5 * time.Second
+	// patience is how long a change is tried for.
+	patience   = 8 * time.Second
+	tryTimeout = 2 * time.Second
+	retryEvery = 100 * time.Millisecond
 )
 
 var (
@@ -179,7 +183,7 @@ func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
 	if err != nil {
 		return fmt.Errorf("roster: %w", err)
 	}
-	if err := r.load(ctx, false); err != nil {
+	if err := r.reload(ctx, false); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -189,6 +193,10 @@ func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
 		room -= e.size + perEntry
 	}
 	r.mu.Unlock()
+	put := func(ctx context.Context) error {
+		_, err := r.kv.Create(ctx, prefix+e.Name, value)
+		return err
+	}
 	switch {
 	case len(value) > maxValue:
 		return fmt.Errorf("%w: %s has too many tenants for one entry", ErrFull, e.Name)
@@ -196,25 +204,27 @@ func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
 		return fmt.Errorf("%w: %s", ErrExists, e.Name)
 	case known:
 		// The revision keeps two authorities from enrolling one name twice.
-		_, err = r.kv.Update(ctx, prefix+e.Name, value, have.revision)
+		put = func(ctx context.Context) error {
+			_, err := r.kv.Update(ctx, prefix+e.Name, value, have.revision)
+			return err
+		}
 	case n >= MaxEnforcers || room < len(value)+perEntry:
 		return fmt.Errorf("%w: %d enforcers", ErrFull, n)
-	default:
-		_, err = r.kv.Create(ctx, prefix+e.Name, value)
 	}
+	err = r.write(ctx, put, func() bool { return r.all[e.Name].NKey == e.NKey })
 	if conflict(err) {
 		return fmt.Errorf("%w: %s", ErrExists, e.Name)
 	}
 	if err != nil {
 		return fmt.Errorf("roster: enroll %s: %w", e.Name, err)
 	}
-	return r.load(ctx, true)
+	return r.reload(ctx, true)
 }
 
 // Retire takes an enforcer out and returns when the store has it so and OnChange
 // has been told. The error wraps ErrUnknown when there is none of that name.
 func (r *Roster) Retire(ctx context.Context, name string, at time.Time) error {
-	if err := r.load(ctx, false); err != nil {
+	if err := r.reload(ctx, false); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -228,13 +238,60 @@ func (r *Roster) Retire(ctx context.Context, name string, at time.Time) error {
 	if err != nil {
 		return fmt.Errorf("roster: %w", err)
 	}
-	if _, err := r.kv.Update(ctx, prefix+name, value, have.revision); err != nil {
-		if conflict(err) {
-			return fmt.Errorf("%w: %s was changed meanwhile", ErrUnknown, name)
-		}
+	err = r.write(ctx, func(ctx context.Context) error {
+		_, err := r.kv.Update(ctx, prefix+name, value, have.revision)
+		return err
+	}, func() bool { return r.all[name].NKey == have.NKey && !r.all[name].Retired.IsZero() })
+	if conflict(err) {
+		return fmt.Errorf("%w: %s was changed meanwhile", ErrUnknown, name)
+	}
+	if err != nil {
 		return fmt.Errorf("roster: retire %s: %w", name, err)
 	}
-	return r.load(ctx, true)
+	return r.reload(ctx, true)
+}
+
+// again calls f until it succeeds, fails with a conflict, or patience or ctx
+// ends. A bus that reloads its accounts, or elects a leader, refuses for a
+// moment what it takes in the next.
+func again(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		try, end := context.WithTimeout(ctx, tryTimeout)
+		err := f(try)
+		end()
+		if err == nil || conflict(err) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(retryEvery):
+		}
+	}
+}
+
+func (r *Roster) reload(ctx context.Context, force bool) error {
+	return again(ctx, func(ctx context.Context) error { return r.load(ctx, force) })
+}
+
+// write puts an entry. One whose answer was lost is found to conflict with
+// itself: done, called with mu held, tells that from another's.
+func (r *Roster) write(ctx context.Context, put func(context.Context) error, done func() bool) error {
+	err := again(ctx, put)
+	if !conflict(err) {
+		return err
+	}
+	if err := r.reload(ctx, true); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if done() {
+		return nil
+	}
+	return err
 }
 
 func conflict(err error) bool {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
@@ -184,7 +185,9 @@ func TestOwedChange(t *testing.T) {
 	})
 	<-told
 	fail.Store(true)
-	if err := r.Enroll(ctx, enforcer(t, "eu-1")); err == nil {
+	short, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+	defer cancel()
+	if err := r.Enroll(short, enforcer(t, "eu-1")); err == nil {
 		t.Error("nobody was told that the bus does not know it")
 	}
 	fail.Store(false)
@@ -218,5 +221,32 @@ func TestRefusesWhatIsNotAnEnforcer(t *testing.T) {
 	}
 	if got := r.Enforcers(); len(got) != 0 {
 		t.Errorf("roster %v", got)
+	}
+}
+
+// A write whose answer was lost has happened, and is not taken for another's.
+func TestLostAnswer(t *testing.T) {
+	ctx, nc := bus(t)
+	r := openRoster(ctx, t, nc, nil)
+	e := enforcer(t, "eu-1")
+	value, err := json.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := true
+	put := func(ctx context.Context) error {
+		_, err := r.kv.Create(ctx, prefix+e.Name, value)
+		if err == nil && lost {
+			lost = false
+			return nats.ErrNoResponders
+		}
+		return err
+	}
+	if err := r.write(ctx, put, func() bool { return r.all[e.Name].NKey == e.NKey }); err != nil {
+		t.Error(err)
+	}
+	other := enforcer(t, "eu-1")
+	if err := r.write(ctx, put, func() bool { return r.all[e.Name].NKey == other.NKey }); !conflict(err) {
+		t.Errorf("another's: %v", err)
 	}
 }

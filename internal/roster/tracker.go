@@ -437,19 +437,6 @@ func (t *Tracker) Enforcers() ([]authority.Enforcer, [][]session.TenantID) {
 	return out, tenants
 }
 
-// Live returns how many enforcers have been heard of within their bound.
-func (t *Tracker) Live() int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	now, n := t.now(), 0
-	for _, m := range t.members {
-		if m.last != nil && now.Before(m.silentAt()) {
-			n++
-		}
-	}
-	return n
-}
-
 // Strangers returns how many receipts came in the name of nobody who is in.
 func (t *Tracker) Strangers() uint64 {
 	t.mu.Lock()

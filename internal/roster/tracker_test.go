@@ -143,7 +143,10 @@ func TestCoverageStates(t *testing.T) {
 
 		// By its own bound a strict one has it or denies, whatever is heard of it;
 		// one that fails open is exposed.
-		time.Sleep(bound)
+		time.Sleep(bound / 2)
+		hosts["behind"].send(0)
+		hosts["best"].send(0)
+		time.Sleep(bound / 2)
 		want("behind", authority.StateDenying)
 		want("best", authority.StateExposed)
 		if c := tr.Coverage(1, 1, false); !c.Complete || c.Effective || c.Denying != 1 || c.Exposed != 2 {
@@ -383,6 +386,8 @@ func TestEnrolledAnew(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		tr.SetEnforcers([]Enforcer{{Name: "a", ReceiptKey: hosts["a"].key.Public().(ed25519.PublicKey)}})
+		hosts["a"].send(0)
 		tr.SetEnforcers([]Enforcer{{Name: "a", ReceiptKey: pub}})
 		if err := hosts["a"].try(nil); !errors.Is(err, ErrForged) {
 			t.Errorf("with the keys of the enrolment before: %v", err)

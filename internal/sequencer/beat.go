@@ -12,8 +12,12 @@ import (
 )
 
 const (
-	beatEvery   = 500 * time.Millisecond
-	beatAtMost  = 20 * time.Millisecond
+	beatEvery  = 500 * time.Millisecond
+	beatAtMost = 20 * time.Millisecond
+	// beatAsked is how soon after the last one a heartbeat follows the answer to
+	// a nonce: whoever has just anchored the clock waits for nothing else. It is
+	// slower than after an acknowledgement, since anybody enrolled can ask.
+	beatAsked   = 100 * time.Millisecond
 	clockRate   = 20 // answers a second to one subject
 	maxClockers = 16384
 )
@@ -24,6 +28,7 @@ type beat struct {
 	id     session.WriterID
 	last   time.Time // sent
 	want   bool      // one is due after an acknowledgement
+	asked  bool      // one is due after an answer to a nonce
 	proven time.Time // when the last quorum operation was sent
 	subs   []*nats.Subscription
 	clock  *clock
@@ -31,7 +36,7 @@ type beat struct {
 
 // begin starts a run as the writer: heartbeats, clock answers, and taking
 // forwarded decisions.
-func (b *beat) begin(s *Sequencer, now time.Time) {
+func (b *beat) begin(s *Sequencer) {
 	b.on, b.id, b.want, b.last = true, newWriterID(), true, time.Time{}
 	b.clock = &clock{s: s, id: b.id, seen: map[string]int{}}
 	b.clock.live.Store(true)
@@ -71,7 +76,8 @@ func (b *beat) prove(sent time.Time) {
 // unprove forgets the proof, because the head is not what it was thought to be.
 func (b *beat) unprove() { b.proven = time.Time{} }
 
-func (b *beat) soon(time.Time) { b.want = true }
+// soon has the next one sent as soon as the rate allows.
+func (b *beat) soon() { b.want = true }
 
 func (w *writer) tickBeat(now time.Time, due func(time.Time) bool) {
 	b := &w.beat
@@ -79,13 +85,16 @@ func (w *writer) tickBeat(now time.Time, due func(time.Time) bool) {
 		return
 	}
 	at := b.last.Add(beatEvery)
+	if b.asked {
+		at = b.last.Add(beatAsked)
+	}
 	if b.want {
 		at = b.last.Add(beatAtMost)
 	}
 	if !due(at) {
 		return
 	}
-	b.last, b.want = now, false
+	b.last, b.want, b.asked = now, false, false
 	due(now.Add(beatEvery))
 	if b.proven.IsZero() {
 		return
@@ -138,6 +147,7 @@ func (c *clock) answer(m *nats.Msg) {
 	}
 	if frame, err := session.Seal(session.TypeClock, x.MarshalBody(), key); err == nil {
 		_ = c.s.nc.Publish(m.Reply, frame) // the enforcer asks again
+		c.s.events.add(func() { c.s.w.beat.asked = true }, eventBacklog)
 	}
 }
 

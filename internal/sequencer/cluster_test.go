@@ -42,8 +42,7 @@ func newCluster(tb testing.TB) *cluster {
 	for i := range 3 {
 		name := fmt.Sprint("s", i)
 		in, err := json.Marshal(childConfig{
-			Dir: tb.TempDir(), Seed: c.seed, Listen: addrs[i],
-			Cluster: &broker.Cluster{Name: "test", ServerName: name, Listen: addrs[3+i], Routes: addrs[3:], Secret: "secret"},
+			Dir: tb.TempDir(), Seed: c.seed, Server: name, Listen: addrs[i], Route: addrs[3+i], Routes: addrs[3:],
 		})
 		must(tb, err)
 		cmd := exec.Command(exe)

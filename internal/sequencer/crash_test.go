@@ -27,10 +27,10 @@ type childConfig struct {
 	Dir, Seed string
 	Root, Key []byte
 	Set       []byte
-	// Cluster is set for a server that runs until it is killed, without a
-	// sequencer.
-	Cluster *broker.Cluster
-	Listen  string
+	// Server is set for a server of a cluster, which runs until it is killed,
+	// without a sequencer.
+	Server, Listen, Route string
+	Routes                []string
 
 	Step          string
 	At            uint64
@@ -55,9 +55,13 @@ func child() {
 	fail(err)
 	pub, err := kp.PublicKey()
 	fail(err)
-	b, err := broker.Start(broker.Options{Dir: c.Dir, Authority: pub, Cluster: c.Cluster, Listen: c.Listen})
+	bo := broker.Options{Dir: c.Dir, Authority: pub, Listen: c.Listen}
+	if c.Server != "" {
+		bo.Cluster = &broker.Cluster{Name: "test", ServerName: c.Server, Listen: c.Route, Routes: c.Routes, Secret: "secret"}
+	}
+	b, err := broker.Start(bo)
 	fail(err)
-	if c.Cluster != nil {
+	if c.Server != "" {
 		fmt.Println("ready")
 		_, _ = io.Copy(io.Discard, os.Stdin) // until killed, or the test is gone
 		os.Exit(0)

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -188,18 +189,28 @@ func (s *Sequencer) followKeySets() {
 	}
 }
 
-// fetchKeySets reads every stored key set. What the root did not sign is
-// skipped.
+// fetchKeySets reads the stored key sets that have not been read yet. What the
+// root did not sign is skipped.
 func (s *Sequencer) fetchKeySets(ctx context.Context) error {
-	for seq := uint64(1); ; seq++ {
-		m, err := s.getNext(ctx, natsfeed.TrustStream, natsfeed.TrustSubject, seq)
+	for {
+		s.keysMu.Lock()
+		pos := s.keysPos
+		s.keysMu.Unlock()
+		m, err := s.getNext(ctx, natsfeed.TrustStream, natsfeed.TrustSubject, pos+1)
 		if err != nil || m == nil {
 			return err
 		}
-		seq = m.Seq
 		if err := s.takeKeySet(m.Data, versionOf(m.Data)); err != nil && !errors.Is(err, session.ErrUntrusted) {
-			s.log.Warn("sequencer: a stored key set was refused", "position", seq, "err", err)
+			s.log.Warn("sequencer: a stored key set was refused", "position", m.Seq, "err", err)
+			if !errors.Is(err, session.ErrFrame) {
+				return err // it could not be kept: try again
+			}
 		}
+		s.keysMu.Lock()
+		if s.keysPos == pos {
+			s.keysPos = m.Seq
+		}
+		s.keysMu.Unlock()
 	}
 }
 
@@ -245,34 +256,39 @@ func (w *writer) keysChanged(ks *session.KeySet) {
 		w.reload()
 		return
 	}
+	last := trustedUpTo(ks)
 	for i, f := range w.flight {
-		if w.withdrawn(ks, f.key, f.batch.Number) {
+		if f.batch.Number > last[f.key] {
 			w.recall(i)
 			break
 		}
 	}
 }
 
-// withdrawn reports whether batch number of the current epoch is no longer
-// trusted from that key.
-func (w *writer) withdrawn(ks *session.KeySet, id session.KeyID, number uint64) bool {
+// trustedUpTo returns up to which batch of the key set's epoch each of its keys
+// is trusted.
+func trustedUpTo(ks *session.KeySet) map[session.KeyID]uint64 {
+	last := map[session.KeyID]uint64{}
 	for i := range ks.Keys {
-		k := &ks.Keys[i]
-		if session.KeyIDOf(k.Public) == id {
-			return k.Withdrawn && (k.LastEpoch < ks.Epoch || k.LastEpoch == ks.Epoch && number > k.LastNumber)
+		switch k := &ks.Keys[i]; {
+		case !k.Withdrawn || k.LastEpoch > ks.Epoch:
+			last[session.KeyIDOf(k.Public)] = math.MaxUint64
+		case k.LastEpoch == ks.Epoch:
+			last[session.KeyIDOf(k.Public)] = k.LastNumber
 		}
 	}
-	return true
+	return last
 }
 
 // cut reports whether a key set takes batches out of the chain as it is known.
 func (w *writer) cut(ks *session.KeySet) bool {
+	last := trustedUpTo(ks)
 	for n := w.number; n > 0; n-- {
 		l, ok := w.s.hashes.at(w.epoch, n)
 		if !ok {
 			return false
 		}
-		if w.withdrawn(ks, l.key, n) {
+		if n > last[l.key] {
 			return true
 		}
 	}

@@ -73,6 +73,8 @@ func TestNewEpochRestates(t *testing.T) {
 		_, err := q.Decide(ctx, d)
 		must(t, err)
 	}
+	// It may be the other one that writes.
+	eventually(t, "all is in the state", func() bool { return q.State().Len() == 7+3*session.MaxBatchEntries })
 	want := content(q.State())
 	must(t, q.PublishKeySet(ctx, s.keySet(t, 2, writerKey(s.key))))
 	eventually(t, "decisions in the new epoch", func() bool {

@@ -33,8 +33,11 @@ const (
 
 	// forwardAge is how old a forward may be.
 	forwardAge = 30 * time.Second
-	// forwardPause is between attempts while there is no writer.
+	// forwardPause is between attempts while there is no writer, and forwardPoll
+	// between those for a decision that the writer has: that it is stored is
+	// seen in the log.
 	forwardPause = 50 * time.Millisecond
+	forwardPoll  = time.Second
 )
 
 const (
@@ -85,15 +88,24 @@ func ownReply(reply string) bool {
 
 // forward brings decisions to whoever writes, one after the other, until they
 // are stored. One whose caller has been told that enforcers know of it goes on
-// without the caller.
+// without the caller. It is this sequencer's meanwhile: asked for again it is not
+// sent a second time, which in an outage of the store would be everything, over
+// and over.
 func (w *writer) forward(rs ...*request) {
 	s := w.s
-	started := w.spawn(func() {
-		select {
-		case s.forwards <- struct{}{}:
-			defer func() { <-s.forwards }()
-		case <-s.ctx.Done():
+	if w.away+len(rs) > maxPending {
+		for _, r := range rs {
+			r.finish(Result{}, ErrBusy)
 		}
+		return
+	}
+	for _, r := range rs {
+		w.away++
+		r.away = true
+		w.ids[r.d.ID] = taken{own: r}
+		r.then(func() { s.post(func() { w.returned(r) }) })
+	}
+	started := w.spawn(func() {
 		for _, r := range rs {
 			s.carry(r)
 		}
@@ -102,6 +114,34 @@ func (w *writer) forward(rs ...*request) {
 		for _, r := range rs {
 			r.finish(Result{}, ErrClosed)
 		}
+	}
+}
+
+// returned is called when a decision that was forwarded has ended.
+func (w *writer) returned(r *request) {
+	w.away--
+	w.release(r)
+	res, err := r.outcome()
+	w.end(r, res, err)
+}
+
+// regain takes a decision that was forwarded, now that this is the writer.
+func (w *writer) regain(r *request) {
+	r.away = false
+	if !r.ended() {
+		w.release(r)
+		w.accept(r)
+	}
+}
+
+// told is called when the writer has told enforcers of a decision.
+func (w *writer) told(r *request, res Result) {
+	if w.ids[r.d.ID].own != r {
+		return
+	}
+	w.ids[r.d.ID] = taken{epoch: res.Epoch, number: res.Number, at: res.At, own: r}
+	for _, d := range r.dups {
+		d.announce(res)
 	}
 }
 
@@ -117,34 +157,47 @@ func (s *Sequencer) carry(r *request) {
 			return
 		}
 		if rl := role(s.role.Load()); rl == writing || rl == proving {
-			if !s.post(func() { s.w.accept(r) }) {
+			if !s.post(func() { s.w.regain(r) }) {
 				r.finish(Result{}, ErrClosed)
 			}
 			return
 		}
 		res, err := s.sendForward(r)
+		wait := forwardPause
 		switch {
 		case err == nil && res.Durable:
 			r.finish(res, nil)
 			return
 		case err == nil:
 			r.announce(res)
+			s.post(func() { s.w.told(r, res) })
+			wait = forwardPoll
 		case final(err):
 			r.finish(Result{}, err)
 			return
 		}
-		pause := time.NewTimer(forwardPause)
+		pause := time.NewTimer(wait)
 		select {
 		case <-pause.C:
+		case <-r.done:
+			pause.Stop()
 		case <-s.ctx.Done():
 			pause.Stop()
 		}
-		r.retry()
+		if !errors.Is(err, nats.ErrNoResponders) && !errors.Is(err, ErrBusy) {
+			r.retry() // it may have been taken: being known is no surprise
+		}
 	}
 }
 
 // sendForward asks the writer once.
 func (s *Sequencer) sendForward(r *request) (Result, error) {
+	select {
+	case s.forwards <- struct{}{}:
+		defer func() { <-s.forwards }()
+	case <-s.ctx.Done():
+		return Result{}, ErrClosed
+	}
 	key, _, err := s.signer()
 	if err != nil {
 		return Result{}, err

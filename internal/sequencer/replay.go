@@ -294,9 +294,8 @@ func (w *writer) take(m *stored) bool {
 	w.lostFrom = time.Time{}
 	if len(w.flight) > 0 && bytes.Equal(m.Data, w.flight[0].frame) {
 		w.pos = m.Seq - 1
-		w.confirm(time.Now())
-		w.publishView()
-		w.beat.soon(time.Now())
+		w.confirm()
+		w.beat.soon()
 		return true
 	}
 	j, v := w.judge(m.Data, &w.epochs)
@@ -325,20 +324,21 @@ func (w *writer) take(m *stored) bool {
 			w.s.halt.Store(nil)
 		}
 		w.beat.unprove()
+		if w.role != loading {
+			w.publishView()
+		}
 		for i := range j.batch.Decisions {
 			id := j.batch.Decisions[i].ID
 			own := w.ids[id].own
 			w.remember(id, j.batch)
-			if own != nil {
+			// The writer says whether it was first, unless it has said so.
+			if own != nil && (!own.away || own.wasTold()) {
 				own.retry()
 				w.end(own, Result{Epoch: j.batch.Epoch, Number: j.batch.Number, At: j.batch.Time, Durable: true}, nil)
 			}
 		}
-		if w.role != loading {
-			w.publishView()
-			if len(w.flight) > 0 || w.role == writing {
-				w.depose()
-			}
+		if w.role != loading && (len(w.flight) > 0 || w.role == writing) {
+			w.depose()
 		}
 	case doubtful:
 		w.salvage(j)
@@ -426,6 +426,10 @@ func (w *writer) streamEnds(made time.Time, last uint64, now time.Time) {
 func (w *writer) rollback(why string) {
 	w.s.log.Error("sequencer: the log was rolled back: open a new epoch", "why", why, "epoch", w.epoch, "number", w.number)
 	w.halt(ErrRolledBack)
+	// The key sets may have gone the same way: read and store them again.
+	w.s.keysMu.Lock()
+	w.s.keysPos, w.s.keysSeen = 0, 0
+	w.s.keysMu.Unlock()
 }
 
 // halt refuses everything that is not stored.

@@ -1,6 +1,6 @@
 // Package sequencer writes the log: it turns decisions into signed, chained
 // batches, appends them to the one JetStream stream, and says when they are
-// durable (DESIGN §3, §5).
+// durable.
 //
 // Any number of sequencers run on one store; a lease names the one that writes,
 // and the others forward to it. The lease only avoids contention. What keeps the
@@ -75,7 +75,7 @@ const (
 	maxFlightBytes = 64 << 20 // and their bytes
 	maxPending     = 50_000   // decisions that wait for a batch
 	patience       = 30 * time.Second
-	maxForwards    = 256
+	maxForwards    = 4096
 	eventBacklog   = 4096
 )
 
@@ -194,6 +194,7 @@ type Sequencer struct {
 	keysNow  chan struct{}
 	keysMu   sync.Mutex
 	keysSeen uint64 // version of the newest key set that is stored
+	keysPos  uint64 // how far their stream has been read
 	counters
 }
 
@@ -224,8 +225,6 @@ type Status struct {
 	// InFlight batches are published and not known to be stored; Pending
 	// decisions are in no batch yet.
 	InFlight, Pending int
-	// RolledBack is set while nothing is written because of ErrRolledBack.
-	RolledBack bool
 	// Halted is why nothing is written, ErrRolledBack or ErrUpgrade; nil is the
 	// usual case.
 	Halted error
@@ -444,7 +443,7 @@ func (s *Sequencer) Status() Status {
 	return Status{
 		Writer: s.IsWriter(), Epoch: v.epoch, Number: v.number, Head: v.head, Entries: v.set.Len(),
 		Position: s.position.Load(), InFlight: int(s.flight.Load()), Pending: int(s.pending.Load()),
-		RolledBack: errors.Is(s.halted(), ErrRolledBack), Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
+		Halted: s.halted(), Garbage: s.garbage.Load(), Strays: s.strays.Load(),
 		Deposed: s.deposed.Load(),
 	}
 }
@@ -480,6 +479,7 @@ type request struct {
 	number    uint64 // of the batch it is in; the writer's
 	dups      []*request
 	internal  bool // the sequencer's own: no quota
+	away      bool // forwarded; the writer's
 	abandoned atomic.Bool
 
 	mu        sync.Mutex

@@ -40,6 +40,7 @@ const (
 	retryAfter   = 250 * time.Millisecond
 	retrySoon    = 20 * time.Millisecond
 	resendWindow = 64
+	repeatBytes  = 1 << 20 // each retryAfter
 	readTimeout  = time.Second
 	pollIdle     = time.Second
 	pollHeard    = 20 * time.Millisecond
@@ -78,8 +79,9 @@ type inflight struct {
 	expected uint64    // the fence that it was sent with last
 	stored   uint64    // the sequence that the store named
 	failed   bool      // the store refused the last attempt
-	refused  int       // how often the fence did not hold against something new
-	refusal  uint64    // pos at the last of those
+	warned   bool
+	refused  int    // how often the fence did not hold against something new
+	refusal  uint64 // pos at the last of those
 }
 
 // taken is where a decision is.
@@ -104,12 +106,14 @@ type writer struct {
 
 	flight      []*inflight // oldest first, each chained on the one before
 	flightBytes int
+	repeated    int // which of flight was said again last
 	pending     []*request
 	pendingAt   time.Time // arrival of the oldest
 	ids         map[session.DecisionID]taken
 	idOrder     []idAge
 	waiters     []waiter
 	redoing     int // decisions of orphaned batches that are still on their way
+	away        int // decisions that were forwarded and have not ended
 
 	// Reading the log.
 	reading  bool
@@ -132,6 +136,7 @@ type writer struct {
 	mine     map[session.Hash]bool // batches of this sequencer that the chain was cut before
 	salvaged []*request            // their decisions, and what else waits for the reload
 	unstored int                   // of those, in no stored batch
+	fallen   [][]fallen            // to be rejected once the chain has passed them
 
 	lease     bool
 	proof     bool // the next batch is due even when empty
@@ -218,10 +223,12 @@ func (w *writer) tick(now time.Time) time.Duration {
 		}
 		if due(f.sent.Add(wait)) {
 			w.publish(f, w.pos, now)
+			w.repeat(now)
 			due(f.sent.Add(retryAfter))
 		}
 	}
 	w.tickBeat(now, due)
+	w.sayFallen()
 	w.forgetOld()
 	w.s.pending.Store(int64(len(w.pending)))
 	w.s.flight.Store(int64(len(w.flight)))
@@ -536,7 +543,10 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 		f.failed = true
 	default:
 		f.failed = true
-		w.s.log.Warn("sequencer: the store refused a batch", "number", f.batch.Number, "code", a.code, "err", a.text)
+		if !f.warned {
+			f.warned = true
+			w.s.log.Warn("sequencer: the store refused a batch", "number", f.batch.Number, "code", a.code, "err", a.text)
+		}
 		f.sent = now.Add(retryAfter - retrySoon)
 	}
 }
@@ -547,20 +557,19 @@ func (w *writer) acknowledged(token string, a ack, now time.Time) {
 func (w *writer) settle(now time.Time) {
 	confirmed := false
 	for len(w.flight) > 0 && w.flight[0].stored == w.pos+1 {
-		w.confirm(now)
+		w.confirm()
 		confirmed = true
 	}
 	if confirmed {
 		w.resend(now)
-		w.publishView()
-		w.beat.soon(now)
+		w.beat.soon()
 	} else if len(w.flight) > 0 && w.flight[0].stored > w.pos+1 {
 		w.examine()
 	}
 }
 
 // confirm counts the oldest batch in flight as stored at pos+1.
-func (w *writer) confirm(now time.Time) {
+func (w *writer) confirm() {
 	f := w.flight[0]
 	w.flight[0] = nil
 	w.flight = w.flight[1:]
@@ -572,7 +581,8 @@ func (w *writer) confirm(now time.Time) {
 	w.number, w.head, w.set = f.batch.Number, f.hash, f.set
 	w.chain.time, w.chain.horizon = max(w.time, f.batch.Time), max(w.chain.horizon, f.batch.Horizon)
 	w.s.hashes.put(link{epoch: f.batch.Epoch, number: f.batch.Number, hash: f.hash, key: f.key, own: true})
-	w.beat.prove(f.sent)
+	w.beat.prove(f.first) // which of the attempts succeeded is not known
+	w.publishView()       // whoever is told that it is stored finds it in State
 	for _, r := range f.reqs {
 		w.remember(r.d.ID, f.batch)
 		if r.d.ID == restateID(w.epoch, -1) {
@@ -581,7 +591,7 @@ func (w *writer) confirm(now time.Time) {
 		w.end(r, Result{Epoch: f.batch.Epoch, Number: f.batch.Number, At: f.batch.Time, Durable: true}, nil)
 	}
 	if w.role == proving {
-		w.prevail(now)
+		w.prevail()
 	}
 }
 
@@ -598,6 +608,23 @@ func (w *writer) resend(now time.Time) {
 		want := w.pos + uint64(i)
 		if f.stored == 0 && (f.failed || f.expected != want || now.Sub(f.sent) >= retryAfter) {
 			w.publish(f, want, now)
+		}
+	}
+}
+
+// repeat says again what is in flight behind the oldest, a part at a time, while
+// the store does not answer. An enforcer that was changing servers when it was
+// said hears it then, and not only once it is stored.
+func (w *writer) repeat(now time.Time) {
+	behind := len(w.flight) - 1
+	if now.Sub(w.flight[0].first) < retryAfter {
+		return
+	}
+	for size, n := 0, 0; size < repeatBytes && n < behind; n++ {
+		w.repeated = w.repeated%behind + 1
+		if f := w.flight[w.repeated]; f.stored == 0 {
+			w.publish(f, w.pos+uint64(w.repeated), now)
+			size += len(f.frame)
 		}
 	}
 }
@@ -673,9 +700,9 @@ func (w *writer) elected(proven time.Time) {
 }
 
 // prevail is called when the proof is stored: from here on this is the writer.
-func (w *writer) prevail(now time.Time) {
+func (w *writer) prevail() {
+	w.beat.begin(w.s)
 	w.setRole(writing)
-	w.beat.begin(w.s, now)
 	w.s.log.Info("sequencer: writing the log", "epoch", w.epoch, "number", w.number)
 }
 
@@ -751,27 +778,27 @@ func (w *writer) reroute(rs []*request) {
 	}
 }
 
-// orphan deals with batches that were published and will never be in the chain,
-// and returns what has to be decided again. Their rejection is said only when
-// that has been done: until then enforcers keep to them.
+// orphan deals with batches that were published and are given up, and returns
+// what has to be decided again. Their rejection is said only when that has been
+// done, and they are known not to be in the chain: until then enforcers keep to
+// them.
 func (w *writer) orphan(batches []*inflight) (again []*request) {
 	if len(batches) == 0 {
 		return nil
 	}
-	rejections := make([]session.Rejection, len(batches))
+	group := make([]fallen, len(batches))
 	left := 1
 	settled := func(err error) {
 		if err != nil {
 			left = -1 << 30 // never: a decision's fate is not known
 		}
 		if left--; left == 0 {
-			for i := range rejections {
-				w.reject(&rejections[i])
-			}
+			w.fallen = append(w.fallen, group)
+			w.sayFallen()
 		}
 	}
 	for i, f := range batches {
-		rejections[i] = session.Rejection{Epoch: f.batch.Epoch, Number: f.batch.Number, Batch: f.hash}
+		group[i] = fallen{session.Rejection{Epoch: f.batch.Epoch, Number: f.batch.Number, Batch: f.hash}, f.key, f.batch.Deadline}
 		for _, r := range f.reqs {
 			w.release(r)
 			if !r.internal {
@@ -786,6 +813,47 @@ func (w *writer) orphan(batches []*inflight) (again []*request) {
 	}
 	settled(nil)
 	return again
+}
+
+// fallen is a batch that was given up.
+type fallen struct {
+	session.Rejection
+	key      session.KeyID
+	deadline session.Instant
+}
+
+// sayFallen rejects what has turned out not to be in the chain. Of a batch whose
+// acknowledgement never came that is not known before its place is taken: the
+// store may have it.
+func (w *writer) sayFallen() {
+	if w.role == loading || len(w.fallen) == 0 {
+		return
+	}
+	now := w.wall()
+	var last map[session.KeyID]uint64
+	if ks := w.s.trust.KeySet(); ks.Epoch == w.epoch {
+		last = trustedUpTo(ks)
+	}
+	w.fallen = slices.DeleteFunc(w.fallen, func(group []fallen) bool {
+		for len(group) > 0 && now < group[0].deadline {
+			x := &group[0]
+			l, known := w.s.hashes.at(x.Epoch, x.Number)
+			switch {
+			case x.Epoch == w.epoch && x.Number <= w.number && (!known || l.hash == x.Batch):
+				group = group[1:] // it counts, or is too long ago to tell
+				continue
+			case x.Epoch < w.epoch, x.Number <= w.number, last != nil && x.Number > last[x.key]:
+			default:
+				return false
+			}
+			// Each is chained on the one before.
+			for i := range group {
+				w.reject(&group[i].Rejection)
+			}
+			return true
+		}
+		return true // past its deadline it falls away by itself
+	})
 }
 
 func (w *writer) reject(x *session.Rejection) {

@@ -1,5 +1,5 @@
 // Package trust keeps the keys of a deployment on disk and does what only the
-// root key may do (DESIGN §4).
+// root key may do.
 //
 // A directory holds, each file with mode 0600 in a directory of mode 0700:
 //

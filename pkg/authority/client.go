@@ -192,6 +192,20 @@ func (c *Client) Retire(ctx context.Context, name string) error {
 	return err
 }
 
+// BusConfig returns the part of a nats-server's configuration that gives the
+// authority and the enforcers their rights. The operator of a bus that runs
+// apart puts it there and reloads, whenever the roster changes; the embedded bus
+// does so by itself.
+func (c *Client) BusConfig(ctx context.Context) (string, error) {
+	var out struct {
+		Config string `json:"config"`
+	}
+	if err := c.call(ctx, 0, http.MethodGet, "/v1/bus-config", nil, nil, &out); err != nil {
+		return "", err
+	}
+	return out.Config, nil
+}
+
 // KeySet returns the frame of the key set in force, which session.ParseFrame
 // reads.
 func (c *Client) KeySet(ctx context.Context) ([]byte, error) {
@@ -314,6 +328,9 @@ func (c *Client) send(ctx context.Context, method, path string, h http.Header, b
 func (c *Client) unreachable(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && errors.Is(cause, ErrUnreachable) {
 		return cause
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return context.Cause(ctx) // the caller's doing, not the server's
 	}
 	var u *url.Error
 	if errors.As(err, &u) {

@@ -72,6 +72,18 @@ func TestOptions(t *testing.T) {
 	}
 }
 
+// Who gives up is not told that the server is at fault.
+func TestCancelledIsNotUnreachable(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	c := onSocket(t, func(_ http.ResponseWriter, r *http.Request) {
+		cancel()
+		<-r.Context().Done()
+	})
+	if _, err := c.Status(ctx); !errors.Is(err, context.Canceled) || errors.Is(err, ErrUnreachable) {
+		t.Error(err)
+	}
+}
+
 func TestDecideOnce(t *testing.T) {
 	c := onSocket(t, func(w http.ResponseWriter, r *http.Request) {
 		var in Request

@@ -29,5 +29,6 @@
 // An answer that is not a success is a *Problem (RFC 9457): its Type is stable
 // and is what a program decides by, and its Mend says to a person what would
 // make the request succeed. A server that cannot be reached is an error that
-// wraps ErrUnreachable.
+// wraps ErrUnreachable, or the cause for which the caller cancelled its context;
+// in both cases what was asked for may have happened.
 package authority

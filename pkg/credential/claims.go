@@ -187,6 +187,23 @@ func (c claims) time(names ...string) (time.Time, error) {
 	return time.Unix(int64(sec), int64(frac*1e9)), nil
 }
 
+// Unverified reads a token's claims, a JSON object, into the identity that a
+// Verifier with these names would make of them, without its tenant and without
+// a Token where there is no `jti`. Nobody has verified anything about it: it is
+// for saying why a caller is denied, and never a reason to allow one. The error
+// wraps ErrToken and is the one with which a Verifier refuses such claims.
+func Unverified(payload []byte, names Claims) (session.Identity, error) {
+	m, err := names.compile()
+	if err != nil {
+		return session.Identity{}, ErrTokenClaims.because(err.Error())
+	}
+	c, err := parseClaims(payload)
+	if err != nil {
+		return session.Identity{}, err
+	}
+	return m.identity(c)
+}
+
 // identity applies the mapping.
 func (m *mapping) identity(c claims) (id session.Identity, err error) {
 	var firstErr error
@@ -201,6 +218,8 @@ func (m *mapping) identity(c claims) (id session.Identity, err error) {
 	instant := func(names ...string) time.Time { t, err := c.time(names...); keep(err); return t }
 
 	id = session.Identity{
+		Issuer:       text("iss"),
+		Token:        text("jti"),
 		User:         text("sub"),
 		Session:      session.SessionRef{ID: text(m.session...), Start: instant(m.start...)},
 		Client:       text(m.client...),

@@ -319,12 +319,8 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (s
 	if err != nil {
 		return session.Identity{}, err
 	}
-	id.Tenant, id.Issuer, id.FixedIssue, id.Skew = i.Tenant, i.URL, i.FixedIssue, i.Skew
-	jti, err := claims.text("jti")
-	if err != nil {
-		return session.Identity{}, err
-	}
-	id.Token = session.TokenValue(jti, []byte(token[:strings.LastIndexByte(token, '.')]))
+	id.Tenant, id.FixedIssue, id.Skew = i.Tenant, i.FixedIssue, i.Skew
+	id.Token = session.TokenValue(id.Token, []byte(token[:strings.LastIndexByte(token, '.')]))
 	if _, bound := claims["cnf"]; bound && v.possession != nil {
 		if err := v.possession(r, token, id); err != nil {
 			return session.Identity{}, errors.Join(ErrTokenPossession, err)

@@ -155,6 +155,31 @@ func TestIdentityIsTakenFromTheClaims(t *testing.T) {
 	}
 }
 
+// Whoever explains a denial sees the identity that was denied.
+func TestUnverifiedIsWhatAVerifierWouldSay(t *testing.T) {
+	s := newSigner(t)
+	names := credential.Claims{Roles: "/realm_access/roles"}
+	v := newVerifier(t, []jose.JSONWebKey{s.public()}, func(o *credential.Options) { o.Issuers[0].Claims = names })
+	payload := claims(map[string]any{
+		"act": map[string]any{"sub": "agent-2"}, "realm_access": map[string]any{"roles": []string{"admin"}},
+		"cnf": map[string]any{"jwk": s.public()}, "session_ancestors": []string{"s0"}, "scope": "read write",
+	})
+	want, err := v.Verify(t.Context(), s.sign(payload))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.Tenant, want.Skew = "", 0 // of the configuration
+	got, err := credential.Unverified([]byte(payload), names)
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Fatal(err, diff)
+	}
+	for _, bad := range []string{"", "[]", `{"sub":5}`, `{"sub":"a","sub":"b"}`, `{"act":{}}`} {
+		if id, err := credential.Unverified([]byte(bad), names); !errors.Is(err, credential.ErrToken) {
+			t.Errorf("%s: %+v, %v", bad, id, err)
+		}
+	}
+}
+
 func TestMappingCanBeOverridden(t *testing.T) {
 	s := newSigner(t)
 	v := newVerifier(t, []jose.JSONWebKey{s.public()}, func(o *credential.Options) {

@@ -22,7 +22,7 @@ func mustBind(t testing.TB, e *Enforcer, p *session.Prepared, call session.Call)
 	return ctx
 }
 
-func mustBeCut(t testing.TB, ctx context.Context, want error) {
+func mustBeCut(ctx context.Context, t testing.TB, want error) {
 	t.Helper()
 	var d *session.DeniedError
 	if err := context.Cause(ctx); !errors.Is(err, want) || !errors.As(err, &d) {
@@ -30,7 +30,7 @@ func mustBeCut(t testing.TB, ctx context.Context, want error) {
 	}
 }
 
-func mustRun(t testing.TB, ctx context.Context) {
+func mustRun(ctx context.Context, t testing.TB) {
 	t.Helper()
 	if ctx.Err() != nil {
 		t.Fatalf("cut: %v", context.Cause(ctx))
@@ -57,7 +57,7 @@ func TestBindChecksAgain(t *testing.T) {
 		if !errors.Is(err, session.ErrRevoked) {
 			t.Fatalf("bound work that is revoked: %v", err)
 		}
-		mustBeCut(t, ctx, session.ErrRevoked)
+		mustBeCut(ctx, t, session.ErrRevoked)
 		if n := e.Status().Running; n != 0 {
 			t.Fatalf("%d running", n)
 		}
@@ -131,7 +131,7 @@ func TestSafetyUnderLoad(t *testing.T) {
 		b.beat()
 		settle()
 		for _, r := range running {
-			mustBeCut(t, r.ctx, session.ErrRevoked)
+			mustBeCut(r.ctx, t, session.ErrRevoked)
 		}
 		if s := e.Status(); s.Running != 0 || s.Cut != uint64(len(running)) && s.Cut < uint64(len(running)) {
 			t.Fatalf("%d running, %d cut of %d", s.Running, s.Cut, len(running))
@@ -169,13 +169,13 @@ func TestBindExpiry(t *testing.T) {
 				forever := mustBind(t, e, prepare(t, e, caller("s2")), session.Call{})
 				time.Sleep(x.want - 100*time.Millisecond)
 				settle()
-				mustRun(t, ctx)
+				mustRun(ctx, t)
 				mustAllow(t, e, p, session.Call{})
 				time.Sleep(300 * time.Millisecond)
 				settle()
-				mustBeCut(t, ctx, session.ErrExpired)
+				mustBeCut(ctx, t, session.ErrExpired)
 				mustDeny(t, e, p, session.Call{}, session.ErrExpired)
-				mustRun(t, forever)
+				mustRun(forever, t)
 			})
 		})
 	}
@@ -230,7 +230,7 @@ func TestBindBound(t *testing.T) {
 		if _, _, err := e.Bind(context.Background(), p, session.Call{}); !errors.Is(err, session.ErrOverloaded) {
 			t.Fatal(err)
 		}
-		mustRun(t, second)
+		mustRun(second, t)
 	})
 }
 
@@ -251,7 +251,7 @@ func TestCloseCutsAndJoins(t *testing.T) {
 			})
 		}
 		closers.Wait()
-		mustBeCut(t, ctx, session.ErrClosed)
+		mustBeCut(ctx, t, session.ErrClosed)
 		if !f.closed {
 			t.Fatal("the feed is open")
 		}
@@ -289,9 +289,9 @@ func TestBindTools(t *testing.T) {
 		nameless := mustBind(t, e, p, session.Call{})
 		b.decide(revoke(b.target("acme", session.Term{Kind: session.KindUser, Issuer: iss, Value: "alice"}, session.Term{Kind: session.KindTool, Value: "drop"})))
 		settle()
-		mustBeCut(t, drop, session.ErrRevoked)
+		mustBeCut(drop, t, session.ErrRevoked)
 		for _, ctx := range []context.Context{read, bobs, nameless} {
-			mustRun(t, ctx)
+			mustRun(ctx, t)
 		}
 		mustDeny(t, e, p, session.Call{Tool: "drop"}, session.ErrRevoked)
 		mustAllow(t, e, p, session.Call{Tool: "read"})
@@ -327,7 +327,7 @@ func TestKills(t *testing.T) {
 		b.decide(drill)
 		settle()
 		for i := range ps {
-			mustRun(t, ctxs[i])
+			mustRun(ctxs[i], t)
 			mustAllow(t, e, ps[i], session.Call{})
 		}
 		if n := e.Status().Drills; n != uint64(len(ps)) {
@@ -338,12 +338,12 @@ func TestKills(t *testing.T) {
 		kill.Except = session.SortKeys([]session.Key{b.target("acme", session.Term{Kind: session.KindRole, Value: "responder"})})
 		b.decide(kill)
 		settle()
-		mustRun(t, ctxs[0])
+		mustRun(ctxs[0], t)
 		mustAllow(t, e, ps[0], session.Call{})
 		for i := 1; i < len(ps); i++ {
-			mustBeCut(t, ctxs[i], session.ErrSuspended)
+			mustBeCut(ctxs[i], t, session.ErrSuspended)
 		}
-		mustRun(t, elsewhere)
+		mustRun(elsewhere, t)
 
 		stage := lift(session.EffectSuspended, session.TenantKey(1))
 		stage.Share = session.ShareUnit / 4
@@ -367,8 +367,8 @@ func TestKills(t *testing.T) {
 
 		b.decide(revoke(session.GlobalKey()))
 		settle()
-		mustBeCut(t, elsewhere, session.ErrRevoked)
-		mustBeCut(t, ctxs[0], session.ErrRevoked)
+		mustBeCut(elsewhere, t, session.ErrRevoked)
+		mustBeCut(ctxs[0], t, session.ErrRevoked)
 	})
 }
 
@@ -384,12 +384,12 @@ func TestFailure16OneInstancesLockLeavesOthers(t *testing.T) {
 		c1, c2 := mustBind(t, e, p, session.Call{}), mustBind(t, e, q, session.Call{})
 		b.decide(revoke(b.session("s1")))
 		settle()
-		mustBeCut(t, c1, session.ErrRevoked)
-		mustRun(t, c2)
+		mustBeCut(c1, t, session.ErrRevoked)
+		mustRun(c2, t)
 		mustAllow(t, e, q, session.Call{})
 		b.decide(set(session.EffectSuspended, b.target("acme", session.Term{Kind: session.KindAgent, Value: "spiffe://acme/agent/bot"})))
 		settle()
-		mustBeCut(t, c2, session.ErrSuspended)
+		mustBeCut(c2, t, session.ErrSuspended)
 	})
 }
 
@@ -407,7 +407,7 @@ func TestFailure09CascadeOverADeadIntermediate(t *testing.T) {
 		ctx := mustBind(t, e, p, session.Call{})
 		b.decide(revoke(b.session("grandparent")))
 		settle()
-		mustBeCut(t, ctx, session.ErrRevoked)
+		mustBeCut(ctx, t, session.ErrRevoked)
 		later := child
 		later.Session.ID, later.Token = "later", "later"
 		mustDeny(t, e, prepare(t, e, later), session.Call{}, session.ErrRevoked)

@@ -31,8 +31,11 @@ type chain struct {
 	// settled are batches that must not be taken for new when they are heard
 	// again: confirmed or rejected ones, until their deadline has passed.
 	// crowded is set when not all of them are in it.
-	settled map[session.Hash]session.Instant
+	settled map[session.Hash]settled
 	crowded bool
+	// surprised is set when a batch has come to count that was held to be
+	// rejected: it was not in force meanwhile.
+	surprised bool
 
 	// overlay is what the unconfirmed part denies. It is kept only once
 	// something is confirmed: until then every request is denied anyway.
@@ -70,6 +73,12 @@ type state struct {
 	// signers are the keys that signed the way here, with the newest batch of
 	// each: a withdrawal may take batches back.
 	signers []signer
+}
+
+// settled is why a batch is not new, and until when that matters.
+type settled struct {
+	until    session.Instant
+	rejected bool
 }
 
 type signer struct {
@@ -146,7 +155,7 @@ func newChain(origin session.Hash, floor head) *chain {
 		confirmed: s, base: s, floor: floor,
 		loose:   map[session.Hash]*link{},
 		after:   map[session.Hash][]*link{},
-		settled: map[session.Hash]session.Instant{},
+		settled: map[session.Hash]settled{},
 	}
 }
 
@@ -197,18 +206,19 @@ func (c *chain) at(number uint64) *link {
 }
 
 // add takes a verified batch that has not been seen. It reports false when there
-// is no room for it.
+// is no room for it: what is stored makes room by being folded into base, and what
+// was only heard, and fills the rest, goes with the next confirmation or restart.
 func (c *chain) add(l *link) bool {
 	if c.full(l) {
 		c.trim(keepLinks)
-		if l.stored && c.full(l) {
-			c.makeRoom(l)
+		if c.full(l) && l.stored {
+			c.trim(0)
 		}
 		if c.full(l) {
 			return false
 		}
 	}
-	_, l.rejected = c.settled[l.hash]
+	l.rejected = c.settled[l.hash].rejected
 	c.attach(l)
 	c.deny(l)
 	return true
@@ -216,27 +226,6 @@ func (c *chain) add(l *link) bool {
 
 func (c *chain) full(l *link) bool {
 	return c.size+l.size > maxHeld || len(c.links)+len(c.loose) >= maxLinks
-}
-
-// makeRoom gives what is stored the room of what was only heard, which is in the
-// log too or will be rejected; what that denied stays denied until the next
-// heartbeat.
-func (c *chain) makeRoom(l *link) {
-	for _, x := range c.loose {
-		if !c.full(l) {
-			return
-		}
-		if !x.stored {
-			c.unpark(x)
-		}
-	}
-	for n := len(c.links); n > 0 && c.full(l) && !c.links[n-1].stored; n-- {
-		c.size -= c.links[n-1].size
-		c.links = c.links[: n-1 : n-1]
-	}
-	if c.full(l) {
-		c.trim(0)
-	}
 }
 
 // deny puts what a batch denies in force before it is confirmed.
@@ -343,7 +332,8 @@ func (c *chain) fold(n int) {
 		c.base.signed(l.signer, b.Number)
 		c.broken = c.broken || b.Number == c.floor.number && l.hash != c.floor.hash
 		c.size -= l.size
-		c.settle(l.hash, b.Deadline, b.Time)
+		c.surprised = c.surprised || l.rejected
+		c.settle(l.hash, settled{until: b.Deadline}, b.Time)
 		if c.collect && (l.lifts() || b.Horizon > c.swept) {
 			c.lifts, c.swept = append(c.lifts, l), max(c.swept, b.Horizon)
 		}
@@ -353,7 +343,7 @@ func (c *chain) fold(n int) {
 
 // settle remembers a batch until its deadline; now is as late as the authority's
 // clock is known to be.
-func (c *chain) settle(h session.Hash, deadline, now session.Instant) {
+func (c *chain) settle(h session.Hash, s settled, now session.Instant) {
 	if len(c.settled) >= maxSettled && !c.crowded {
 		c.forget(now)
 	}
@@ -361,12 +351,12 @@ func (c *chain) settle(h session.Hash, deadline, now session.Instant) {
 		c.crowded = true
 		return
 	}
-	c.settled[h] = deadline
+	c.settled[h] = s
 }
 
 func (c *chain) forget(now session.Instant) {
-	for h, deadline := range c.settled {
-		if now > deadline.Add(settleSlack) {
+	for h, s := range c.settled {
+		if now > s.until.Add(settleSlack) {
 			delete(c.settled, h)
 		}
 	}
@@ -378,6 +368,14 @@ func (c *chain) takeLifts() []*link {
 	out := c.lifts
 	c.lifts = nil
 	return out
+}
+
+// takeSurprise reports, once, whether a batch that was held to be rejected has
+// come to count.
+func (c *chain) takeSurprise() bool {
+	was := c.surprised
+	c.surprised = false
+	return was
 }
 
 // takeLinked hands over the batches that have come onto the chain.
@@ -406,7 +404,15 @@ func (c *chain) confirm(h head) confirmation {
 	case h.number == c.floor.number && c.floor.number > 0 && h != c.floor:
 		return otherHead
 	case h == c.confirmed.head:
+		if c.live {
+			return sameHead
+		}
+		if c.base.head != c.confirmed.head {
+			return unknownHead // more has been read than could be denied apart
+		}
+		// At the origin: what was heard already denies from here on.
 		c.live = true
+		c.rebuild()
 		return sameHead
 	case h.number == c.confirmed.number:
 		return otherHead
@@ -529,12 +535,12 @@ func (c *chain) reject(h head, until session.Instant) bool {
 	}
 	if l == nil {
 		if h.number > c.base.number {
-			c.settle(h.hash, until, 0)
+			c.settle(h.hash, settled{until, true}, 0)
 		}
 		return false
 	}
 	c.drop(l)
-	c.settle(l.hash, max(until, l.batch.Deadline), 0)
+	c.settle(l.hash, settled{max(until, l.batch.Deadline), true}, 0)
 	c.rebuild()
 	return true
 }

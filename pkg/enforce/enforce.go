@@ -149,8 +149,9 @@ type view struct {
 	anchor *anchor
 	skew   int64
 	// unusable, when not empty, says why nothing may be allowed by this state,
-	// and hint why it may be getting old.
-	unusable, hint string
+	// and hint why it may be getting old, both in words fit for a caller. cause
+	// says more about unusable, to operators.
+	unusable, hint, cause string
 
 	epoch, confirmed, keySet uint64
 	tip                      head
@@ -173,6 +174,15 @@ func (v *view) stale(call *session.Call, now reading, limit time.Duration) strin
 		return v.hint
 	}
 	return "no sign of life from the authority"
+}
+
+// why is stale for an operator, of calls that demand nothing.
+func (v *view) why(now reading, limit time.Duration) string {
+	s := v.stale(&session.Call{}, now, limit)
+	if s != "" && s == v.unusable && v.cause != "" {
+		s += ": " + v.cause
+	}
+	return s
 }
 
 // age is how old the state may be, by the clock that ran further: the monotonic
@@ -264,8 +274,7 @@ func (e *Enforcer) WaitReady(ctx context.Context) error {
 	case <-e.ready:
 		return nil
 	case <-ctx.Done():
-		v := e.view.Load()
-		why := v.stale(&session.Call{}, e.opts.clock(), e.opts.MaxStale)
+		why := e.view.Load().why(e.opts.clock(), e.opts.MaxStale)
 		return fmt.Errorf("enforcer %s has no verified state: %s: %w", e.opts.Enrollment.Enforcer, why, context.Cause(ctx))
 	}
 }
@@ -478,7 +487,7 @@ func (e *Enforcer) Status() Status {
 	}
 	digest := v.set.Digest()
 	s.Digest = hex.EncodeToString(digest[:])
-	s.Why = v.stale(&session.Call{}, now, e.opts.MaxStale)
+	s.Why = v.why(now, e.opts.MaxStale)
 	s.Fresh = s.Why == ""
 	return s
 }

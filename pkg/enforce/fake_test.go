@@ -49,6 +49,8 @@ type bus struct {
 	held    []func(Sink)
 	reads   int           // calls of Log
 	delay   time.Duration // of clock answers
+	// clock, if set, replaces the answer to a nonce.
+	clock func(answer []byte) []byte
 }
 
 type busFeed struct {
@@ -400,7 +402,7 @@ func (f *busFeed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
 		}
 	}
 	f.b.mu.Lock()
-	delay := f.b.delay
+	delay, replace := f.b.delay, f.b.clock
 	f.b.mu.Unlock()
 	if !pause(time.Millisecond) {
 		return nil, ctx.Err()
@@ -411,6 +413,9 @@ func (f *busFeed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
 	f.b.writing.Unlock()
 	if !pause(time.Millisecond + delay) {
 		return nil, ctx.Err()
+	}
+	if replace != nil {
+		frame = replace(frame)
 	}
 	return frame, nil
 }

@@ -7,7 +7,8 @@ import "context"
 // never taken for health. Package natsfeed has the one for NATS.
 type Feed interface {
 	// Start begins delivery to sink and returns when the subscriptions are in
-	// place, or when ctx ends. It is called once.
+	// place, or when ctx ends. After an error, which leaves nothing behind, it is
+	// called again; after success no more.
 	Start(ctx context.Context, sink Sink) error
 	// Log reads the stored batches, oldest first, from stream position from
 	// (0 is the first stored), and calls fn with each one's position and bytes

@@ -60,9 +60,11 @@ type follower struct {
 	fetched, fetchWait             time.Duration // when the last fetch began, and the least time to the next
 
 	// verified is set once any state was confirmed. unusable says why nothing
-	// may be allowed now, and hint what to say of a state that is too old.
+	// may be allowed now, with the error that caused it, and hint what to say of
+	// a state that is too old.
 	verified bool
 	unusable string
+	cause    string
 	hint     string
 	alarmed  string // the last alarm
 	// When it was raised, and when chain.expire runs next.
@@ -247,7 +249,7 @@ func (f *follower) start(ctx context.Context) {
 				f.post(ctx, f.needKeySets)
 				return
 			}
-			f.post(ctx, func() { f.say("cannot subscribe to the bus") })
+			f.post(ctx, func() { f.say("cannot subscribe to the bus", err) })
 			select {
 			case <-ctx.Done():
 			case <-time.After(wait):
@@ -257,10 +259,16 @@ func (f *follower) start(ctx context.Context) {
 	})
 }
 
-// say sets why nothing is allowed, while nothing has ever been confirmed.
-func (f *follower) say(why string) {
-	if !f.chain.live && f.unusable != why {
-		f.unusable = why
+// say sets why nothing is allowed, while nothing has ever been confirmed. err,
+// which may be nil, is for operators alone: it can name what a caller must not
+// learn.
+func (f *follower) say(why string, err error) {
+	cause := ""
+	if err != nil {
+		cause = err.Error()
+	}
+	if !f.chain.live && (f.unusable != why || f.cause != cause) {
+		f.unusable, f.cause = why, cause
 		f.publish()
 	}
 }
@@ -320,7 +328,7 @@ func (f *follower) tend(ctx context.Context) {
 					f.keySet(s)
 				}
 				if err != nil {
-					f.say("the key sets cannot be read: " + err.Error())
+					f.say("the key sets cannot be read", err)
 					f.needKeySets()
 				}
 			}
@@ -365,7 +373,7 @@ func (f *follower) keySet(frame []byte) {
 	if err != nil {
 		f.e.count.refused.Add(1)
 		if before == nil {
-			f.say("the key set on the bus is not trusted: " + err.Error())
+			f.say("the key set on the bus is not trusted", err)
 		}
 		return
 	}
@@ -393,7 +401,7 @@ func (f *follower) keySet(frame []byte) {
 		f.needRepair()
 	}
 	f.needAnchor()
-	f.say("no heartbeat from the authority yet")
+	f.say("no heartbeat from the authority yet", nil)
 	f.publish()
 }
 
@@ -427,7 +435,7 @@ func (f *follower) begin(floor head) {
 
 // rebuild denies everything and reads the log anew.
 func (f *follower) rebuild(why string, floor head) {
-	f.unusable = why
+	f.unusable, f.cause = why, ""
 	f.begin(floor)
 	f.keep.want = true
 	f.publish()
@@ -552,7 +560,7 @@ func (f *follower) cutBy(v *view, b *session.Batch) int {
 func (f *follower) rolledBack(why string, args ...any) {
 	f.e.count.rolledBack.Add(1)
 	f.alarm(why, args...)
-	f.say(why)
+	f.say(why, nil)
 }
 
 // beat takes a heartbeat or a rejection.
@@ -699,15 +707,16 @@ func (f *follower) confirm(b beat) bool {
 	if b.origin > f.origin {
 		f.origin, f.fresh = b.origin, b.Time.Add(-b.Proven)
 	}
-	f.unusable, f.hint, f.verified = "", "", true
+	f.unusable, f.cause, f.hint, f.verified = "", "", "", true
 	f.rereadWait, f.stuckAt = rereadMin, f.now()
 	if !wasLive {
 		// Strays that lay in the log are not news.
 		f.chain.expire(f.fresh, f.authority())
 	}
 	v := f.publish()
-	if !wasLive {
-		// What came into force during a rebuild has cut nothing yet.
+	if f.chain.takeSurprise() || !wasLive {
+		// What came into force during a rebuild, or against a rejection, has cut
+		// nothing yet.
 		f.e.cut(v, slices.Values(f.e.bound.snapshot()))
 	}
 	if !f.e.isReady() && f.now()-f.origin <= f.e.opts.MaxStale {
@@ -779,7 +788,7 @@ func (f *follower) repaired(epoch, from, next, last uint64, err error) {
 	f.progress()
 	now := f.now()
 	if err != nil {
-		f.say("the log cannot be read: " + err.Error())
+		f.say("the log cannot be read", err)
 	} else if next > from {
 		f.logPos, f.logNumber = next, last
 	}
@@ -822,7 +831,7 @@ func (f *follower) askClock(ctx context.Context) func() {
 		if err != nil {
 			f.anchorWait = min(max(2*f.anchorWait, backMin), backMax)
 			f.anchorAt = f.now() + f.anchorWait
-			f.say("no authority answers")
+			f.say("no authority answers", err)
 			return
 		}
 		f.anchorWait = 0
@@ -870,7 +879,7 @@ func (f *follower) publish() *view {
 	c := f.chain
 	v := &view{
 		set: c.confirmed.set, overlay: c.overlay, inherited: f.inherited,
-		verified: f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, hint: f.hint,
+		verified: f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, cause: f.cause, hint: f.hint,
 		tip: c.tip(), confirmed: c.confirmed.number,
 	}
 	if v.unusable == "" && f.anchor == nil {

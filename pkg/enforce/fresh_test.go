@@ -300,7 +300,7 @@ func TestMaxStaleRunning(t *testing.T) {
 			{19900 * time.Millisecond, true, true, false},
 			{20100 * time.Millisecond, true, true, true},
 		} {
-			time.Sleep(x.after - time.Duration(e.Status().Age/(100*time.Millisecond))*100*time.Millisecond)
+			time.Sleep(x.after - e.Status().Age.Truncate(100*time.Millisecond))
 			settle()
 			if denies := e.Check(p, session.Call{}) != nil; denies != x.denies || (demanding.Err() != nil) != x.cut8 || (patient.Err() != nil) != x.cut0 {
 				t.Fatalf("after %v: denies %t, cut %t, %t", e.Status().Age, denies, demanding.Err() != nil, patient.Err() != nil)

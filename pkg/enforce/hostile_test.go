@@ -80,7 +80,7 @@ func TestForgeries(t *testing.T) {
 		b.decide(revoke(b.session("s1")), revoke(session.TenantKey(1)), revoke(session.GlobalKey()), revoke(globex))
 		settle()
 		mustAllow(t, e, p, session.Call{})
-		mustRun(t, ctx)
+		mustRun(ctx, t)
 		id := caller("s1")
 		id.Tenant = "globex"
 		mustDeny(t, e, prepare(t, e, id), session.Call{}, session.ErrRevoked)
@@ -90,7 +90,7 @@ func TestForgeries(t *testing.T) {
 		b.as(func(b *bus) { b.signer = b.keys["a"] })
 		b.decide(revoke(b.session("s1")))
 		settle()
-		mustBeCut(t, ctx, session.ErrRevoked)
+		mustBeCut(ctx, t, session.ErrRevoked)
 	})
 }
 
@@ -419,6 +419,79 @@ func (b *bus) restore(x *backup) {
 	defer b.writing.Unlock()
 	b.number, b.head, b.state = x.number, x.head, x.state
 	b.with(func(b *bus) { b.log = b.log[:x.log] })
+}
+
+// TestRecordedClock: an hour later, a bus that recorded a clock answer and the
+// heartbeats after it plays both to an enforcer that has just started. Without the
+// nonce they would fit together, and an hour's decisions would be missing.
+func TestRecordedClock(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		var answer []byte
+		b.with(func(b *bus) { b.clock = func(a []byte) []byte { answer = a; return a } })
+		e, _ := b.open(nil)
+		e.Close()
+		b.as(func(b *bus) { b.silent = true })
+		var tape [][]byte
+		for range 20 {
+			time.Sleep(500 * time.Millisecond)
+			tape = append(tape, b.beat())
+		}
+		log := b.log
+		b.decide(revoke(b.session("s1")))
+		time.Sleep(time.Hour)
+		b.with(func(b *bus) { b.log = log })
+		wrong := b.beat()
+		for name, clock := range map[string]func([]byte) []byte{
+			"recorded":     func([]byte) []byte { return answer },
+			"by a key":     func(a []byte) []byte { f, _ := session.ParseFrame(a); return b.seal(f.Type, f.Body, key(t)) },
+			"not a clock":  func([]byte) []byte { return wrong },
+			"not a frame":  func([]byte) []byte { return []byte("ILK") },
+			"cut short":    func(a []byte) []byte { return a[:len(a)-1] },
+			"of no length": func([]byte) []byte { return nil },
+		} {
+			b.with(func(b *bus) { b.clock = clock })
+			e, f := b.start(nil)
+			time.Sleep(time.Second) // as far behind the answer as the first was
+			for _, frame := range tape {
+				time.Sleep(500 * time.Millisecond)
+				f.sink.Beat(frame)
+				settle()
+				mustDeny(t, e, prepare(t, e, caller("s1")), session.Call{}, session.ErrStale)
+			}
+			if s := e.Status(); s.Ready || s.Refused == 0 {
+				t.Fatalf("%s: status %+v", name, s)
+			}
+			e.Close()
+		}
+	})
+}
+
+// TestSuspendedWhileAsking: the host slept between the question for the clock and
+// the answer, so that by its monotonic clock the round trip was short. What it would
+// anchor is an hour off.
+func TestSuspendedWhileAsking(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		e, f := b.open(nil)
+		defer e.Close()
+		fw := f.sink.(sink).f
+		var nonce [32]byte
+		answer, err := f.Clock(context.Background(), nonce)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var slept, awake error
+		fw.events <- func() {
+			now := e.opts.clock()
+			before := reading{mono: now.mono - time.Millisecond, wall: now.wall - int64(time.Hour)}
+			slept = fw.anchored(nonce, before, now, answer)
+			before.wall = now.wall - int64(time.Millisecond)
+			awake = fw.anchored(nonce, before, now, answer)
+		}
+		settle()
+		if !errors.Is(slept, session.ErrStale) || awake != nil {
+			t.Fatalf("%v, %v", slept, awake)
+		}
+	})
 }
 
 // TestFloorFile: what is wrong with the file is said, and nothing is opened.

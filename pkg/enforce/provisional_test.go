@@ -36,7 +36,7 @@ func TestProvisional(t *testing.T) {
 		b.say(frame)
 		settle()
 		mustDenyAs(t, e, p, session.ErrRevoked, true)
-		mustBeCut(t, ctx, session.ErrRevoked)
+		mustBeCut(ctx, t, session.ErrRevoked)
 		mustDenyAs(t, e, q, session.ErrSuspended, false)
 		if s := e.Status(); s.Applied != 2 || s.Confirmed != 1 {
 			t.Fatalf("status %+v", s)
@@ -305,7 +305,7 @@ func TestPipelinedOverAnOutage(t *testing.T) {
 
 // TestMemoryIsBounded: far more is heard than may be held, none of it confirmed.
 // What is held stays within maxLinks and maxHeld, and the log, read afterwards,
-// still gets in: without makeRoom the enforcer would stay stale for ever.
+// still gets in: without chain.restart the enforcer would stay stale for ever.
 func TestMemoryIsBounded(t *testing.T) {
 	for _, x := range []struct {
 		name    string
@@ -375,9 +375,11 @@ func TestMemoryIsBounded(t *testing.T) {
 // TestWithdrawal: a key is withdrawn that had signed what is provisional, or what
 // is confirmed. The first falls away at once; for the second the log is read anew,
 // without it, and running work of callers that were never revoked goes on being
-// judged by what is true.
+// judged by what is true. It may happen while the enforcer is down: then the floor
+// that it remembers is no longer one.
 func TestWithdrawal(t *testing.T) {
-	for _, confirmed := range []bool{false, true} {
+	for _, when := range []string{"provisional", "confirmed", "confirmed, and down"} {
+		confirmed, down := when != "provisional", when == "confirmed, and down"
 		within(t, func(t *testing.T, b *bus) {
 			dir := t.TempDir()
 			b.newKeySet(func(ks *session.KeySet) {
@@ -396,6 +398,9 @@ func TestWithdrawal(t *testing.T) {
 			settle()
 			mustDenyAs(t, e, p, session.ErrRevoked, !confirmed)
 			time.Sleep(1500 * time.Millisecond) // the floor is saved
+			if down {
+				e.Close()
+			}
 			b.as(func(b *bus) { b.signer = b.keys["a"] })
 			log := b.log
 			b.restore(good)
@@ -404,6 +409,9 @@ func TestWithdrawal(t *testing.T) {
 				ks.Keys[1].Withdrawn, ks.Keys[1].LastEpoch, ks.Keys[1].LastNumber = true, 1, 1
 			})
 			b.decide(revoke(b.session("s2")))
+			if down {
+				e, _ = b.open(func(o *Options) { o.StateDir = dir })
+			}
 			time.Sleep(3 * time.Second)
 			settle()
 			for range 2 {
@@ -433,7 +441,7 @@ func TestDivergence(t *testing.T) {
 		settle()
 		p, q := prepare(t, e, caller("s1")), prepare(t, e, caller("s2"))
 		ctx := mustBind(t, e, q, session.Call{})
-		real := b.state
+		truth := b.state
 		b.as(func(b *bus) {
 			b.state = b.state.Apply(&session.Batch{Number: 9, Entries: []session.Entry{revoke(b.session("s9"))}}, nil)
 			b.beatLocked()
@@ -444,7 +452,7 @@ func TestDivergence(t *testing.T) {
 		mustDeny(t, e, p, session.Call{}, session.ErrStale)
 		time.Sleep(tickEvery)
 		settle()
-		mustBeCut(t, ctx, session.ErrStale)
+		mustBeCut(ctx, t, session.ErrStale)
 		reads := b.readings()
 		time.Sleep(5 * time.Minute)
 		if n := b.readings() - reads; n > 400 {
@@ -453,11 +461,88 @@ func TestDivergence(t *testing.T) {
 		if s := e.Status(); s.Diverged < 3 || s.Diverged > 20 || s.Fresh {
 			t.Fatalf("status %+v", s)
 		}
-		b.as(func(b *bus) { b.state = real })
+		b.as(func(b *bus) { b.state = truth })
 		time.Sleep(rereadMax + 2*time.Second)
 		settle()
 		mustAllow(t, e, q, session.Call{})
 		mustDeny(t, e, p, session.Call{}, session.ErrRevoked)
+	})
+}
+
+// TestDivergenceOfAnAwaitedHead: the heartbeat that shows the divergence came before
+// the batch that it speaks of. The rebuild begins in the middle of trying what
+// waits; it must not trip over it.
+func TestDivergenceOfAnAwaitedHead(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		e, _ := b.open(nil)
+		defer e.Close()
+		frame, _ := b.batch(revoke(b.session("s1")))
+		b.with(func(b *bus) { b.noLog = true })
+		b.accept(frame)
+		truth := b.state
+		b.as(func(b *bus) { b.state = nil; b.beatLocked(); b.beatLocked(); b.state = truth })
+		b.say(frame)
+		settle()
+		mustDeny(t, e, prepare(t, e, caller("s2")), session.Call{}, session.ErrStale)
+		b.with(func(b *bus) { b.noLog = false })
+		time.Sleep(5 * time.Second)
+		mustAllow(t, e, prepare(t, e, caller("s2")), session.Call{})
+		if n := e.Status().Diverged; n == 0 {
+			t.Fatal("not counted")
+		}
+	})
+}
+
+// TestRolledBackDuringARebuild: the log is rolled back just when it is read anew. A
+// rebuild forgets the state, not how far it had come.
+func TestRolledBackDuringARebuild(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		e, _ := b.open(nil)
+		defer e.Close()
+		b.decide(set(session.EffectReduced, b.session("s0")))
+		old := b.chainNow()
+		b.decide(revoke(b.session("s1")))
+		settle()
+		truth := old.state
+		b.as(func(b *bus) { b.state = nil; b.beatLocked() })
+		b.restore(old)
+		b.as(func(b *bus) { b.state = truth })
+		time.Sleep(time.Minute)
+		mustDeny(t, e, prepare(t, e, caller("s1")), session.Call{}, session.ErrStale)
+		if s := e.Status(); s.RolledBack == 0 || s.Fresh {
+			t.Fatalf("status %+v", s)
+		}
+	})
+}
+
+// TestLogThatLeadsAstray: at first the bus hands out a long branch of a deposed
+// writer, so long that it is folded into base. When the log is the right one, the
+// enforcer finds back. Without chain.restart it never would.
+func TestLogThatLeadsAstray(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		b.newKeySet(func(ks *session.KeySet) {
+			ks.Keys = append(ks.Keys, session.SigningKey{Public: b.pub("b"), Use: session.UseWriter})
+		})
+		at := head{b.number, b.head}
+		var stray [][]byte
+		for range 2*keepLinks + 200 {
+			frame, _ := b.make(at, b.keys["b"], revoke(b.session("stray")))
+			stray, at = append(stray, frame), headOf(t, frame)
+		}
+		for range 5 {
+			b.decide(revoke(b.session("s1")))
+		}
+		right := b.log
+		b.with(func(b *bus) { b.log = stray })
+		e, _ := b.start(nil)
+		defer e.Close()
+		time.Sleep(time.Minute)
+		mustDeny(t, e, prepare(t, e, caller("ok")), session.Call{}, session.ErrStale)
+		b.with(func(b *bus) { b.log = right })
+		time.Sleep(rereadMax + 2*time.Second)
+		mustAllow(t, e, prepare(t, e, caller("ok")), session.Call{})
+		mustAllow(t, e, prepare(t, e, caller("stray")), session.Call{})
+		mustDeny(t, e, prepare(t, e, caller("s1")), session.Call{}, session.ErrRevoked)
 	})
 }
 
@@ -471,17 +556,17 @@ func TestRebuildCuts(t *testing.T) {
 		cut, stays := mustBind(t, e, p, session.Call{}), mustBind(t, e, q, session.Call{})
 		b.decide(set(session.EffectReduced, b.session("s0")))
 		settle()
-		real := b.state
+		truth := b.state
 		b.with(func(b *bus) { b.noLog = true })
-		b.as(func(b *bus) { b.state = nil; b.beatLocked(); b.state = real })
+		b.as(func(b *bus) { b.state = nil; b.beatLocked(); b.state = truth })
 		settle()
-		mustRun(t, cut)
+		mustRun(cut, t)
 		b.decide(revoke(b.session("s1")))
 		time.Sleep(time.Second)
 		b.with(func(b *bus) { b.noLog = false })
 		time.Sleep(5 * time.Second)
-		mustBeCut(t, cut, session.ErrRevoked)
-		mustRun(t, stays)
+		mustBeCut(cut, t, session.ErrRevoked)
+		mustRun(stays, t)
 	})
 }
 
@@ -545,7 +630,7 @@ func TestEpoch(t *testing.T) {
 		if s := e.Status(); s.Epoch != 2 || s.Confirmed != 2 || s.Inherited != 4 || !s.Fresh || s.Diverged != 0 {
 			t.Fatalf("status %+v", s)
 		}
-		mustRun(t, ctx)
+		mustRun(ctx, t)
 
 		later, _ := b.open(nil)
 		defer later.Close()
@@ -636,6 +721,27 @@ func TestWriterChange(t *testing.T) {
 		}
 		settle()
 		if s := e.Status(); s.Confirmed != 10 || s.RolledBack != 0 {
+			t.Fatalf("status %+v", s)
+		}
+	})
+}
+
+// TestColdStartReadsLargeBatches: the log holds more bytes than may be held, in
+// fewer batches than are kept apart from base. Without the second trim in add it
+// could never be read.
+func TestColdStartReadsLargeBatches(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		entries := make([]session.Entry, 120)
+		for i := range entries {
+			entries[i] = revoke(b.session(fmt.Sprint(i)))
+			entries[i].Unknown = []session.Field{{Tag: 9, Value: make([]byte, 4000)}}
+		}
+		for range 150 {
+			b.accept(first(b.batch(entries...)))
+		}
+		e, _ := b.open(nil)
+		defer e.Close()
+		if s := e.Status(); s.Confirmed != 150 || s.Lost != 0 {
 			t.Fatalf("status %+v", s)
 		}
 	})

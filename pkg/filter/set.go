@@ -691,7 +691,7 @@ func (w *edit) store(k *session.Key, records []packed) {
 	}
 }
 
-// Step is the rule of DESIGN's vocabulary for one effect on one key: given the
+// Step is the rule of the vocabulary for one effect on one key: given the
 // record in force, if any, what is in force after the entry. A set never
 // weakens what is there; a lift of a terminal revocation does nothing; a lift
 // of any other revocation leaves its issued-before behind.

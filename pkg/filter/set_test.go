@@ -33,7 +33,7 @@ func batch(number uint64, entries ...session.Entry) *session.Batch {
 	return &session.Batch{Number: number, Time: session.Instant(1000 * number), Entries: entries}
 }
 
-// TestStep holds the rule for one effect on one key to DESIGN §2, case by case:
+// TestStep holds the rule for one effect on one key case by case:
 // a set never weakens, a revoke of what is terminal stays, a lift of any other
 // leaves its issued-before behind.
 func TestStep(t *testing.T) {
@@ -199,7 +199,7 @@ func TestMerge(t *testing.T) {
 	drill := put(session.EffectRevoked, sessionKey(1))
 	drill.Drill = true
 	other := (*Set)(nil).Apply(batch(2, put(session.EffectRevoked, sessionKey(2)), drill), nil)
-	got := Merge(share(3000), nil, other, share(1000))
+	got := Merge(share(1000), nil, other, share(3000))
 	if r := got.Lookup(userKey); got.Len() != 2 || len(r) != 1 || r[0].Share != 1000 || len(got.Lookup(sessionKey(1))) != 0 {
 		t.Fatalf("%d records, %+v", got.Len(), r)
 	}

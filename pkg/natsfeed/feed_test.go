@@ -163,7 +163,8 @@ func (l *link) freeze(ice bool) {
 	l.melt.Broadcast()
 }
 
-// TestHalfOpenLinkLooksHealthy is failure 6 of FACTS, as far as the feed reaches:
+// TestHalfOpenLinkLooksHealthy is failure 6 of docs/design/failure-modes.md, as far
+// as the feed reaches:
 // a link that is open and carries nothing is reported down, by the feed's own
 // pings, and comes up again by itself.
 func TestHalfOpenLinkLooksHealthy(t *testing.T) {

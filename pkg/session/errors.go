@@ -12,6 +12,9 @@ var (
 	// ErrInvalid is the parent of every refusal of malformed input: a value, a
 	// target, an identity. The caller mends the input.
 	ErrInvalid = errors.New("invalid")
+	// ErrNoIssuer: the value is unique only with the issuer that minted it, and
+	// there is none. It wraps ErrInvalid.
+	ErrNoIssuer = fmt.Errorf("%w: needs the issuer that minted it", ErrInvalid)
 
 	// ErrDenied is the parent of every reason an enforcer does not allow a
 	// request.

@@ -24,7 +24,7 @@ func (t Term) canonical() (Term, error) {
 	scoped := t.Kind.Scoped() || t.Kind == KindAgent && !isURI(v)
 	switch {
 	case scoped && t.Issuer == "":
-		return Term{}, fmt.Errorf("%w: %s needs the issuer that minted it", ErrInvalid, t.Kind)
+		return Term{}, fmt.Errorf("%w: %s", ErrNoIssuer, t.Kind)
 	case !scoped:
 		// What is unique by itself must have one key, whoever vouches for it.
 		t.Issuer = ""

@@ -268,7 +268,10 @@ func (t *Trust) Origin() Hash {
 // Update takes a key set, if the root signed it, it has not expired at now, and
 // it is newer than the one held. It reports whether it was taken: an older one
 // is not an error, since every one is heard more than once. Errors wrap
-// ErrFrame; a version that is held already with other content is one.
+// ErrFrame; a version that is held already with other content is one. So is a
+// set in which a key has other rights than before: what the key has signed would
+// be judged anew whenever the log is read, and states that applied the same log
+// would differ.
 func (t *Trust) Update(frame []byte, now Instant) (bool, error) {
 	f, err := ParseFrame(frame)
 	if err != nil {
@@ -295,6 +298,13 @@ func (t *Trust) Update(frame []byte, now Instant) (bool, error) {
 			return false, fmt.Errorf("%w: key set %d goes back to epoch %d", ErrUntrusted, ks.Version, ks.Epoch)
 		case ks.Epoch == have.Epoch && ks.Salt != have.Salt:
 			return false, fmt.Errorf("%w: key set %d changes the salt of epoch %d", ErrUntrusted, ks.Version, ks.Epoch)
+		}
+		for i := range ks.Keys {
+			k := &ks.Keys[i]
+			old := c.keys[KeyIDOf(k.Public)]
+			if old != nil && (old.Use != k.Use || (old.Tenants == nil) != (k.Tenants == nil) || !slices.Equal(old.Tenants, k.Tenants)) {
+				return false, fmt.Errorf("%w: key set %d changes the rights of key %s: withdraw it and make another", ErrUntrusted, ks.Version, KeyIDOf(k.Public))
+			}
 		}
 	}
 	if now >= ks.NotAfter {

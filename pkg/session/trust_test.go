@@ -90,6 +90,20 @@ func TestTrustUpdate(t *testing.T) {
 			{"", full, trustNow, true, nil},
 			{"salt", version(13, func(ks *KeySet) { ks.Salt[0]++ }), trustNow, false, ErrUntrusted},
 		}, 12},
+		{"a key with other tenants", []step{
+			{"", full, trustNow, true, nil},
+			{"wider", version(13, func(ks *KeySet) {
+				if ks.Keys[0].Tenants == nil {
+					ks.Keys[0].Tenants = []TenantID{1}
+				} else {
+					ks.Keys[0].Tenants = nil
+				}
+			}), trustNow, false, ErrUntrusted},
+		}, 12},
+		{"a key with another use", []step{
+			{"", full, trustNow, true, nil},
+			{"other", version(13, func(ks *KeySet) { ks.Keys[0].Use++ }), trustNow, false, ErrUntrusted},
+		}, 12},
 		{"forged by another key", []step{{"", sealKeySet(t, forger, nil), trustNow, false, ErrSignature}}, 0},
 		{"forged under the root's name", []step{{"", claims, trustNow, false, ErrSignature}}, 0},
 		{"changed on the way", []step{{"", forged, trustNow, false, ErrSignature}}, 0},
