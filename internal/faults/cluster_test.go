@@ -219,7 +219,7 @@ func spread(d []time.Duration) string {
 }
 
 const (
-	// inEffect is the bound, asserted of the median, and inEffectHard
+	// inEffect is the bound aimed at, asserted of the median, and inEffectHard
 	// the most that a machine that is busy with other things may make of it.
 	inEffect     = slack * 100 * time.Millisecond
 	inEffectHard = slack * 2 * time.Second
