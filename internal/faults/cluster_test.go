@@ -16,7 +16,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
-	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
@@ -54,7 +53,7 @@ func newCluster(t *testing.T) *cluster {
 		copyTree(t, filepath.Join(dir, service.KeysDir), filepath.Join(own, service.KeysDir))
 		starting[i] = launch(t, childConfig{
 			DataDir: own, NATSListen: n.listen, EnforcerURLs: c.urls,
-			Cluster: &broker.Cluster{Name: "faults", ServerName: n.name, Listen: routes[i], Routes: routes, Secret: "s3cret"},
+			Cluster: &clusterConfig{Name: "faults", ServerName: n.name, Listen: routes[i], Routes: routes, Secret: "s3cret"},
 		})
 		n.client = dialAPI(t, own)
 	}
