@@ -19,8 +19,11 @@ temporary folder, and is gone afterwards.
 
 Exit code 0 means that every expectation held, 1 that one did not.`,
 		Example: "  session-authority demo\n  session-authority demo --json | jq '.steps[] | select(.ok | not)'",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Fleet < 1 || o.Fleet > 500 {
+				return usagef("--fleet %d is out of range: give 1 to 500", o.Fleet)
+			}
 			o.Out = cmd.OutOrStdout()
 			_, err := demo.Run(cmd.Context(), o)
 			return err

@@ -16,7 +16,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
-	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
@@ -54,7 +53,7 @@ func newCluster(t *testing.T) *cluster {
 		copyTree(t, filepath.Join(dir, service.KeysDir), filepath.Join(own, service.KeysDir))
 		starting[i] = launch(t, childConfig{
 			DataDir: own, NATSListen: n.listen, EnforcerURLs: c.urls,
-			Cluster: &broker.Cluster{Name: "faults", ServerName: n.name, Listen: routes[i], Routes: routes, Secret: "s3cret"},
+			Cluster: &clusterConfig{Name: "faults", ServerName: n.name, Listen: routes[i], Routes: routes, Secret: "s3cret"},
 		})
 		n.client = dialAPI(t, own)
 	}
@@ -219,7 +218,7 @@ func spread(d []time.Duration) string {
 }
 
 const (
-	// inEffect is the bound, asserted of the median, and inEffectHard
+	// inEffect is the bound aimed at, asserted of the median, and inEffectHard
 	// the most that a machine that is busy with other things may make of it.
 	inEffect     = slack * 100 * time.Millisecond
 	inEffectHard = slack * 2 * time.Second

@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 // childConfig is what a process that is to be killed reads from its input.
 type childConfig struct {
 	DataDir, NATSListen, NATSURL string
-	Cluster                      *broker.Cluster
+	Cluster                      *clusterConfig
 	EnforcerURLs                 []string
 	AckWait                      time.Duration
 	// KillAt makes the process kill itself at Step of that many appends.
@@ -58,6 +58,20 @@ const (
 	beforeAnswer step = "between acknowledgement and answer"
 	inFlight     step = "between two appends"
 )
+
+// clusterConfig is broker.Cluster without TLS, which does not go through JSON.
+type clusterConfig struct {
+	Name, ServerName, Listen string
+	Routes                   []string
+	Secret                   string
+}
+
+func (c *clusterConfig) broker() *broker.Cluster {
+	if c == nil {
+		return nil
+	}
+	return &broker.Cluster{Name: c.Name, ServerName: c.ServerName, Listen: c.Listen, Routes: c.Routes, Secret: c.Secret}
+}
 
 // child runs an authority until its input ends.
 func child() error {
@@ -87,7 +101,7 @@ func child() error {
 		}
 	}()
 	a, err := service.Open(ctx, service.Options{
-		DataDir: c.DataDir, Socket: c.Socket, NATSListen: c.NATSListen, NATSURL: c.NATSURL, Cluster: c.Cluster,
+		DataDir: c.DataDir, Socket: c.Socket, NATSListen: c.NATSListen, NATSURL: c.NATSURL, Cluster: c.Cluster.broker(),
 		EnforcerURLs: c.EnforcerURLs, AckWait: c.AckWait, Hooks: c.hooks(),
 	})
 	if err != nil {

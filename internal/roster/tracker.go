@@ -328,7 +328,13 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool) (c authority.Cover
 					e.AppliedAt = time.Unix(0, at.At).UTC()
 					e.ErrorMillis = millis(m.last.Error)
 					if dated {
-						e.LatencyMillis = millis(max(0, e.AppliedAt.Sub(decided)))
+						took := e.AppliedAt.Sub(decided)
+						if took <= 0 {
+							// Sooner than the clocks can tell apart: at most
+							// their error.
+							took = m.last.Error
+						}
+						e.LatencyMillis = millis(took)
 					}
 				}
 				if m.last.Mode == session.ModeShadow {

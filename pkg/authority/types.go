@@ -210,6 +210,8 @@ type EnforcerCoverage struct {
 	// AppliedAt is the moment of application in the authority's time, as the
 	// enforcer estimates it, and ErrorMillis how far it may be off. It is
 	// absent when the receipt covers the decision without timing it.
+	// LatencyMillis counts from the decision; where that is less than the clocks
+	// can tell apart, it is ErrorMillis.
 	AppliedAt     time.Time `json:"applied_at,omitzero"`
 	LatencyMillis float64   `json:"latency_millis,omitzero"`
 	ErrorMillis   float64   `json:"error_millis,omitzero"`

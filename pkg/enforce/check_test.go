@@ -24,7 +24,7 @@ func TestCheckWaitsForNobody(t *testing.T) {
 		b.decide(revoke(b.session("s2")))
 		settle()
 		busy, stop := make(chan struct{}), make(chan struct{})
-		f.sink.(sink).push(func() { close(busy); <-stop })
+		f.to().(sink).push(func() { close(busy); <-stop })
 		<-busy
 		e.bound.mu.Lock()
 		mustAllow(t, e, p, session.Call{Tool: "read"})
@@ -201,7 +201,7 @@ func TestFailure06SilenceIsNotHealth(t *testing.T) {
 		p := prepare(t, e, caller("s1"))
 		b.as(func(b *bus) { b.silent = true })
 		for range 20 {
-			f.sink.Connected(true) // the link insists
+			f.to().Connected(true) // the link insists
 			time.Sleep(time.Second)
 		}
 		mustDeny(t, e, p, session.Call{}, session.ErrStale)

@@ -358,6 +358,13 @@ func (f *busFeed) Start(_ context.Context, s Sink) error {
 	return nil
 }
 
+// to is where the feed delivers, once it has started.
+func (f *busFeed) to() Sink {
+	f.b.mu.Lock()
+	defer f.b.mu.Unlock()
+	return f.sink
+}
+
 func (f *busFeed) Log(_ context.Context, from uint64, fn func(uint64, []byte) error) (uint64, error) {
 	if err := f.up(); err != nil {
 		return 0, err

@@ -454,7 +454,7 @@ func TestRecordedClock(t *testing.T) {
 			time.Sleep(time.Second) // as far behind the answer as the first was
 			for _, frame := range tape {
 				time.Sleep(500 * time.Millisecond)
-				f.sink.Beat(frame)
+				f.to().Beat(frame)
 				settle()
 				mustDeny(t, e, prepare(t, e, caller("s1")), session.Call{}, session.ErrStale)
 			}
@@ -473,7 +473,7 @@ func TestSuspendedWhileAsking(t *testing.T) {
 	within(t, func(t *testing.T, b *bus) {
 		e, f := b.open(nil)
 		defer e.Close()
-		fw := f.sink.(sink).f
+		fw := f.to().(sink).f
 		var nonce [32]byte
 		answer, err := f.Clock(context.Background(), nonce)
 		if err != nil {

@@ -79,7 +79,7 @@ func TestRejected(t *testing.T) {
 		mustAllow(t, e, q, session.Call{})
 		b.say(lost)
 		b.store([][]byte{lost}) // a hostile log has it
-		f.sink.Connected(true)
+		f.to().Connected(true)
 		settle()
 		mustAllow(t, e, p, session.Call{})
 		b.decide(set(session.EffectSuspended, b.session("s3")))
@@ -316,7 +316,7 @@ func TestMemoryIsBounded(t *testing.T) {
 			within(t, func(t *testing.T, b *bus) {
 				e, f := b.open(nil)
 				defer e.Close()
-				fw := f.sink.(sink).f
+				fw := f.to().(sink).f
 				b.as(func(b *bus) { b.silent = true })
 				entries := make([]session.Entry, x.stuffed)
 				for i := range entries {
@@ -682,12 +682,12 @@ func TestFailure17LiftSurvivesReconnection(t *testing.T) {
 		b.decide(set(session.EffectSuspended, b.session("s1")))
 		settle()
 		b.with(func(b *bus) { b.mute = true })
-		f.sink.Connected(false)
+		f.to().Connected(false)
 		b.decide(lift(session.EffectSuspended, b.session("s1")))
 		settle()
 		mustDeny(t, e, p, session.Call{}, session.ErrSuspended)
 		b.with(func(b *bus) { b.mute = false })
-		f.sink.Connected(true)
+		f.to().Connected(true)
 		time.Sleep(time.Second)
 		mustAllow(t, e, p, session.Call{})
 		e.Close()

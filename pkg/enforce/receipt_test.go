@@ -1,7 +1,9 @@
 package enforce
 
 import (
+	"context"
 	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -139,5 +141,47 @@ func TestReceiptsOverAnOutage(t *testing.T) {
 		if !timed[1] || !timed[2] {
 			t.Fatalf("timed: %v", timed)
 		}
+	})
+}
+
+// TestFailure14AKillIsReportedWhenTheWorkHasEnded: the first receipt that covers a
+// kill is made after the work that it matches was cut, so that "in effect" never
+// comes before the agent has stopped. It fails when receipts are made before the
+// cut.
+func TestFailure14AKillIsReportedWhenTheWorkHasEnded(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		e, f := b.open(nil)
+		defer e.Close()
+		const calls = 50
+		var running []context.Context
+		for i := range calls {
+			ctx, release, err := e.Bind(t.Context(), prepare(t, e, caller(fmt.Sprint("s", i))), session.Call{Tool: "work"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer release()
+			running = append(running, ctx)
+		}
+		time.Sleep(time.Second)
+		kill := set(session.EffectSuspended, session.GlobalKey())
+		kill.Reason = session.ReasonKill
+		b.decide(kill)
+		n := b.number
+		settle()
+		for _, r := range f.said() {
+			if r.Number < n {
+				continue
+			}
+			if r.Running != 0 || r.Cut != calls || len(r.Batches) != 1 || r.Batches[0].Cut != calls {
+				t.Fatalf("reported with %d running, %d cut: %+v", r.Running, r.Cut, r.Batches)
+			}
+			for _, ctx := range running {
+				if !errors.Is(context.Cause(ctx), session.ErrSuspended) {
+					t.Fatal("reported while a call was running")
+				}
+			}
+			return
+		}
+		t.Fatal("the kill was not reported")
 	})
 }
