@@ -59,6 +59,7 @@ func New(s Source) prometheus.Collector {
 	total("entries_foreign", "Entries ignored because their signer has no right to the tenant.", func(s *enforce.Status) uint64 { return s.Foreign })
 	total("repairs", "Reads of the log.", func(s *enforce.Status) uint64 { return s.Repairs })
 	total("diverged", "Times the state differed from the authority's and was rebuilt.", func(s *enforce.Status) uint64 { return s.Diverged })
+	total("damaged", "Times that state on disk or in memory was found altered.", func(s *enforce.Status) uint64 { return s.Damaged })
 	total("rolled_back", "Signs that the log or the key sets were rolled back.", func(s *enforce.Status) uint64 { return s.RolledBack })
 	total("clock_jumps", "Jumps between the host's clocks.", func(s *enforce.Status) uint64 { return s.Jumps })
 	return c
