@@ -9,13 +9,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/auth"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
+	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -82,6 +82,7 @@ type Guard struct {
 	verifier Verifier
 	static   *caller
 	opts     Options
+	resource denial.Resource
 	logger   *slog.Logger
 	closing  chan struct{} // closed by Close
 
@@ -114,12 +115,10 @@ func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
 			return nil, bad("resource: %v", err)
 		}
 	}
-	for _, s := range append([]string{g.opts.ResourceMetadata}, g.opts.Scopes...) {
-		if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == '"' || r == '\\' || r > '~' }) {
-			return nil, bad("%q does not fit in a challenge", s)
-		}
+	g.resource = denial.Resource{Metadata: g.opts.ResourceMetadata, Scopes: g.opts.Scopes, RetryAfter: g.opts.RetryAfter}
+	if err := g.resource.Validate(); err != nil {
+		return nil, fmt.Errorf("mcpguard: %w", err)
 	}
-	g.opts.RetryAfter = orDefault(g.opts.RetryAfter, 30*time.Second)
 	g.opts.FlushTimeout = orDefault(g.opts.FlushTimeout, time.Second)
 	g.logger = g.opts.Logger
 	if g.logger == nil {

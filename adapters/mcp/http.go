@@ -13,6 +13,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/auth"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
+	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -140,7 +141,7 @@ func (g *Guard) admit(r *http.Request) (p *session.Prepared, known bool, err err
 	}
 	for _, s := range g.opts.Scopes {
 		if !slices.Contains(id.Capabilities, s) {
-			return nil, true, &session.DeniedError{Err: errScope}
+			return nil, true, &session.DeniedError{Err: denial.ErrScope}
 		}
 	}
 	return p, true, nil
@@ -176,10 +177,10 @@ func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepar
 	}
 	// The stream is the client's only way to learn why: it has no call open
 	// that could be answered.
-	a := g.answerTo(d)
+	a := g.resource.Answer(d)
 	event, err := json.Marshal(map[string]any{
 		"jsonrpc": "2.0", "method": "notifications/message",
-		"params": map[string]any{"level": "error", "logger": "interlock", "data": a.data},
+		"params": map[string]any{"level": "error", "logger": "interlock", "data": a.Data},
 	})
 	if err != nil {
 		return

@@ -19,6 +19,10 @@ var housekeeping = map[string]bool{
 	"notifications/progress": true, "notifications/roots/list_changed": true,
 }
 
+// LowRisk reports whether a method of MCP only finds out what may be done: it is
+// permitted to a caller with reduced rights, and ends by itself.
+func LowRisk(method string) bool { return housekeeping[method] }
+
 // Middleware checks every method that a server receives, binds what runs to its
 // caller, and cuts it. Add it with mcp.Server.AddReceivingMiddleware, after all
 // others, unless Serve does.

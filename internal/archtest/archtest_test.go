@@ -50,9 +50,11 @@ var rules = []rule{
 		"issuers and responders speak HTTP to the authority; they need neither the bus nor an enforcer"},
 	{"pkg/credential", []string{module + "pkg/session", "github.com/go-jose/go-jose/v4", "github.com/go-jose/go-jose/v4/..."},
 		"it turns a verified credential into an identity; enforcing is not its business"},
-	{"adapters/mcp", []string{module + "pkg/session", module + "pkg/credential", "github.com/modelcontextprotocol/go-sdk/..."},
+	{"pkg/denial", []string{module + "pkg/session"},
+		"every host words a denial alike, whatever its SDK"},
+	{"adapters/mcp", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/credential", "github.com/modelcontextprotocol/go-sdk/..."},
 		"an adapter asks for three methods, never for the enforcer, so that its host can be tested with ten lines"},
-	{"adapters/a2a", []string{module + "pkg/session", module + "pkg/credential", "github.com/a2aproject/a2a-go/v2/..."},
+	{"adapters/a2a", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/credential", "github.com/a2aproject/a2a-go/v2/..."},
 		"an adapter asks for three methods, never for the enforcer, so that its host can be tested with ten lines"},
 }
 
