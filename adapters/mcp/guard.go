@@ -1,14 +1,8 @@
 package mcpguard
 
 import (
-	"context"
-	"crypto/sha256"
-	"encoding/base64"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"sync"
 	"time"
 
@@ -16,30 +10,15 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"github.com/interlock-fabric/interlock/pkg/denial"
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
-// Enforcer decides. Every error that it returns denies, and should wrap
-// session.ErrDenied; a *session.DeniedError says why. All methods are called
-// concurrently.
-type Enforcer interface {
-	// Prepare derives what Check and Bind need from an identity.
-	Prepare(session.Identity) (*session.Prepared, error)
-	// Check decides without waiting for anything.
-	Check(*session.Prepared, session.Call) error
-	// Bind ties work to the caller: the context that it returns is cancelled,
-	// with a *session.DeniedError as its cause, when the work must stop. It
-	// checks again after registering. The CancelFunc releases it.
-	Bind(context.Context, *session.Prepared, session.Call) (context.Context, context.CancelFunc, error)
-}
+// Enforcer decides; an *enforce.Enforcer is one.
+type Enforcer = guard.Enforcer
 
-// Verifier finds out who is calling, from a request whose body it leaves alone.
-// An error that wraps session.ErrNoIdentity or session.ErrExpired refuses the
-// credentials, and its text reaches the caller; one that wraps session.ErrStale
-// says that it cannot be found out now. Of any other error nothing is passed on.
-type Verifier interface {
-	VerifyRequest(*http.Request) (session.Identity, error)
-}
+// Verifier finds out who is calling; a *credential.Verifier is one.
+type Verifier = guard.Verifier
 
 // Options configures a Guard. The zero value is useful over HTTP.
 type Options struct {
@@ -238,43 +217,7 @@ func (g *Guard) identify(req mcp.Request) (*caller, error) {
 func tokenInfo(c *caller) *auth.TokenInfo {
 	id := c.prepared.Identity()
 	return &auth.TokenInfo{
-		Scopes: id.Capabilities, Expiration: id.Expires, UserID: ownerOf(&id),
+		Scopes: id.Capabilities, Expiration: id.Expires, UserID: id.Caller(),
 		Extra: map[string]any{callerKey: c},
 	}
-}
-
-// ownerOf condenses who a session belongs to.
-func ownerOf(id *session.Identity) string {
-	h := sha256.New()
-	put := func(s string) {
-		_ = binary.Write(h, binary.BigEndian, uint32(len(s)))
-		h.Write([]byte(s))
-	}
-	put(id.Tenant)
-	put(id.Issuer)
-	put(id.User)
-	put(id.Client)
-	put(id.Session.ID)
-	for _, a := range id.Actors {
-		put(a.Issuer)
-		put(a.ID)
-	}
-	if id.User == "" && id.Client == "" && id.Session.ID == "" && len(id.Actors) == 0 {
-		// Nothing outlives the credential, so it is the caller.
-		put(id.Token)
-		for _, k := range id.Keys {
-			put(k)
-		}
-	}
-	return base64.RawURLEncoding.EncodeToString(h.Sum(nil))
-}
-
-// denied returns the denial that a bound context was cut with, or nil when it
-// ended for another reason.
-func denied(ctx context.Context) *session.DeniedError {
-	var d *session.DeniedError
-	if ctx.Err() != nil && errors.As(context.Cause(ctx), &d) {
-		return d
-	}
-	return nil
 }

@@ -3,17 +3,15 @@ package mcpguard
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"mime"
 	"net/http"
-	"slices"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/auth"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
-	"github.com/interlock-fabric/interlock/pkg/denial"
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -123,28 +121,7 @@ func (g *Guard) admit(r *http.Request) (p *session.Prepared, known bool, err err
 	if g.isClosed() {
 		return nil, false, errClosed()
 	}
-	if g.verifier == nil {
-		return nil, false, &session.DeniedError{Err: session.ErrNoIdentity}
-	}
-	id, err := g.verifier.VerifyRequest(r)
-	if err != nil {
-		if !errors.Is(err, session.ErrDenied) {
-			err = &session.DeniedError{Err: session.ErrNoIdentity}
-		}
-		return nil, false, err
-	}
-	if p, err = g.enforcer.Prepare(id); err != nil {
-		return nil, false, err
-	}
-	if err := g.enforcer.Check(p, g.connect()); err != nil {
-		return nil, true, err
-	}
-	for _, s := range g.opts.Scopes {
-		if !slices.Contains(id.Capabilities, s) {
-			return nil, true, &session.DeniedError{Err: denial.ErrScope}
-		}
-	}
-	return p, true, nil
+	return guard.Admit(g.enforcer, g.verifier, r, g.connect(), g.opts.Scopes)
 }
 
 func (g *Guard) isClosed() bool {
@@ -171,7 +148,7 @@ func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepar
 	defer stop()
 	next.ServeHTTP(w, r.WithContext(bound))
 
-	d := denied(bound)
+	d := guard.Cut(bound)
 	if mt, _, _ := mime.ParseMediaType(w.Header().Get("Content-Type")); d == nil || mt != "text/event-stream" {
 		return
 	}

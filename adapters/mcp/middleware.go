@@ -5,6 +5,7 @@ import (
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -37,6 +38,7 @@ func (g *Guard) Middleware(next mcp.MethodHandler) mcp.MethodHandler {
 				return nil, g.rpcError(err)
 			}
 		}
+		ctx = guard.NewContext(ctx, c.prepared)
 		call := g.call(method, req)
 		if housekeeping[method] {
 			if err := g.enforcer.Check(c.prepared, call); err != nil {
@@ -118,7 +120,7 @@ func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func
 	}
 	// The outcome of work that was cut is not the caller's any more, and a tool
 	// that was cut reports that as a result of its own making, without an error.
-	if d := denied(bound); d != nil {
+	if d := guard.Cut(bound); d != nil {
 		why = d
 	}
 	if why != nil {

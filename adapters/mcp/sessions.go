@@ -7,6 +7,7 @@ import (
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -94,7 +95,7 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 	t.releaseLocked()
 	h := &hold{owner: c.prepared, ended: bound.Done(), release: release}
 	t.held = h
-	context.AfterFunc(bound, func() { t.cut(h, denied(bound)) })
+	context.AfterFunc(bound, func() { t.cut(h, guard.Cut(bound)) })
 	return nil
 }
 

@@ -52,9 +52,12 @@ var rules = []rule{
 		"it turns a verified credential into an identity; enforcing is not its business"},
 	{"pkg/denial", []string{module + "pkg/session"},
 		"every host words a denial alike, whatever its SDK"},
-	{"adapters/mcp", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/credential", "github.com/modelcontextprotocol/go-sdk/..."},
+	{"pkg/guard", []string{module + "pkg/session", module + "pkg/denial"},
+		"what the adapters share: they ask for three methods, never for the enforcer"},
+	{"adapters/mcp", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/guard", module + "pkg/credential", "github.com/modelcontextprotocol/go-sdk/..."},
 		"an adapter asks for three methods, never for the enforcer, so that its host can be tested with ten lines"},
-	{"adapters/a2a", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/credential", "github.com/a2aproject/a2a-go/v2/..."},
+	{"adapters/a2a", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/guard", module + "pkg/credential", "github.com/a2aproject/a2a-go/v2/...",
+		"google.golang.org/grpc", "google.golang.org/grpc/...", "google.golang.org/genproto/googleapis/rpc/errdetails", "google.golang.org/protobuf/..."},
 		"an adapter asks for three methods, never for the enforcer, so that its host can be tested with ten lines"},
 }
 

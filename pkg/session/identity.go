@@ -1,6 +1,8 @@
 package session
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"slices"
@@ -66,6 +68,34 @@ type Identity struct {
 	FixedIssue bool
 	// Skew is how far the issuer's clock may be off.
 	Skew time.Duration
+}
+
+// Caller condenses who is calling into a name that stays the same over all the
+// tokens that they will hold: tenant, issuer, user, client, session and
+// delegation chain, or the credential where there is none of these.
+func (id *Identity) Caller() string {
+	h := sha256.New()
+	put := func(s string) {
+		_ = binary.Write(h, binary.BigEndian, uint32(len(s)))
+		h.Write([]byte(s))
+	}
+	put(id.Tenant)
+	put(id.Issuer)
+	put(id.User)
+	put(id.Client)
+	put(id.Session.ID)
+	for _, a := range id.Actors {
+		put(a.Issuer)
+		put(a.ID)
+	}
+	if id.User == "" && id.Client == "" && id.Session.ID == "" && len(id.Actors) == 0 {
+		// Nothing outlives the credential, so it is the caller.
+		put(id.Token)
+		for _, k := range id.Keys {
+			put(k)
+		}
+	}
+	return base64.RawURLEncoding.EncodeToString(h.Sum(nil))
 }
 
 // Call is what is being asked for in one request. The zero Call is an

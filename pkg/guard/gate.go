@@ -1,0 +1,42 @@
+package guard
+
+import (
+	"errors"
+	"net/http"
+	"slices"
+
+	"github.com/interlock-fabric/interlock/pkg/denial"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Admit finds out who sent a request, and whether they may make the call and
+// hold the scopes, which are looked for among the identity's capabilities. known
+// is set once the credentials have been verified. Nothing of the body is read.
+// Without an enforcer or a verifier nobody is admitted. Every error denies.
+func Admit(e Enforcer, v Verifier, r *http.Request, call session.Call, scopes []string) (p *session.Prepared, known bool, err error) {
+	if e == nil {
+		return nil, false, &session.DeniedError{Err: session.ErrClosed}
+	}
+	if v == nil {
+		return nil, false, &session.DeniedError{Err: session.ErrNoIdentity}
+	}
+	id, err := v.VerifyRequest(r)
+	if err != nil {
+		if !errors.Is(err, session.ErrDenied) {
+			err = &session.DeniedError{Err: session.ErrNoIdentity}
+		}
+		return nil, false, err
+	}
+	if p, err = e.Prepare(id); err != nil {
+		return nil, false, err
+	}
+	if err := e.Check(p, call); err != nil {
+		return nil, true, err
+	}
+	for _, s := range scopes {
+		if !slices.Contains(id.Capabilities, s) {
+			return nil, true, &session.DeniedError{Err: denial.ErrScope}
+		}
+	}
+	return p, true, nil
+}
