@@ -2,7 +2,7 @@
 
 GO ?= go
 
-.PHONY: all test race vet lint fmt fmt-check tidy-check fuzz interop demo bench vectors ci
+.PHONY: all test race vet lint fmt fmt-check tidy-check fuzz interop demo bench microbench vectors ci
 
 all: test lint
 
@@ -37,9 +37,13 @@ interop:
 demo:
 	$(GO) run ./cmd/session-authority demo
 
+# All that bench/README.md describes; BENCH="-run check -n 1000000" is a part.
 bench:
+	cd bench && $(GO) run . -json results/$$(date +%F).json $(BENCH)
+
+# Go's own benchmarks beside the code.
+microbench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...
-	if [ -f bench/go.mod ]; then cd bench && $(GO) test -run '^$$' -bench . -benchmem ./...; fi
 
 # Only when a version of the wire form gains vectors; see docs/design/wire.md.
 vectors:

@@ -1,105 +1,235 @@
-// Command bench measures the enforcer's revocation state: one run prints a table
-// and writes the raw figures as JSON. See README.md for what is measured and how.
+// Command bench measures the enforcer's state, the enforcer itself and the way of
+// a decision to it: one run prints a table with a verdict for each goal, and
+// writes the raw figures as JSON. See README.md for what is measured and how.
 package main
 
 import (
-	"bufio"
-	"encoding/json"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
+	"os/signal"
+	"path/filepath"
 	"runtime"
+	"runtime/debug"
+	"runtime/pprof"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 )
 
-// result is one line of the table.
-type result struct {
-	Name  string  `json:"name"`
-	N     int     `json:"entries"`
-	Value float64 `json:"value"`
-	Unit  string  `json:"unit"`
-	Goal  string  `json:"goal,omitempty"`
+// Exit codes. A goal that is missed is a result, not a failure.
+const (
+	exitFailed = 1 // a measurement could not be made, or what it measured was wrong
+	exitUsage  = 2
+	exitBusy   = 3 // others use the machine
+)
+
+// scenario is one set of measurements, made for each size.
+type scenario struct {
+	name, about string
+	run         func(b *bench, n int) error
 }
 
-// report is what is written: the machine, so that figures are not compared
-// across two, and the results.
-type report struct {
-	When    time.Time `json:"when"`
-	CPU     string    `json:"cpu"`
-	Cores   int       `json:"cores"`
-	Load    string    `json:"load_average"`
-	Go      string    `json:"go"`
-	Results []result  `json:"results"`
+// scenarios in the order in which they run.
+func scenarios() []scenario {
+	return []scenario{
+		{"state", "the state alone (pkg/filter): lookup, apply, merge, seal, memory", func(b *bench, n int) error { return measure(b.report, n) }},
+		{"filters", "the filter against others on the same keys", func(b *bench, n int) error { filters(b.report, n); return nil }},
+		{"check", "Enforcer.Check, idle, under 50,000 entries/s, during a merge", check},
+		{"memory", "an open enforcer's heap, and the peak while it is sealed", memory},
+		{"start", "cold and warm start over a real bus in another process", start},
+		{"storm", "entries decided at the authority's API to in force on 10 enforcers", storm},
+	}
 }
 
-func (r *report) add(name string, n int, v float64, unit, goal string) {
-	r.Results = append(r.Results, result{name, n, v, unit, goal})
-	fmt.Fprintf(os.Stderr, "%10d  %-58s %12.5g %s\n", n, name, v, unit)
+// bench is one run.
+type bench struct {
+	ctx    context.Context
+	dir    string // scratch
+	shared string // the same for all scenarios
+	quick  bool   // small sizes, for a smoke
+	report *report
+	// profiles, if not empty, is the directory for CPU profiles.
+	profiles string
+}
+
+// pick returns quick in a quick run, else full.
+func pick[T any](b *bench, full, quick T) T {
+	if b.quick {
+		return quick
+	}
+	return full
 }
 
 func main() {
-	if err := run(); err != nil {
-		fmt.Fprintln(os.Stderr, "bench:", err)
-		os.Exit(1)
+	if len(os.Args) > 1 && os.Args[1] == nodeCommand {
+		os.Exit(nodeMain(os.Args[2:]))
 	}
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 
-func run() error {
-	sizes := flag.String("n", "1000000,10000000", "live entries, by commas")
-	out := flag.String("json", "", "write the raw figures to this file")
-	flag.Parse()
-	rep := &report{When: time.Now().UTC(), CPU: cpu(), Cores: runtime.NumCPU(), Load: line("/proc/loadavg"), Go: runtime.Version()}
-	for _, s := range strings.Split(*sizes, ",") {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1000 {
-			return fmt.Errorf("-n %q: want numbers of 1000 or more", s)
+type options struct {
+	run, sizes, json, profiles string
+	list, quick, busy          bool
+	wait                       time.Duration
+}
+
+func run(args []string, stdout, stderr io.Writer) int {
+	var o options
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	fs.StringVar(&o.run, "run", "", "`names` of the scenarios to run, by commas; all without")
+	fs.StringVar(&o.sizes, "n", "1000000,10000000", "live `entries`, by commas; storm takes the smallest alone")
+	fs.StringVar(&o.json, "json", "", "write the raw figures to this `file`")
+	fs.StringVar(&o.profiles, "profile", "", "write a CPU profile of each scenario into this `directory`")
+	fs.BoolVar(&o.list, "list", false, "list the scenarios")
+	fs.BoolVar(&o.quick, "quick", false, "a smoke: small, in less than a minute; its figures mean little")
+	fs.BoolVar(&o.busy, "busy", false, "measure even if others use the machine")
+	fs.DurationVar(&o.wait, "wait", 2*time.Minute, "how `long` to wait for the machine to be quiet")
+	fs.Usage = func() {
+		say(stderr, "bench [flags]: print a table of what was measured and which goals were reached, progress on stderr.\n\n")
+		fs.PrintDefaults()
+		say(stderr, "\nExit codes: 0 measured, whether goals were reached or not; %d a measurement failed; %d usage; %d the machine is busy.\n", exitFailed, exitUsage, exitBusy)
+	}
+	switch err := fs.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		return exitUsage
+	}
+	chosen, sizes, err := o.choose(fs.Args())
+	if err != nil {
+		say(stderr, "bench: %v\n", err)
+		return exitUsage
+	}
+	if o.list {
+		tw := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
+		for _, s := range chosen {
+			say(tw, "%s\t%s\n", s.name, s.about)
 		}
-		if err := measure(rep, n); err != nil {
+		_ = tw.Flush() // to stdout
+		return 0
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	rep := newReport(stderr)
+	rep.Smoke = o.quick
+	if !o.quick {
+		if rep.Busy = awaitQuiet(ctx, o.wait, o.busy, stderr); rep.Busy != "" {
+			say(stderr, "\nbench: THE MACHINE IS BUSY: %s. What is measured now measures the neighbours.\n\n", rep.Busy)
+			if !o.busy {
+				say(stderr, "bench: wait until it is quiet, or give -busy to measure all the same.\n")
+				return exitBusy
+			}
+		}
+	}
+	err = o.measure(ctx, rep, chosen, sizes)
+	rep.end()
+	rep.print(stdout)
+	if o.json != "" {
+		err = errors.Join(err, rep.write(o.json))
+	}
+	if err != nil {
+		say(stderr, "bench: %v\n", err)
+		return exitFailed
+	}
+	return 0
+}
+
+// choose resolves the flags.
+func (o *options) choose(rest []string) (chosen []scenario, sizes []int, err error) {
+	if len(rest) > 0 {
+		return nil, nil, fmt.Errorf("%q: scenarios are named with -run", rest[0])
+	}
+	if o.quick {
+		o.sizes = "20000"
+	}
+	for s := range strings.SplitSeq(o.sizes, ",") {
+		n, err := strconv.Atoi(strings.TrimSpace(s))
+		if err != nil || n < 1000 {
+			return nil, nil, fmt.Errorf("-n %q: want numbers of 1000 or more", s)
+		}
+		sizes = append(sizes, n)
+	}
+	all := scenarios()
+	if o.run == "" {
+		return all, sizes, nil
+	}
+	for name := range strings.SplitSeq(o.run, ",") {
+		i := slices.IndexFunc(all, func(s scenario) bool { return s.name == strings.TrimSpace(name) })
+		if i < 0 {
+			return nil, nil, fmt.Errorf("no scenario %q: -list lists them", name)
+		}
+		chosen = append(chosen, all[i])
+	}
+	return chosen, sizes, nil
+}
+
+// measure runs the scenarios.
+func (o *options) measure(ctx context.Context, rep *report, chosen []scenario, sizes []int) (err error) {
+	dir, err := os.MkdirTemp("", "interlock-bench-*")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	for _, s := range chosen {
+		for _, n := range sizes {
+			if s.name == "storm" && n != slices.Min(sizes) {
+				continue
+			}
+			if err := o.one(ctx, rep, dir, s, n); err != nil {
+				return fmt.Errorf("%s, %d entries: %w", s.name, n, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (o *options) one(ctx context.Context, rep *report, dir string, s scenario, n int) (err error) {
+	b := &bench{ctx: ctx, shared: dir, quick: o.quick, report: rep}
+	if b.dir, err = os.MkdirTemp(dir, s.name+"-*"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
+	if o.profiles != "" {
+		if err := os.MkdirAll(o.profiles, 0o700); err != nil {
 			return err
 		}
-		filters(rep, n)
-	}
-	fmt.Printf("%s, %d cores, load %s, %s, %s\n\n", rep.CPU, rep.Cores, rep.Load, rep.Go, rep.When.Format(time.RFC3339))
-	tw := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "entries\twhat\t\tgoal\t")
-	for _, r := range rep.Results {
-		fmt.Fprintf(tw, "%d\t%s\t%.4g %s\t%s\t\n", r.N, r.Name, r.Value, r.Unit, r.Goal)
-	}
-	if err := tw.Flush(); err != nil {
-		return err
-	}
-	if *out == "" {
-		return nil
-	}
-	b, err := json.MarshalIndent(rep, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(*out, append(b, '\n'), 0o600)
-}
-
-func line(path string) string {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return "unknown"
-	}
-	return strings.TrimSpace(string(b))
-}
-
-func cpu() string {
-	f, err := os.Open("/proc/cpuinfo")
-	if err != nil {
-		return runtime.GOARCH
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if name, ok := strings.CutPrefix(s.Text(), "model name"); ok {
-			return strings.TrimLeft(name, "\t: ")
+		b.profiles = filepath.Join(o.profiles, fmt.Sprintf("%s-%d", s.name, n))
+		stop, err := profile(b.profiles + ".pprof")
+		if err != nil {
+			return err
 		}
+		defer func() { err = errors.Join(err, stop()) }()
 	}
-	return runtime.GOARCH
+	// No scenario pays for what the one before has left.
+	runtime.GC()
+	debug.FreeOSMemory()
+	done := rep.begin(s.name, n)
+	defer done()
+	if err := s.run(b, n); err != nil {
+		return err
+	}
+	return ctx.Err()
 }
+
+// profile writes a CPU profile until stop is called.
+func profile(path string) (stop func() error, err error) {
+	f, err := os.Create(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() error { pprof.StopCPUProfile(); return f.Close() }, nil
+}
+
+// say writes to a terminal or a tabwriter, whose failure nobody could be told of.
+func say(w io.Writer, format string, a ...any) { _, _ = fmt.Fprintf(w, format, a...) }
