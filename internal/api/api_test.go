@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -163,6 +164,9 @@ func TestStrictJSON(t *testing.T) {
 		"an unknown member, deeper":       `{"operation":"revoke","targets":[{"terms":[{"kind":"session","value":"s","isuer":"x"}]}]}`,
 		"a member twice":                  `{"operation":"suspend","operation":"revoke","targets":[]}`,
 		"a member twice, in another case": `{"operation":"suspend","Operation":"revoke","targets":[]}`,
+		"a member twice, escaped":         `{"operation":"suspend","oper\u0061tion":"revoke","targets":[]}`,
+		"a member twice, a long s":        `{"reason":"kill","rea\u017fon":"other","operation":"revoke","targets":[]}`,
+		"a member twice, apart":           `{"reason":"kill","targets":[{"terms":[{"kind":"s","value":"}\"{"}]}],"reason":"other"}`,
 		"a member twice, deeper":          `{"operation":"revoke","targets":[{"terms":[{"kind":"session","value":"a","value":"b"}]}]}`,
 		"more after the value":            good + good,
 		"garbage after the value":         good + "x",
@@ -422,7 +426,7 @@ func TestWatchesAreBounded(t *testing.T) {
 }
 
 func FuzzDecodeStrict(f *testing.F) {
-	for _, s := range []string{good, `{}`, `[]`, `{"a":{"a":1},"b":[{"a":1},{"a":2}]}`, `{"operation":"x","operation":"y"}`, `1`, `"x"`, `{"targets":[[`} {
+	for _, s := range []string{good, `{"claims":{"a":{"b":"\"}","\\\"":1},"":[{}]}}`, `{"claims":{"k":1,"\u212a":2}}`, `{}`, `[]`, `{"a":{"a":1},"b":[{"a":1},{"a":2}]}`, `{"operation":"x","operation":"y"}`, `1`, `"x"`, `{"targets":[[`} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
@@ -434,10 +438,65 @@ func FuzzDecodeStrict(f *testing.F) {
 		if err := json.Unmarshal(body, &loose); err != nil {
 			t.Fatalf("accepted, though it is not JSON: %v", err)
 		}
+		if twice(t, json.NewDecoder(bytes.NewReader(body))) {
+			t.Fatal("accepted, though a member is there twice")
+		}
 		a, err1 := json.Marshal(r)
 		b, err2 := json.Marshal(loose)
 		if err1 != nil || err2 != nil || !bytes.Equal(a, b) {
 			t.Fatalf("%s and %s, %v, %v", a, b, err1, err2)
 		}
 	})
+}
+
+// twice reads a value and reports whether an object of it has two members that
+// fold to the same.
+func twice(t *testing.T, d *json.Decoder) (found bool) {
+	tok, err := d.Token()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	switch tok {
+	case json.Delim('{'):
+		for d.More() {
+			tok, err := d.Token()
+			if err != nil {
+				t.Fatal(err)
+			}
+			name := tok.(string)
+			found = found || slices.ContainsFunc(names, func(s string) bool { return strings.EqualFold(s, name) })
+			names = append(names, name)
+			found = twice(t, d) || found
+		}
+	case json.Delim('['):
+		for d.More() {
+			found = twice(t, d) || found
+		}
+	default:
+		return false
+	}
+	if _, err := d.Token(); err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func BenchmarkDecodeBatch(b *testing.B) {
+	r := authority.Request{Operation: authority.Revoke, Commit: true}
+	for i := range authority.MaxTargets {
+		r.Targets = append(r.Targets, authority.One("acme", "session", "https://idp.example", fmt.Sprint("session-", i)))
+	}
+	body, err := json.Marshal(r)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(len(body)))
+	b.ReportAllocs()
+	for b.Loop() {
+		var r authority.Request
+		if err := decodeStrict(body, &r); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

@@ -8,7 +8,9 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"slices"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -42,69 +44,94 @@ func decodeStrict(body []byte, v any) error {
 	if !utf8.Valid(body) {
 		return errors.New("it is not UTF-8")
 	}
-	if err := checkMembers(body); err != nil {
-		return err
-	}
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
+	err := d.Decode(v)
+	var syntax *json.SyntaxError
+	switch {
+	case errors.Is(err, io.EOF):
+		return errors.New("it is empty")
+	case errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &syntax):
+		return errors.New("it is not JSON")
+	case err != nil:
 		return errors.New(strings.TrimPrefix(err.Error(), "json: "))
+	}
+	end := d.InputOffset()
+	if len(bytes.Trim(body[end:], " \t\r\n")) > 0 {
+		return errors.New("there is more after the value")
+	}
+	return checkMembers(body[:end])
+}
+
+// checkMembers refuses a repeated member and deep nesting. The body is one value
+// that is known to be JSON. A batch has thousands of members, so it looks at each
+// byte once and keeps nothing but where the names are.
+func checkMembers(body []byte) error {
+	var names [][]byte // of the objects that are open
+	var open []int     // where the names of each begin; -1 for an array
+	name := false      // the next string is a member's name
+	for i := 0; i < len(body); i++ {
+		switch body[i] {
+		case '{', '[':
+			if len(open) >= maxDepth {
+				return fmt.Errorf("it is nested deeper than %d", maxDepth)
+			}
+			if name = body[i] == '{'; name {
+				open = append(open, len(names))
+			} else {
+				open = append(open, -1)
+			}
+		case '}':
+			own := names[open[len(open)-1]:]
+			slices.SortFunc(own, bytes.Compare)
+			for k := 1; k < len(own); k++ {
+				if bytes.Equal(own[k-1], own[k]) {
+					return fmt.Errorf("member %.64q is there twice", own[k])
+				}
+			}
+			names, open = names[:len(names)-len(own)], open[:len(open)-1]
+		case ']':
+			open = open[:len(open)-1]
+		case ',':
+			name = open[len(open)-1] >= 0
+		case '"':
+			from := i
+			for i++; body[i] != '"'; i++ {
+				if body[i] == '\\' {
+					i++
+				}
+			}
+			if name {
+				name = false
+				names = append(names, fold(body[from:i+1]))
+			}
+		}
 	}
 	return nil
 }
 
-// checkMembers refuses objects with a repeated member, and data after the value.
-// encoding/json matches members regardless of case, so this does too.
-func checkMembers(body []byte) error {
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.UseNumber()
-	type frame struct {
-		members map[string]bool // nil for an array
-		value   bool            // a member's value is next
+// fold returns a member's name, given with its quotes, so that those that
+// encoding/json takes for the same, regardless of case, are equal.
+func fold(quoted []byte) []byte {
+	plain := quoted[1 : len(quoted)-1]
+	if !slices.ContainsFunc(plain, func(c byte) bool { return c == '\\' || c >= utf8.RuneSelf || 'A' <= c && c <= 'Z' }) {
+		return plain
 	}
-	var stack []frame
-	for {
-		tok, err := d.Token()
-		if err == io.EOF && len(stack) == 0 {
-			return errors.New("it is empty")
-		}
-		if err != nil {
-			return errors.New("it is not JSON")
-		}
-		top := len(stack) - 1
-		switch delim, _ := tok.(json.Delim); {
-		case delim == '{' || delim == '[':
-			if top >= 0 {
-				stack[top].value = false
-			}
-			if len(stack) >= maxDepth {
-				return fmt.Errorf("it is nested deeper than %d", maxDepth)
-			}
-			f := frame{}
-			if delim == '{' {
-				f.members = map[string]bool{}
-			}
-			stack = append(stack, f)
-		case delim == '}' || delim == ']':
-			stack = stack[:top]
-		case top >= 0 && stack[top].members != nil && !stack[top].value:
-			name := strings.ToLower(tok.(string))
-			if stack[top].members[name] {
-				return fmt.Errorf("member %.64q is there twice", name)
-			}
-			stack[top].members[name] = true
-			stack[top].value = true
-		case top >= 0:
-			stack[top].value = false
-		}
-		if len(stack) == 0 {
-			break
-		}
+	var s string
+	if json.Unmarshal(quoted, &s) != nil {
+		return plain // it is known to be a string
 	}
-	if _, err := d.Token(); err != io.EOF {
-		return errors.New("there is more after the value")
-	}
-	return nil
+	return []byte(strings.Map(func(r rune) rune {
+		// The least of those that fold to each other, as a small letter.
+		least := r
+		for o := unicode.SimpleFold(r); o != r; o = unicode.SimpleFold(o) {
+			least = min(least, o)
+		}
+		if 'A' <= least && least <= 'Z' {
+			least += 'a' - 'A'
+		}
+		return least
+	}, s))
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {
