@@ -69,6 +69,11 @@ func codecs() []codec {
 			again(UnmarshalRejection, func(x Rejection) ([]byte, error) { return x.MarshalBody(), nil })},
 		{"receipt", TypeReceipt, [][]byte{must(receipt.MarshalBody()), must((&Receipt{Enforcer: "e"}).MarshalBody())},
 			again(UnmarshalReceipt, (*Receipt).MarshalBody)},
+		{"report", TypeReport, [][]byte{must(fullReport().MarshalBody()), must((&Report{Enforcer: "e", Count: 1}).MarshalBody())},
+			again(UnmarshalReport, (*Report).MarshalBody)},
+		// Not a frame's body: it is sealed in that of a report.
+		{"trail content", 0, [][]byte{must(fullContent().Marshal()), must((&TrailContent{}).Marshal())},
+			again(UnmarshalTrailContent, (*TrailContent).Marshal)},
 	}
 }
 
@@ -144,6 +149,10 @@ func TestEveryMessageComesBack(t *testing.T) {
 	check("clock", *fullClock(), k, err)
 	x, err := UnmarshalRejection(fullRejection().MarshalBody())
 	check("rejection", *fullRejection(), x, err)
+	rep, err := UnmarshalReport(must(fullReport().MarshalBody()))
+	check("report", fullReport(), rep, err)
+	content, err := UnmarshalTrailContent(must(fullContent().Marshal()))
+	check("trail content", fullContent(), content, err)
 }
 
 func TestBodiesAreStrict(t *testing.T) {
@@ -342,7 +351,7 @@ func TestAClaimedCountAllocatesNothing(t *testing.T) {
 	for _, c := range codecs() {
 		// The counts follow 72 bytes of a batch (and no decisions), 48 of a key set
 		// (and no tenants), and 99 of the shortest receipt.
-		offsets := map[FrameType][]int{TypeBatch: {72, 74}, TypeKeySet: {48, 50}, TypeReceipt: {99}}[c.typ]
+		offsets := map[FrameType][]int{TypeBatch: {72, 74}, TypeKeySet: {48, 50}, TypeReceipt: {99}, 0: {48, 50}}[c.typ]
 		for _, offset := range offsets {
 			for _, count := range []uint16{1, 256, MaxBatchEntries, MaxTenants, 65535} {
 				body := at(c.valid[1], offset, count)
@@ -531,6 +540,8 @@ func FuzzUnmarshalHeartbeat(f *testing.F) { fuzzCodec(f, TypeHeartbeat) }
 func FuzzUnmarshalClock(f *testing.F)     { fuzzCodec(f, TypeClock) }
 func FuzzUnmarshalRejection(f *testing.F) { fuzzCodec(f, TypeRejection) }
 func FuzzUnmarshalReceipt(f *testing.F)   { fuzzCodec(f, TypeReceipt) }
+func FuzzUnmarshalReport(f *testing.F)    { fuzzCodec(f, TypeReport) }
+func FuzzUnmarshalTrail(f *testing.F)     { fuzzCodec(f, 0) }
 
 func FuzzParseFrame(f *testing.F) {
 	for _, c := range codecs() {

@@ -34,6 +34,9 @@ var (
 	ErrNoIdentity = fmt.Errorf("%w: no verified identity", ErrDenied)
 	// ErrExpired: the caller's credential has expired.
 	ErrExpired = fmt.Errorf("%w: credential expired", ErrDenied)
+	// ErrUnregistered: the enforcer admits only sessions that the authority
+	// knows, and this is none.
+	ErrUnregistered = fmt.Errorf("%w: session is not registered", ErrDenied)
 	// ErrOverloaded: a bound of the enforcer was reached, so it cannot promise
 	// to end the work later.
 	ErrOverloaded = fmt.Errorf("%w: enforcer at its limit", ErrDenied)
@@ -77,7 +80,7 @@ type Denial struct {
 
 // DeniedError is the error of a denied check. It unwraps to one of ErrRevoked,
 // ErrSuspended, ErrStepUp, ErrReduced, ErrStale, ErrNoIdentity, ErrExpired,
-// ErrOverloaded or ErrClosed, all of which wrap ErrDenied. Its text carries no
+// ErrUnregistered, ErrOverloaded or ErrClosed, all of which wrap ErrDenied. Its text carries no
 // identity, token or target value and is fit for the caller.
 type DeniedError struct {
 	// Denial is set when an entry matched; its Effect is zero otherwise.

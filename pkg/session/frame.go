@@ -29,6 +29,7 @@ const (
 	TypeReceipt   FrameType = 6 // enforcer → authority: what it has applied
 	TypeForward   FrameType = 7 // authority → writer: a decision to be taken
 	TypeSegment   FrameType = 8 // writer → enforcers: a published segment
+	TypeReport    FrameType = 9 // enforcer → authority: calls and callers, sealed
 )
 
 // KeyID names a public key by the first eight bytes of its SHA-256.

@@ -62,6 +62,9 @@ type Identity struct {
 	Expires  time.Time
 	// ACR is the authentication context class (OpenID Connect Core §2).
 	ACR string
+	// Transaction is the credential's `txn` (RFC 8417 §2.2). Nothing is decided
+	// by it; it is for the trail.
+	Transaction string
 
 	// FixedIssue states that the credential can be neither refreshed nor
 	// exchanged, so that IssuedAt counts for issued-before.
@@ -303,6 +306,9 @@ func (p *Prepared) Shapes() ShapeSet { return p.shapes }
 
 // Expires returns when the credential ends; zero when it does not say.
 func (p *Prepared) Expires() Instant { return p.expires }
+
+// ArgumentDigest is that of the tenant's secret.
+func (p *Prepared) ArgumentDigest(args []byte) Hash { return p.secret.ArgumentDigest(args) }
 
 // Valid reports whether p was made by Prepare.
 func (p *Prepared) Valid() bool { return p != nil && p.secret != nil }

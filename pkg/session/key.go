@@ -132,6 +132,23 @@ func (s *TenantSecret) valueDigest(kind Kind, issuer, value string) Digest {
 	return s.mac(b)
 }
 
+// ArgumentDigest is the keyed digest of a call's arguments, as they came: the
+// HMAC-SHA-256 of "ia1" and them. It tells equal arguments from others to whoever
+// holds the tenant's key, and to nobody else.
+func (s *TenantSecret) ArgumentDigest(args []byte) (d Hash) {
+	if s == nil || !s.ok {
+		return d
+	}
+	inner := sha256.New()
+	inner.Write(s.inner[:])
+	inner.Write([]byte("ia1"))
+	inner.Write(args)
+	var outer [64 + sha256.Size]byte
+	copy(outer[:64], s.outer[:])
+	inner.Sum(outer[:64])
+	return sha256.Sum256(outer[:])
+}
+
 // joinDigest is the digest of a conjunction: "ic1" || shape || digests, in the
 // order of the shape's kinds.
 func (s *TenantSecret) joinDigest(shape Shape, d ...Digest) Digest {

@@ -23,6 +23,9 @@ const (
 	UseWriter KeyUse = 1
 	// UseEmergency signs orders outside the log. Reserved.
 	UseEmergency KeyUse = 2
+	// UseAudit signs nothing: it is an X25519 key, to which enforcers seal
+	// their reports. A reader that does not know the use ignores the key.
+	UseAudit KeyUse = 3
 )
 
 // Tenant is a tenant of the deployment.
@@ -33,6 +36,7 @@ type Tenant struct {
 
 // SigningKey is a key that the root trusts, and for what.
 type SigningKey struct {
+	// Public is an Ed25519 key, but for UseAudit.
 	Public ed25519.PublicKey
 	Use    KeyUse
 	// Tenants limits the entries that the key may sign; nil is every tenant
@@ -72,6 +76,17 @@ func (ks *KeySet) Origin(root ed25519.PublicKey) Hash {
 	b = binary.BigEndian.AppendUint64(b, ks.Epoch)
 	b = append(b, ks.Salt[:]...)
 	return sha256.Sum256(b)
+}
+
+// AuditKey returns the X25519 key to which reports are sealed: the newest of its
+// use that is not withdrawn. It must not be changed.
+func (ks *KeySet) AuditKey() (public []byte, ok bool) {
+	for _, k := range slices.Backward(ks.Keys) {
+		if k.Use == UseAudit && !k.Withdrawn {
+			return k.Public, true
+		}
+	}
+	return nil, false
 }
 
 // Tenant finds a tenant by name.
