@@ -421,7 +421,15 @@ func testClock(t *testing.T, b Bus) {
 	}
 	wg.Wait()
 	ctx, cancel := context.WithCancel(testContext(t))
-	go func() { <-silent; cancel() }()
+	defer cancel()
+	wg.Go(func() {
+		select {
+		case <-silent:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	defer wg.Wait()
 	if _, err := f.Clock(ctx, [32]byte{0xff}); !errors.Is(err, context.Canceled) {
 		t.Errorf("a silent writer: %v", err)
 	}
@@ -507,6 +515,8 @@ func testDeadStart(t *testing.T, b Bus) {
 func testNothingAfterClose(t *testing.T, b Bus) {
 	f, r := start(t, b)
 	stop := make(chan struct{})
+	end := sync.OnceFunc(func() { close(stop) })
+	defer end()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for i := 1; ; i++ {
@@ -528,7 +538,7 @@ func testNothingAfterClose(t *testing.T, b Bus) {
 	total := r.total()
 	_, other := start(t, b)
 	other.Await(t, "more, by another", func(_, beats, _ [][]byte, _ []bool) bool { return len(beats) > 100 })
-	close(stop)
+	end()
 	wg.Wait()
 	if n := r.total(); n != total {
 		t.Errorf("%d calls of the sink after Close", n-total)
@@ -557,7 +567,12 @@ func testCloseEnds(t *testing.T, b Bus) {
 	f, _ := start(t, b)
 	done := make(chan error, 1)
 	go func() { _, err := f.Clock(testContext(t), [32]byte{}); done <- err }()
-	<-asked
+	select {
+	case <-asked:
+	case err := <-done:
+		// On a machine that stood still for a second the link is given up.
+		t.Fatalf("Clock, before the feed was closed: %v", err)
+	}
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -72,6 +72,9 @@ func Dial(e *session.Enrollment, o *Options) (*Feed, error) {
 		nats.IgnoreAuthErrorAbort(),
 		// A frozen server is noticed after 1.5 s, not 4 minutes.
 		nats.PingInterval(500 * time.Millisecond), nats.MaxPingsOutstanding(2),
+		// nats.go writes with its lock held: everything, Close included, would wait
+		// for a link that takes no more bytes.
+		nats.FlusherTimeout(2 * time.Second),
 		// Nothing waits for a connection: a request would be out of time and a
 		// receipt out of date.
 		nats.ReconnectBufSize(-1),

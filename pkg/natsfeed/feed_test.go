@@ -48,8 +48,9 @@ func TestLogIsReadInPieces(t *testing.T) {
 	n := 0
 	_, err := f.Log(testContext(t), 0, func(uint64, []byte) error { n++; return nil })
 	must(t, err)
-	// 256 a piece, then by the megabyte: two or three large ones.
-	if r := f.Stats().Requests; n != len(all) || r < 3+12/3 || r > 3+12/2+3 {
+	// 256 a piece, then by the megabyte: two or three large ones, or, where the
+	// machine is slow, each by itself.
+	if r := f.Stats().Requests; n != len(all) || r < 3+12/3 || r > 4+12+3 {
 		t.Errorf("%d messages in %d requests", n, r)
 	}
 }
@@ -110,6 +111,7 @@ func newLink(t testing.TB, to string) *link {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var open []net.Conn
+	ended := false
 	carry := func(dst, src net.Conn) {
 		defer dst.Close()
 		buf := make([]byte, 32<<10)
@@ -138,6 +140,10 @@ func newLink(t testing.TB, to string) *link {
 			}
 			mu.Lock()
 			open = append(open, c, s)
+			if ended {
+				c.Close()
+				s.Close()
+			}
 			mu.Unlock()
 			wg.Go(func() { carry(s, c) })
 			wg.Go(func() { carry(c, s) })
@@ -147,6 +153,7 @@ func newLink(t testing.TB, to string) *link {
 		l.freeze(false)
 		ln.Close()
 		mu.Lock()
+		ended = true
 		for _, c := range open {
 			c.Close()
 		}
@@ -206,7 +213,7 @@ type slow struct {
 
 func (s *slow) Batch(b []byte) {
 	s.once.Do(func() { close(s.entered) })
-	<-s.leave
+	<-s.leave // closed by the test, also when it fails: Close waits for this
 	s.Recorder.Batch(b)
 }
 
@@ -215,6 +222,8 @@ func TestSlowSinkIsBounded(t *testing.T) {
 	b := newBus(t)
 	f := b.feed(t)
 	s := &slow{Recorder: feedtest.NewRecorder(), entered: make(chan struct{}), leave: make(chan struct{})}
+	leave := sync.OnceFunc(func() { close(s.leave) })
+	t.Cleanup(leave) // before the feed is closed
 	must(t, f.Start(testContext(t), s))
 	const n = 6000
 	var all [][]byte
@@ -222,7 +231,11 @@ func TestSlowSinkIsBounded(t *testing.T) {
 		all = append(all, frame(i))
 	}
 	b.Append(t, all[0])
-	<-s.entered
+	select {
+	case <-s.entered:
+	case <-testContext(t).Done():
+		t.Fatal("the first message did not reach the sink")
+	}
 	b.Append(t, all[1:]...)
 	read := 0
 	_, err := f.Log(testContext(t), 0, func(uint64, []byte) error { read++; return nil })
@@ -236,7 +249,7 @@ func TestSlowSinkIsBounded(t *testing.T) {
 	if dropped == 0 || dropped > n-4096 {
 		t.Errorf("%d of %d dropped", dropped, n)
 	}
-	close(s.leave)
+	leave()
 	s.Await(t, "what was kept", func(batches, _, _ [][]byte, _ []bool) bool { return len(batches) == n-int(dropped) })
 	must(t, f.Close())
 	if after := f.Stats().Overflowed; after != dropped {

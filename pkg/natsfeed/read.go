@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	mrand "math/rand/v2"
 	"strconv"
 	"time"
 
@@ -16,16 +17,25 @@ const (
 	directGet = "$JS.API.DIRECT.GET."
 
 	// One request answers at most so many messages and, but for the last of
-	// them, bytes. The server cuts a client that lets 32 MiB wait.
+	// them, bytes: the server cuts a client that lets 32 MiB wait. A feed has one
+	// request out at a time.
 	pieceMessages = 256
 	pieceBytes    = 1 << 20
+	// How many bytes it asks for follows from how long the last answer took: twice
+	// as many after a quick one, half after a slow one. So what a hundred
+	// enforcers that start together have in flight is what the server can send in
+	// about slow, and an append waits no longer than that for the reads before it.
+	pieceFirst = 256 << 10
+	pieceLeast = 64 << 10
+	quick      = 150 * time.Millisecond
+	slow       = 500 * time.Millisecond
 
 	// silence is how long an answer may pause before it is asked for again,
 	// and attempts how often that is done without any progress.
 	silence  = 2 * time.Second
 	attempts = 6
-	// retryFirst doubles with each attempt: together some 3 s, a restart of the
-	// server.
+	// retryFirst doubles with each attempt, more or less at random: together some
+	// 3 s, a restart of the server.
 	retryFirst = 50 * time.Millisecond
 	// A stream that ends before the position asked for is believed to have been
 	// made anew when shorter is said so often, and not by one replica that is
@@ -39,7 +49,7 @@ const (
 var errCut = errors.New("natsfeed: the server's answer stopped")
 
 // Log reads the stored batches as enforce.Feed says, in pieces of at most
-// 1.5 MiB, and goes on by position over lost answers, restarts and reconnections
+// 1.5 MiB and less when the server is slow, and goes on by position over lost answers, restarts and reconnections
 // of a few seconds. Positions ascend; a deleted message leaves a gap. When the
 // stream ends before from, because it was restored or made anew, it is read from
 // its first message. Messages that cannot be frames are passed over and counted.
@@ -101,8 +111,11 @@ func (f *Feed) readSubject(ctx context.Context, stream, subject string, from uin
 		return pos, err
 	}
 	defer in.close()
+	size := pace(pieceFirst)
 	for failed, short := 0, 0; ; {
-		next, last, err := in.piece(ctx, stream, subject, pos, fn)
+		in.waited = 0
+		next, last, err := in.piece(ctx, stream, subject, pos, int(size), fn)
+		rest := size.took(in.waited)
 		if next > pos {
 			failed, short = 0, 0
 		}
@@ -114,6 +127,11 @@ func (f *Feed) readSubject(ctx context.Context, stream, subject string, from uin
 		case errors.Is(err, ErrClosed) || ctx.Err() != nil:
 			return pos, err
 		case err == nil && last == nil:
+			if rest > 0 {
+				if err := f.wait(ctx, rest); err != nil {
+					return pos, err
+				}
+			}
 			continue
 		case err == nil && *last+1 >= pos:
 			return pos, nil
@@ -127,10 +145,32 @@ func (f *Feed) readSubject(ctx context.Context, stream, subject string, from uin
 				return pos, err
 			}
 		}
-		if err := f.wait(ctx, retryFirst<<min(max(failed, short)-1, 10)); err != nil {
+		if err := f.wait(ctx, jitter(retryFirst<<min(max(failed, short)-1, 10))); err != nil {
 			return pos, err
 		}
 	}
+}
+
+// jitter returns d give or take its half, so that those who failed together do
+// not come back together.
+func jitter(d time.Duration) time.Duration {
+	return d/2 + mrand.N(d) //nolint:gosec // jitter is no secret
+}
+
+// pace is how many bytes to ask for next.
+type pace int
+
+// took adapts it to how long the answer took, and returns how long to leave the
+// server to others: not at all, unless it is slow.
+func (p *pace) took(d time.Duration) time.Duration {
+	switch {
+	case d <= quick:
+		*p = min(2**p, pieceBytes)
+	case d >= slow:
+		*p = max(*p/2, pieceLeast)
+		return mrand.N(d) //nolint:gosec // jitter is no secret
+	}
+	return 0
 }
 
 func (f *Feed) wait(ctx context.Context, d time.Duration) error {
@@ -158,6 +198,7 @@ type inbox struct {
 	prefix  string
 	n       int
 	current string
+	waited  time.Duration // for answers
 }
 
 func (f *Feed) inbox(size int) (*inbox, error) {
@@ -192,6 +233,8 @@ func (in *inbox) ask(subject string, data []byte) error {
 // next waits for a message that answers the current request; patience 0 is as
 // long as ctx.
 func (in *inbox) next(ctx context.Context, patience time.Duration) (*nats.Msg, error) {
+	began := time.Now()
+	defer func() { in.waited += time.Since(began) }()
 	var late <-chan time.Time
 	if patience > 0 {
 		t := time.NewTimer(patience)
@@ -219,11 +262,11 @@ func (in *inbox) next(ctx context.Context, patience time.Duration) (*nats.Msg, e
 
 // piece reads once from pos and returns the position to go on from. last is set
 // when the end of the stream was reached: its last position as far as known.
-func (in *inbox) piece(ctx context.Context, stream, subject string, pos uint64, fn func(uint64, []byte) error) (next uint64, last *uint64, err error) {
+func (in *inbox) piece(ctx context.Context, stream, subject string, pos uint64, size int, fn func(uint64, []byte) error) (next uint64, last *uint64, err error) {
 	in.f.requests.Add(1)
-	req := fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, pos, pieceMessages, pieceBytes)
+	req := fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, pos, pieceMessages, size)
 	if subject != "" {
-		req = fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q,"batch":%d,"max_bytes":%d}`, pos, subject, pieceMessages, pieceBytes)
+		req = fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q,"batch":%d,"max_bytes":%d}`, pos, subject, pieceMessages, size)
 	}
 	if err := in.ask(directGet+stream, req); err != nil {
 		return pos, nil, err
