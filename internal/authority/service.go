@@ -164,6 +164,9 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		if e.Diverged || st.Writer && (e.Epoch > epoch || e.Epoch == epoch && e.Confirmed > head) {
 			warn("enforcer %s reports a head that is not the log's", e.Name)
 		}
+		if e.Divergence != "" {
+			warn("enforcer %s: %s", e.Name, e.Divergence)
+		}
 		if e.ReceiptsRefused > 0 {
 			warn("%d receipts in the name of %s were refused", e.ReceiptsRefused, e.Name)
 		}

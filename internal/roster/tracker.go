@@ -436,6 +436,9 @@ func (t *Tracker) Enforcers() ([]authority.Enforcer, [][]session.TenantID) {
 			e.Running, e.Cut, e.Denied = r.Running, r.Cut, r.Denied
 			e.Refused, e.Repairs, e.Rebuilt = r.Refused, r.Repairs, r.Diverged
 			e.Diverged = t.standing(r) == offPath
+			if r.Divergence != nil {
+				e.Divergence = r.Divergence.String()
+			}
 		}
 		out = append(out, e)
 		tenants = append(tenants, m.Tenants)

@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -245,10 +246,14 @@ func TestClaimsAreHeldAgainstTheLog(t *testing.T) {
 		if inEffect(2) || inEffect(1) {
 			t.Error("a head that is not the log's counts")
 		}
-		if list, _ := tr.Enforcers(); !list[0].Diverged {
+		if list, _ := tr.Enforcers(); !list[0].Diverged || list[0].Divergence != "" {
 			t.Error("it is not reported")
 		}
+		h.r.Divergence = &session.Divergence{Epoch: 1, Number: 2, Compared: true, Ranges: 3, First: 0xc5}
 		receipt(2, 1, session.Hash{0xbb})
+		if list, _ := tr.Enforcers(); !strings.Contains(list[0].Divergence, "seq 2 of epoch 1, in 3 of 256 ranges, the first of them 0xc5") {
+			t.Errorf("of the divergence it says %q", list[0].Divergence)
+		}
 		if inEffect(2) || !inEffect(1) {
 			t.Error("what it has from the log itself does not count apart from what it has not")
 		}

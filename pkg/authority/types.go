@@ -240,13 +240,18 @@ type Enforcer struct {
 	MaxStaleMillis float64   `json:"max_stale_millis,omitzero"`
 	AgeMillis      float64   `json:"age_millis,omitzero"`
 	// Diverged is set while the head that it reports is not the log's.
-	Diverged bool   `json:"diverged,omitempty"`
-	Running  uint64 `json:"running"`
-	Cut      uint64 `json:"cut"`
-	Denied   uint64 `json:"denied"`
-	Refused  uint64 `json:"refused"`
-	Repairs  uint64 `json:"repairs"`
-	Rebuilt  uint64 `json:"rebuilt"`
+	Diverged bool `json:"diverged,omitempty"`
+	// Divergence says when and where its state last had another digest than the
+	// authority's at the same batch; empty when that never happened since its
+	// start.
+	Divergence string `json:"divergence,omitempty"`
+
+	Running uint64 `json:"running"`
+	Cut     uint64 `json:"cut"`
+	Denied  uint64 `json:"denied"`
+	Refused uint64 `json:"refused"`
+	Repairs uint64 `json:"repairs"`
+	Rebuilt uint64 `json:"rebuilt"`
 	// ReceiptsRefused counts receipts in its name that were not believed:
 	// forged, replayed or too many.
 	ReceiptsRefused uint64 `json:"receipts_refused,omitempty"`

@@ -1,6 +1,7 @@
 package enforce
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -56,8 +57,15 @@ type chain struct {
 	// run: no other chain is accepted. broken is set when base has left it.
 	floor  head
 	broken bool
-	// trial is set for a chain that begins at a published segment.
-	trial bool
+	// trial is set for a chain that begins at a published segment, whose sum
+	// source is.
+	trial  bool
+	source [32]byte
+
+	// probe, if not zero, is a batch whose state is wanted; probed is that, once
+	// the chain has passed the batch.
+	probe  head
+	probed *filter.Set
 }
 
 // head names one batch; the zero head is before every chain.
@@ -156,6 +164,40 @@ func newChain(origin session.Hash, floor head) *chain {
 		loose:   map[session.Hash]*link{},
 		after:   map[session.Hash][]*link{},
 		settled: map[session.Hash]settled{},
+	}
+}
+
+// start makes a state the beginning of a chain that has nothing yet.
+func (c *chain) start(s state) {
+	c.base, c.confirmed = s, s
+	c.look()
+}
+
+// look keeps the state that is wanted when base is that.
+func (c *chain) look() {
+	if c.probe.number > 0 && c.base.head == c.probe {
+		c.probed = c.base.set
+	}
+}
+
+// carry takes over what the chain that this one replaces has of what comes after
+// its beginning, but for what keep reports false for, and what need not be heard
+// again: a batch that was heard while a segment was fetched may not be in the
+// log yet. What is not after the beginning has its place taken in the log, by
+// itself or by another batch.
+func (c *chain) carry(old *chain, keep func(*link) bool) {
+	maps.Copy(c.settled, old.settled)
+	c.crowded = old.crowded
+	take := func(l *link) {
+		if l.batch.Number > c.base.number && keep(l) {
+			c.attach(l)
+		}
+	}
+	for _, l := range old.links {
+		take(l)
+	}
+	for _, l := range old.loose {
+		take(l)
 	}
 }
 
@@ -329,6 +371,7 @@ func (c *chain) fold(n int) {
 	for _, l := range c.links[:n] {
 		b := l.batch
 		c.base.head, c.base.set = head{b.Number, l.hash}, c.base.set.Apply(b, l.may)
+		c.look()
 		c.base.signed(l.signer, b.Number)
 		c.broken = c.broken || b.Number == c.floor.number && l.hash != c.floor.hash
 		c.size -= l.size

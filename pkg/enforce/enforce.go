@@ -155,6 +155,7 @@ type view struct {
 
 	epoch, confirmed, keySet uint64
 	tip                      head
+	divergence               *session.Divergence // the last one
 }
 
 // stale says why the state is too old for the call, or cannot be told to be
@@ -463,6 +464,9 @@ type Status struct {
 	Damaged    uint64 `json:"damaged"` // times that state on disk or in memory was found altered
 	RolledBack uint64 `json:"rolled_back"`
 	Jumps      uint64 `json:"clock_jumps"`
+
+	// Divergence is the last one.
+	Divergence *session.Divergence `json:"divergence,omitempty"`
 }
 
 // Status reports the state of affairs. It takes no lock.
@@ -481,7 +485,7 @@ func (e *Enforcer) Status() Status {
 		Foreign: c.foreign.Load(), Lost: c.lost.Load(), Repairs: c.repairs.Load(), Diverged: c.diverged.Load(), Damaged: c.damaged.Load(),
 		RolledBack: c.rolledBack.Load(), Jumps: c.jumps.Load(),
 	}
-	s.Ready = e.isReady()
+	s.Ready, s.Divergence = e.isReady(), v.divergence
 	if v.origin > never && v.verified {
 		s.Age = v.age(now)
 	}

@@ -31,11 +31,14 @@ type SegmentFeed interface {
 const (
 	// fetchSilence is how long a segment may make no progress.
 	fetchSilence = 15 * time.Second
-	// refetch is the least time between two fetches.
-	refetch = 5 * time.Second
+	// refetchMin and refetchMax bound the back-off of fetches that bring nothing.
+	refetchMin, refetchMax = time.Second, time.Minute
 )
 
-var errNotNewer = errors.New("no published segment is newer than what is here")
+var (
+	errNotNewer   = errors.New("no published segment is newer than what is here")
+	errNoSegments = errors.New("this feed has no published segments")
+)
 
 // fetched is a segment that has been verified, with who vouched for it.
 type fetchedSegment struct {
@@ -45,32 +48,67 @@ type fetchedSegment struct {
 }
 
 // needSegment begins to fetch the newest published segment, if the feed has any.
-// Until that has ended, the log is not read.
+// Until that has ended, the log is not read anew, but what is heard goes on.
 func (f *follower) needSegment(ctx context.Context) {
+	f.keep.want = false
 	feed, ok := f.e.feed.(SegmentFeed)
-	if !ok || f.keep.fetching || f.now() < f.keep.fetchAt {
+	if !ok {
+		f.noSegment(errNoSegments)
 		return
 	}
-	f.keep.fetching, f.keep.fetchAt = true, f.now()+refetch
-	c, trust, above := f.chain, f.trust, f.chain.base.number
+	f.keep.fetching = true
+	want := wanted{above: f.chain.base.number, not: f.keep.bad}
+	if f.doubt != nil {
+		want.best = f.doubt.number
+	}
+	c, trust := f.chain, f.trust
 	f.jobs.Go(func() {
-		x, err := f.fetchSegment(ctx, feed, trust, above)
+		x, err := f.fetchSegment(ctx, feed, trust, want)
 		f.post(ctx, func() {
 			f.keep.fetching = false
-			if err != nil && !errors.Is(err, errNotNewer) {
-				f.e.opts.Logger.Warn("no published segment could be had: reading the log instead", "error", err)
-			}
-			if err == nil && c == f.chain {
+			switch {
+			case c != f.chain:
+				// A rebuild has begun, which asks by itself.
+			case err == nil:
+				f.keep.fetchWait = 0
 				f.adoptSegment(x)
+			default:
+				f.noSegment(err)
 			}
 			f.needRepair()
 		})
 	})
 }
 
-// fetchSegment fetches the newest segment above a number whose description is
-// signed by a trusted writer, and verifies that it is the one described.
-func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *session.Trust, above uint64) (fetchedSegment, error) {
+// noSegment goes on without a segment: from the log, unless that has a gap. It
+// is tried again later where it is needed.
+func (f *follower) noSegment(err error) {
+	f.keep.fetchWait = min(max(2*f.keep.fetchWait, refetchMin), refetchMax)
+	f.keep.fetchAt = f.now() + jitter(f.keep.fetchWait)
+	switch {
+	case f.keep.gap > 0:
+		f.keep.want = true
+		f.say("the log begins after what is in force here, and no published segment leads on", err)
+		if f.hint == "" {
+			f.alarm("the log begins after what is in force here, and no published segment leads on", "number", f.chain.tip().number, "first", f.keep.gap, "error", err)
+		}
+	case !errors.Is(err, errNotNewer) && !errors.Is(err, errNoSegments):
+		f.keep.want = !f.chain.live
+		f.e.opts.Logger.Warn("no published segment could be had: reading the log instead", "error", err)
+	}
+}
+
+// wanted says which published segments are of use: those above a number; of
+// these the newest that is not above best, if best is not 0; and not one of the
+// sum not.
+type wanted struct {
+	above, best uint64
+	not         [32]byte
+}
+
+// fetchSegment fetches the first segment in the order wanted whose description
+// is signed by a trusted writer, and verifies that it is the one described.
+func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *session.Trust, want wanted) (fetchedSegment, error) {
 	ks := trust.KeySet()
 	lctx, cancel := context.WithTimeout(ctx, jobLimit)
 	frames, err := feed.Segments(lctx)
@@ -78,16 +116,36 @@ func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *se
 	if err != nil {
 		return fetchedSegment{}, err
 	}
-	err = errNotNewer
+	type candidate struct {
+		frame session.Frame
+		ref   session.SegmentRef
+	}
+	var found []candidate
 	for _, b := range slices.Backward(frames) {
 		frame, ferr := session.ParseFrame(b)
 		if ferr != nil || frame.Type != session.TypeSegment {
 			continue
 		}
 		ref, ferr := session.UnmarshalSegmentRef(frame.Body)
-		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= above || predates(ref, ks) {
+		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= want.above || ref.Sum == want.not || predates(ref, ks) {
 			continue
 		}
+		found = append(found, candidate{frame, ref})
+	}
+	if want.best > 0 {
+		slices.SortStableFunc(found, func(a, b candidate) int {
+			if late := a.ref.Number > want.best; late != (b.ref.Number > want.best) {
+				if late {
+					return 1
+				}
+				return -1
+			}
+			return 0
+		})
+	}
+	err = errNotNewer
+	for _, c := range found {
+		frame, ref := c.frame, c.ref
 		key, ferr := trust.Writer(&frame, ref.Number, false, session.Instant(f.e.opts.clock().wall/int64(time.Millisecond)))
 		if ferr != nil || !key.May(session.GlobalKey()) {
 			// One that may not speak for all tenants must not say what is in
@@ -191,28 +249,38 @@ func (f *follower) giveUp() bool {
 	}
 	f.e.count.refused.Add(1)
 	f.alarm("a published segment is not of the authority's log: reading the log from its beginning")
-	f.begin(f.chain.floor)
+	f.again(f.chain.floor, nil)
 	f.publish()
 	return true
 }
 
 // adoptSegment begins the chain at a fetched segment. It is in force once a
-// heartbeat has vouched for it.
+// heartbeat has vouched for it; until then what was in force is, and what is
+// heard meanwhile beside it.
 func (f *follower) adoptSegment(x fetchedSegment) {
 	floor := f.chain.floor
 	at := head{x.ref.Number, x.ref.Head}
-	if ks := f.trust.KeySet(); ks.Epoch != x.ref.Epoch || revoked(ks, x.signer, x.ref.Number) {
+	switch ks := f.trust.KeySet(); {
+	case ks.Epoch != x.ref.Epoch || revoked(ks, x.signer, x.ref.Number):
 		return
-	}
-	if at.number == floor.number && at != floor {
+	case at.number <= f.chain.base.number || f.chain.live && len(f.beats) == 0 && f.keep.gap == 0:
+		return // the log was faster
+	case at.number == floor.number && at != floor:
 		f.rolledBack("a published segment is not of the log that was in force here: it was rolled back, and a new epoch is needed", "number", at.number)
 		return
 	}
-	f.begin(floor)
-	f.chain.start(state{head: at, set: x.g.Set(), signers: []signer{{x.signer, at.number}}})
-	f.chain.trial = true
-	f.logPos, f.logNumber = 1, 0 // the log's positions are at least the batches' numbers
+	if n := f.inherited.Len(); n > 0 && f.chain.base.number > 0 {
+		f.e.opts.Logger.Warn("a published segment bridges a gap in the log: what was lifted there of what earlier epochs left stays in force here until it is lifted again",
+			"entries", n, "after", f.chain.base.number, "until", at.number)
+	}
+	beats := f.beats
+	f.again(floor, &state{head: at, set: x.g.Set(), signers: []signer{{x.signer, at.number}}})
+	f.chain.trial, f.chain.source = true, x.ref.Sum
+	f.rewind(1) // the log's positions are at least the batches' numbers
 	f.keep.sealedAt = never
 	f.e.opts.Logger.Info("starting from a published segment", "epoch", x.ref.Epoch, "number", x.ref.Number, "entries", x.g.Len())
 	f.publish()
+	f.beats = beats
+	f.retry()
+	f.progress()
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"maps"
 	"math"
+	mrand "math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -42,11 +43,19 @@ type follower struct {
 	headAt time.Duration
 	// beats are heartbeats whose head has not been heard of, oldest first.
 	beats []beat
+	// interim denies beside what was in force while a chain is made anew: what
+	// was heard and not confirmed.
+	interim *filter.Set
+	// doubt is the last divergence, until it is known where it was, and
+	// divergence what is known of it.
+	doubt      *doubt
+	divergence *session.Divergence
 
 	// logPos is where to go on reading the log, behind batch logNumber, which is
 	// the last that was read.
 	logPos    uint64
 	logNumber uint64
+	rewound   int // times that logPos was set back
 	// tipSeen is the newest tip, and stuckAt when it or a confirmation last
 	// moved: when heartbeats wait for longer than rereadWait since, the log is
 	// read from its beginning.
@@ -76,6 +85,8 @@ type follower struct {
 	floorFailed bool
 	saving      bool
 
+	linked bool // the link has been up
+
 	keep     keeper
 	receipts receipts
 }
@@ -99,10 +110,14 @@ const (
 	// logSilence is how long reading the log may make no progress.
 	logSilence = 15 * time.Second
 	backMin    = 20 * time.Millisecond
-	backMax    = time.Second
+	backMax    = 1500 * time.Millisecond // see jitter
 	// An enforcer asks for key sets at most so often, whatever it hears: less and
 	// less often while that brings nothing new.
 	fetchMin, fetchMax = 200 * time.Millisecond, 2 * time.Second
+	// herd is over how long enforcers spread what all of them do at the same
+	// time: read on after the link was down, and rebuild. A start waits for
+	// nothing: how much it asks for at once is for the feed to say.
+	herd = 250 * time.Millisecond
 	// The log is read anew from its beginning at most so often.
 	rereadMin, rereadMax = 2 * time.Second, time.Minute
 	// readAhead bounds the messages of the log, and maxQueued the bytes heard,
@@ -166,10 +181,18 @@ func (s sink) Connected(up bool) {
 		s.push(func() {
 			// Whatever was sent meanwhile is missing.
 			f.repairWait, f.anchorWait = 0, 0
-			f.fetched = f.now() - fetchMax
-			f.needKeySets()
-			f.needAnchor()
-			f.needRepair()
+			at := f.now()
+			if f.linked {
+				at += mrand.N(herd) //nolint:gosec // every enforcer is back at this moment
+			}
+			f.linked = true
+			f.fetchAt = at
+			if !f.anchoring {
+				f.anchorAt = at
+			}
+			if !f.repairing {
+				f.repairAt = at
+			}
 		})
 	}
 }
@@ -338,8 +361,7 @@ func (f *follower) tend(ctx context.Context) {
 		f.anchoring, f.anchorAt = true, -1
 		f.job(ctx, clockLimit, f.askClock)
 	}
-	if f.keep.want && f.trust.KeySet() != nil {
-		f.keep.want = false
+	if f.keep.want && !f.keep.fetching && now >= f.keep.fetchAt && f.trust.KeySet() != nil {
 		f.needSegment(ctx)
 	}
 	if f.repairAt >= 0 && !f.repairing && !f.keep.fetching && now >= f.repairAt && f.trust.KeySet() != nil {
@@ -350,20 +372,29 @@ func (f *follower) tend(ctx context.Context) {
 
 func (f *follower) needKeySets() {
 	if f.fetchAt < 0 {
-		f.fetchAt = max(f.now(), f.fetched+f.fetchWait)
+		f.fetchAt = max(f.now(), f.fetched+jitter(f.fetchWait))
 	}
 }
 
 func (f *follower) needAnchor() {
 	if f.anchorAt < 0 && !f.anchoring {
-		f.anchorAt = f.now()
+		f.anchorAt = f.now() + jitter(f.anchorWait)
 	}
 }
 
 func (f *follower) needRepair() {
 	if f.repairAt < 0 && !f.repairing {
-		f.repairAt = f.now() + f.repairWait
+		f.repairAt = f.now() + jitter(f.repairWait)
 	}
+}
+
+// jitter returns between half of d and d, so that many enforcers do not do the
+// same at the same moment again and again.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d - mrand.N(d/2+1) //nolint:gosec // jitter is no secret
 }
 
 // keySet takes a key set. A higher epoch starts a new chain.
@@ -397,7 +428,7 @@ func (f *follower) keySet(frame []byte) {
 		f.e.opts.Logger.Warn("a key was withdrawn that had signed what is in force: denying and rebuilding", "version", ks.Version)
 		f.rebuild("a withdrawn key had signed what is in force", head{})
 	case f.chain.retrust(ks):
-		f.logPos, f.logNumber = 0, 0
+		f.rewind(0)
 		f.needRepair()
 	}
 	f.needAnchor()
@@ -428,15 +459,43 @@ func (f *follower) openEpoch(ks *session.KeySet) {
 func (f *follower) begin(floor head) {
 	f.chain = newChain(f.trust.Origin(), floor)
 	f.chain.collect = f.inherited.Len() > 0
-	f.beats, f.logPos, f.logNumber, f.tipSeen, f.headAt = nil, 0, 0, 0, 0
+	if f.doubt != nil && f.doubt.epoch == f.trust.KeySet().Epoch {
+		f.chain.probe = f.doubt.head
+	}
+	f.interim = nil
+	f.beats, f.tipSeen, f.headAt = nil, 0, 0
+	f.rewind(0)
+	f.keep.gap = 0
 	f.repairWait = 0
+	if f.verified {
+		f.interim = f.e.view.Load().overlay
+		f.repairWait = herd // what makes one begin anew may make all
+	}
 	f.needRepair()
+	f.repairWait = 0
+}
+
+// rewind has the log read from another position next, whatever is being read.
+func (f *follower) rewind(pos uint64) {
+	f.logPos, f.logNumber = pos, 0
+	f.rewound++
+}
+
+// again begins anew on the chain of the same epoch, from a state or else from
+// its origin. What was heard of what comes after stays known.
+func (f *follower) again(floor head, from *state) {
+	old, ks := f.chain, f.trust.KeySet()
+	f.begin(floor)
+	if from != nil {
+		f.chain.start(*from)
+	}
+	f.chain.carry(old, func(l *link) bool { return !revoked(ks, l.signer, l.batch.Number) })
 }
 
 // rebuild denies everything and reads the log anew.
 func (f *follower) rebuild(why string, floor head) {
 	f.unusable, f.cause = why, ""
-	f.begin(floor)
+	f.again(floor, nil)
 	f.keep.want = true
 	f.publish()
 }
@@ -504,7 +563,11 @@ func (f *follower) heard(b []byte, stored bool) uint64 {
 		f.e.count.foreign.Add(uint64(foreign))
 		f.e.opts.Logger.Warn("a batch decides for tenants that its signer has no right to: those entries are ignored", "number", number, "entries", foreign)
 	}
-	if f.chain.live {
+	switch {
+	case f.chain.live:
+		l.cut = f.cutBy(f.publish(), batch)
+	case f.verified && !stored && !l.rejected:
+		f.interim = f.interim.Apply(batch, l.sets)
 		l.cut = f.cutBy(f.publish(), batch)
 	}
 	f.retry()
@@ -687,15 +750,7 @@ func (f *follower) confirm(b beat) bool {
 		f.liftInherited()
 	}
 	if f.chain.confirmed.set.Digest() != b.State {
-		f.e.count.diverged.Add(1)
-		f.e.opts.Logger.Error("the state differs from the authority's at the same batch: denying and rebuilding", "number", b.Number, "epoch", b.Epoch)
-		f.forgetSegment()
-		trial := f.chain.trial
-		f.rebuild("the state differs from the authority's", f.chain.floor)
-		f.keep.want = !trial
-		// A fault that lasts must not have every enforcer read the log for ever.
-		f.repairAt = f.now() + f.rereadWait - rereadMin
-		f.rereadWait = min(2*f.rereadWait, rereadMax)
+		f.diverged(b.Heartbeat)
 		return true
 	}
 	if n := f.chain.confirmed.set.Len(); n > f.e.opts.MaxEntries {
@@ -708,6 +763,10 @@ func (f *follower) confirm(b beat) bool {
 		f.origin, f.fresh = b.origin, b.Time.Add(-b.Proven)
 	}
 	f.unusable, f.cause, f.hint, f.verified = "", "", "", true
+	f.interim = nil
+	if f.keep.gap <= b.Number {
+		f.keep.gap, f.keep.want, f.keep.fetchWait = 0, false, 0
+	}
 	f.rereadWait, f.stuckAt = rereadMin, f.now()
 	if !wasLive {
 		// Strays that lay in the log are not news.
@@ -743,6 +802,7 @@ func (f *follower) repair(ctx context.Context) {
 	f.e.count.repairs.Add(1)
 	epoch := f.trust.KeySet().Epoch
 	from, last := f.logPos, f.logNumber
+	before, rewound := last, f.rewound
 	if n := f.chain.base.number; n > f.logNumber && f.logPos > 0 {
 		// Each batch takes at least one position.
 		from += n - f.logNumber
@@ -764,25 +824,41 @@ func (f *follower) repair(ctx context.Context) {
 			if !f.post(ctx, func() {
 				<-room
 				if ks := f.trust.KeySet(); ks != nil && ks.Epoch == epoch {
-					last = max(last, f.heard(frame, true))
+					tip := f.chain.tip().number
+					n := f.heard(frame, true)
+					if n > tip+1 && last == before && f.keep.gap == 0 {
+						f.gap(n)
+					}
+					last = max(last, n)
 				}
 			}) {
 				return ctx.Err()
 			}
 			return nil
 		})
-		f.post(ctx, func() { f.repaired(epoch, from, next, last, err) })
+		f.post(ctx, func() {
+			f.repairing = false
+			if f.rewound != rewound {
+				f.needRepair() // what comes first has not been read
+				return
+			}
+			f.repaired(from, next, last, err)
+		})
 	})
+}
+
+// gap notes that the log does not have what comes after what is here, but goes on
+// with batch n: what is between has been trimmed, and only a segment leads on.
+func (f *follower) gap(n uint64) {
+	f.keep.gap, f.keep.want = n, true
+	if f.verified {
+		f.keep.fetchAt = max(f.keep.fetchAt, f.now()+mrand.N(herd)) //nolint:gosec // many may be in this
+	}
 }
 
 // repaired takes the outcome of a repair that began at from: last is the number
 // of the newest batch that the log held before position next.
-func (f *follower) repaired(epoch, from, next, last uint64, err error) {
-	f.repairing = false
-	if ks := f.trust.KeySet(); ks == nil || ks.Epoch != epoch {
-		f.needRepair()
-		return
-	}
+func (f *follower) repaired(from, next, last uint64, err error) {
 	waiting := len(f.beats)
 	f.retry()
 	f.progress()
@@ -800,12 +876,13 @@ func (f *follower) repaired(epoch, from, next, last uint64, err error) {
 	if err == nil && len(f.beats) > 0 && now-f.stuckAt >= f.rereadWait {
 		// Nothing where there must be something: a replica that lags, another
 		// stream than before, or a branch that leads nowhere.
-		if f.rereadWait > rereadMin && f.hint == "" {
+		if f.rereadWait > rereadMin && f.hint == "" && f.keep.gap == 0 {
 			f.alarm("the log does not lead from what is in force here to the authority's head: it was rolled back, or part of it is missing")
 		}
 		f.keep.want = true
 		f.chain.restart()
-		f.logPos, f.logNumber, f.tipSeen, f.stuckAt = 0, 0, 0, now
+		f.rewind(0)
+		f.tipSeen, f.stuckAt = 0, now
 		f.rereadWait = min(2*f.rereadWait, rereadMax)
 	}
 	if len(f.beats) > 0 || err != nil {
@@ -830,7 +907,7 @@ func (f *follower) askClock(ctx context.Context) func() {
 		}
 		if err != nil {
 			f.anchorWait = min(max(2*f.anchorWait, backMin), backMax)
-			f.anchorAt = f.now() + f.anchorWait
+			f.anchorAt = f.now() + jitter(f.anchorWait)
 			f.say("no authority answers", err)
 			return
 		}
@@ -879,17 +956,19 @@ func (f *follower) publish() *view {
 	c := f.chain
 	v := &view{
 		set: c.confirmed.set, overlay: c.overlay, inherited: f.inherited,
-		verified: f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, cause: f.cause, hint: f.hint,
+		divergence: f.divergence,
+		verified:   f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, cause: f.cause, hint: f.hint,
 		tip: c.tip(), confirmed: c.confirmed.number,
 	}
 	if v.unusable == "" && f.anchor == nil {
 		v.unusable = "the authority's clock is not anchored"
 	}
 	if f.verified && !c.live {
-		// A rebuild is under way: keep denying what was denied, in the modes
-		// that do not deny everything meanwhile.
+		// A rebuild is under way: keep denying what was denied, and what is
+		// heard meanwhile. That is what is applied, and not what has been read.
 		old := f.e.view.Load()
-		v.set, v.overlay, v.inherited = old.set, old.overlay, old.inherited
+		v.set, v.overlay, v.inherited = old.set, f.interim, old.inherited
+		v.tip, v.confirmed = old.tip, old.confirmed
 	}
 	if ks := f.trust.KeySet(); ks != nil {
 		v.epoch, v.keySet = ks.Epoch, ks.Version

@@ -37,6 +37,13 @@ type keeper struct {
 	fetching bool               // a published segment
 	want     bool
 	fetchAt  time.Duration // not before
+	// fetchWait is the back-off of fetches that brought nothing.
+	fetchWait time.Duration
+	// gap, if not 0, is the first batch that the log has after what is here,
+	// when that is not the next one.
+	gap uint64
+	// bad is the published segment that the last divergence began with.
+	bad [32]byte
 }
 
 // segmentPath is in a directory that several enforcers may share.
@@ -84,7 +91,7 @@ func (f *follower) resume(bottom head) {
 	}
 	f.chain.resume(state{head: at, set: g.Set(), signers: signers})
 	// The log's positions are at least the batches' numbers.
-	f.logPos, f.logNumber = 1, 0
+	f.rewind(1)
 	f.keep.sealedAt = f.now()
 	f.e.opts.Logger.Info("resuming from the state of the last run", "epoch", m.Epoch, "number", m.Number, "entries", g.Len())
 }
@@ -96,9 +103,6 @@ func (c *chain) resume(s state) {
 		c.floor = s.head
 	}
 }
-
-// start makes a state the beginning of a chain that has nothing yet.
-func (c *chain) start(s state) { c.base, c.confirmed = s, s }
 
 // tendState seals the state when that is due, has the segment in use scrubbed,
 // and rebuilds when it turns out to be damaged.
@@ -112,6 +116,7 @@ func (f *follower) tendState(ctx context.Context) {
 		return
 	}
 	f.scrub(ctx, set.Segment())
+	f.tendDoubt(ctx)
 	now := f.now()
 	due := set.Due() || f.e.opts.StateDir != "" && now-f.keep.sealedAt >= sealEvery && (set.Delta() > 0 || f.keep.sealedAt == never)
 	ks := f.trust.KeySet()

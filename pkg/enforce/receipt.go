@@ -111,6 +111,7 @@ func (f *follower) receipt(now time.Duration) ([]byte, error) {
 		Denying: v.stale(&strict, f.e.opts.clock(), f.e.opts.MaxStale) != "",
 		Cut:     c.cut.Load(), Running: uint64(f.e.bound.len()), Denied: c.denied.Load(),
 		Refused: c.refused.Load(), Foreign: c.foreign.Load(), Repairs: c.repairs.Load(), Diverged: c.diverged.Load(),
+		Divergence: v.divergence,
 	}
 	for _, s := range f.receipts.batches {
 		out.Batches = append(out.Batches, session.Applied{Number: s.number, At: a.middle(s.at), Cut: uint32(s.cut)})

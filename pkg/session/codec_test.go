@@ -126,7 +126,9 @@ func fullReceipt() *Receipt {
 		Enforcer: "mcp-eu-1", Boot: WriterID{1}, Count: 3, Epoch: 2, Number: 48213, Head: Hash{4}, Confirmed: 48212,
 		At: 1793610000000000123, Error: time.Millisecond, Batches: []Applied{{48212, -5, 1}, {48213, 1793610000000000000, 3}},
 		Mode: ModeShadow, MaxStale: 15 * time.Second, Age: 600 * time.Millisecond, Denying: true,
-		Cut: 1, Running: 2, Denied: 3, Refused: 4, Foreign: 5, Repairs: 6, Diverged: 7, Unknown: []Field{{Tag: 1, Value: []byte("y")}},
+		Cut: 1, Running: 2, Denied: 3, Refused: 4, Foreign: 5, Repairs: 6, Diverged: 7,
+		Divergence: &Divergence{Epoch: 2, Number: 48200, Compared: true, Ranges: 3, First: 0xc5},
+		Unknown:    []Field{{Tag: 2, Value: []byte("y")}},
 	}
 }
 
@@ -185,7 +187,8 @@ func TestBodiesAreStrict(t *testing.T) {
 func TestUnknownFieldsOfABody(t *testing.T) {
 	for _, c := range codecs() {
 		t.Run(c.name, func(t *testing.T) {
-			// The second sample of each ends in an empty list of fields.
+			// The second sample of each ends in an empty list of fields. These tags
+			// are nobody's.
 			body := c.valid[1]
 			with := func(fields ...byte) []byte {
 				out := bytes.Clone(body[:len(body)-2])
@@ -194,25 +197,25 @@ func TestUnknownFieldsOfABody(t *testing.T) {
 			}
 			many := make([]byte, 0, 3*(maxUnknown+1))
 			for i := range maxUnknown + 1 {
-				many = append(many, byte(i), 0, 0)
+				many = append(many, byte(0x20+i), 0, 0)
 			}
-			long := append([]byte{1, 0x10, 0x00}, make([]byte, 0x1000)...)
+			long := append([]byte{0x21, 0x10, 0x00}, make([]byte, 0x1000)...)
 			for _, tt := range []struct {
 				name string
 				body []byte
 				want error
 			}{
-				{"one that is not critical is kept", with(1, 0, 2, 'h', 'i'), nil},
+				{"one that is not critical is kept", with(0x21, 0, 2, 'h', 'i'), nil},
 				{"as many as are kept", with(many[:3*maxUnknown]...), nil},
-				{"a critical one is refused", with(0x81, 0, 2, 'h', 'i'), ErrCritical},
-				{"a critical one after another is refused", with(1, 0, 0, 0x82, 0, 0), ErrCritical},
-				{"out of order", with(2, 0, 0, 1, 0, 0), ErrMalformed},
-				{"twice", with(2, 0, 0, 2, 0, 0), ErrMalformed},
-				{"twice, once critical", with(2, 0, 0, 0x82, 0, 0), ErrMalformed},
+				{"a critical one is refused", with(0xa1, 0, 2, 'h', 'i'), ErrCritical},
+				{"a critical one after another is refused", with(0x21, 0, 0, 0xa2, 0, 0), ErrCritical},
+				{"out of order", with(0x22, 0, 0, 0x21, 0, 0), ErrMalformed},
+				{"twice", with(0x22, 0, 0, 0x22, 0, 0), ErrMalformed},
+				{"twice, once critical", with(0x22, 0, 0, 0xa2, 0, 0), ErrMalformed},
 				{"too many", with(many...), ErrMalformed},
 				{"too long", with(long...), ErrMalformed},
-				{"cut in its header", with(1, 0), ErrMalformed},
-				{"cut in its value", with(1, 0, 3, 'h', 'i'), ErrMalformed},
+				{"cut in its header", with(0x21, 0), ErrMalformed},
+				{"cut in its value", with(0x21, 0, 3, 'h', 'i'), ErrMalformed},
 			} {
 				if err := c.roundTrip(t, tt.body); !errors.Is(err, tt.want) {
 					t.Errorf("%s: %v", tt.name, err)
@@ -294,6 +297,9 @@ func TestMarshalRefusesWhatParsingWould(t *testing.T) {
 		"a receipt with a long name":         receipt(func(c *Receipt) { c.Enforcer = strings.Repeat("a", 65) }),
 		"a receipt of too many batches":      receipt(func(c *Receipt) { c.Batches = make([]Applied, MaxApplied+1) }),
 		"a receipt of an unknown mode":       receipt(func(c *Receipt) { c.Mode = 3 }),
+		"a divergence with too many ranges":  receipt(func(c *Receipt) { c.Divergence.First = 254 }),
+		"a divergence nowhere":               receipt(func(c *Receipt) { c.Divergence.Ranges = 0 }),
+		"a divergence not compared":          receipt(func(c *Receipt) { c.Divergence.Compared = false }),
 		"a receipt with a negative age":      receipt(func(c *Receipt) { c.Age = -1 }),
 		"a receipt with a negative error":    receipt(func(c *Receipt) { c.Error = -1 }),
 		"a receipt with a critical field":    receipt(func(c *Receipt) { c.Unknown = badField }),
@@ -578,5 +584,38 @@ func TestPeekBatchReadsWhatTheBatchSays(t *testing.T) {
 	}
 	if _, _, err := PeekBatch(body[:15]); !errors.Is(err, ErrMalformed) {
 		t.Errorf("cut short: %v", err)
+	}
+}
+
+// TestADivergenceIsStrict: what an enforcer says of a divergence has one spelling.
+func TestADivergenceIsStrict(t *testing.T) {
+	body := must((&Receipt{Enforcer: "e"}).MarshalBody())
+	with := func(value ...byte) []byte {
+		out := bytes.Clone(body[:len(body)-2])
+		out = binary.BigEndian.AppendUint16(out, uint16(len(value)+3))
+		out = append(out, tagDivergence, 0, byte(len(value)))
+		return append(out, value...)
+	}
+	at := make([]byte, 16)
+	for name, tt := range map[string]struct {
+		value []byte
+		ok    bool
+	}{
+		"not compared":              {append(at, 0, 0, 0, 0), true},
+		"the authority's":           {append(at, 1, 0, 0, 0), true},
+		"all of them":               {append(at, 1, 1, 0, 0), true},
+		"the last":                  {append(at, 1, 0, 1, 255), true},
+		"more than there are":       {append(at, 1, 1, 1, 0), false},
+		"beyond the last":           {append(at, 1, 0, 2, 255), false},
+		"a first of none":           {append(at, 1, 0, 0, 7), false},
+		"ranges without comparison": {append(at, 0, 0, 1, 0), false},
+		"another flag":              {append(at, 2, 0, 1, 0), false},
+		"cut short":                 {append(at, 1, 0, 1), false},
+		"a byte too many":           {append(at, 1, 0, 1, 0, 0), false},
+	} {
+		r, err := UnmarshalReceipt(with(tt.value...))
+		if tt.ok != (err == nil) || err != nil && !errors.Is(err, ErrMalformed) || err == nil && (r.Divergence == nil || len(r.Unknown) > 0) {
+			t.Errorf("%s: %+v, %v", name, r, err)
+		}
 	}
 }

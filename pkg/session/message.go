@@ -229,8 +229,76 @@ type Receipt struct {
 	Foreign  uint64 // entries ignored because their signer has no right to the tenant
 	Repairs  uint64 // gaps repaired from the log
 	Diverged uint64 // times the state was found to differ and was rebuilt
+	// Divergence is the last of those times; nil when there was none.
+	Divergence *Divergence
 	// Unknown holds fields of a later version.
 	Unknown []Field
+}
+
+// DivergenceRanges is into how many ranges the keys are divided, by the first
+// byte of their digests, to say where two states differ.
+const DivergenceRanges = 256
+
+// Divergence is what an enforcer knows of a state of its own whose digest was not
+// the heartbeat's at the same batch.
+type Divergence struct {
+	Epoch  uint64 `json:"epoch"`
+	Number uint64 `json:"number"`
+	// Compared is set once the state has been held against the one that was
+	// rebuilt at that batch. Ranges is then in how many of the DivergenceRanges
+	// the two differ, and First the first of these; with none, it is the
+	// authority's digest that differs from the log.
+	Compared bool   `json:"compared"`
+	Ranges   uint16 `json:"ranges"`
+	First    uint8  `json:"first"`
+}
+
+// String says it in words.
+func (d *Divergence) String() string {
+	at := fmt.Sprintf("at seq %d of epoch %d", d.Number, d.Epoch)
+	switch {
+	case !d.Compared:
+		return "the state differed " + at + ", where is not known"
+	case d.Ranges == 0:
+		return "the authority's digest differs from the log " + at
+	}
+	return fmt.Sprintf("the state differed %s, in %d of %d ranges, the first of them %#02x", at, d.Ranges, DivergenceRanges, d.First)
+}
+
+// tagDivergence is the field of a receipt that holds a Divergence.
+const tagDivergence = 1
+
+func (d *Divergence) field() []Field {
+	if d == nil {
+		return nil
+	}
+	var w writer
+	w.u64(d.Epoch)
+	w.u64(d.Number)
+	var compared uint8
+	if d.Compared {
+		compared = 1
+	}
+	w.u8(compared)
+	w.u16(d.Ranges)
+	w.u8(d.First)
+	return []Field{{Tag: tagDivergence, Value: w.b}}
+}
+
+func readDivergence(r *reader) *Divergence {
+	d := &Divergence{Epoch: r.u64(), Number: r.u64()}
+	compared := r.u8()
+	d.Compared, d.Ranges, d.First = compared == 1, r.u16(), r.u8()
+	if !d.valid() || compared > 1 {
+		r.fail("divergence")
+	}
+	return d
+}
+
+// valid reports whether what says where is there only when it is known.
+func (d *Divergence) valid() bool {
+	return d.Ranges <= DivergenceRanges && (d.Compared || d.Ranges == 0) && (d.Ranges > 0 || d.First == 0) &&
+		int(d.First)+int(d.Ranges) <= DivergenceRanges
 }
 
 var errNameless = fmt.Errorf("%w: receipt without the name of an enforcer", ErrMalformed)
@@ -246,7 +314,10 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	case c.Mode > ModeShadow || c.Error < 0 || c.MaxStale < 0 || c.Age < 0:
 		return nil, fmt.Errorf("%w: receipt with %s or a negative duration", ErrMalformed, c.Mode)
 	}
-	if err := checkUnknown(c.Unknown); err != nil {
+	if c.Divergence != nil && !c.Divergence.valid() {
+		return nil, fmt.Errorf("%w: receipt with a divergence that cannot be", ErrMalformed)
+	}
+	if err := checkUnknown(c.Unknown, tagDivergence); err != nil {
 		return nil, err
 	}
 	var w writer
@@ -276,7 +347,7 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	for _, v := range []uint64{c.Cut, c.Running, c.Denied, c.Refused, c.Foreign, c.Repairs, c.Diverged} {
 		w.u64(v)
 	}
-	w.fields(nil, c.Unknown)
+	w.fields(c.Divergence.field(), c.Unknown)
 	return w.b, nil
 }
 
@@ -307,7 +378,13 @@ func UnmarshalReceipt(body []byte) (*Receipt, error) {
 	for _, p := range []*uint64{&c.Cut, &c.Running, &c.Denied, &c.Refused, &c.Foreign, &c.Repairs, &c.Diverged} {
 		*p = r.u64()
 	}
-	c.Unknown = r.fields(refuseAll)
+	c.Unknown = r.fields(func(tag uint8, r *reader) bool {
+		if tag != tagDivergence {
+			return false
+		}
+		c.Divergence = readDivergence(r)
+		return true
+	})
 	if err := r.end(); err != nil {
 		return nil, err
 	}
