@@ -33,18 +33,22 @@ const (
 // scenario is one set of measurements, made for each size.
 type scenario struct {
 	name, about string
+	once        bool // at the smallest size alone
 	run         func(b *bench, n int) error
 }
 
 // scenarios in the order in which they run.
 func scenarios() []scenario {
 	return []scenario{
-		{"state", "the state alone (pkg/filter): lookup, apply, merge, seal, memory", func(b *bench, n int) error { return measure(b.report, n) }},
-		{"filters", "the filter against others on the same keys", func(b *bench, n int) error { filters(b.report, n); return nil }},
-		{"check", "Enforcer.Check, idle, under 50,000 entries/s, during a merge", check},
-		{"memory", "an open enforcer's heap, and the peak while it is sealed", memory},
-		{"start", "cold and warm start over a real bus in another process", start},
-		{"storm", "entries decided at the authority's API to in force on 10 enforcers", storm},
+		{name: "state", about: "the state alone (pkg/filter): lookup, apply, merge, seal, memory",
+			run: func(b *bench, n int) error { return measure(b.report, n) }},
+		{name: "filters", about: "the filter against others on the same keys",
+			run: func(b *bench, n int) error { filters(b.report, n); return nil }},
+		{name: "check", about: "Enforcer.Check, idle, under 50,000 entries/s, during a merge", run: check},
+		{name: "memory", about: "an open enforcer's heap, and the peak while it is sealed", run: memory},
+		{name: "start", about: "cold and warm start over a real bus in another process", run: start},
+		{name: "revoke", about: "one decision at the authority's API to cut and denied on 1 and on 100 enforcers", once: true, run: revoke},
+		{name: "storm", about: "entries decided at the authority's API to in force on 10 enforcers", once: true, run: storm},
 	}
 }
 
@@ -85,7 +89,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	fs.StringVar(&o.run, "run", "", "`names` of the scenarios to run, by commas; all without")
-	fs.StringVar(&o.sizes, "n", "1000000,10000000", "live `entries`, by commas; storm takes the smallest alone")
+	fs.StringVar(&o.sizes, "n", "1000000,10000000", "live `entries`, by commas; storm takes the smallest alone, revoke none")
 	fs.StringVar(&o.json, "json", "", "write the raw figures to this `file`")
 	fs.StringVar(&o.profiles, "profile", "", "write a CPU profile of each scenario into this `directory`")
 	fs.BoolVar(&o.list, "list", false, "list the scenarios")
@@ -180,7 +184,7 @@ func (o *options) measure(ctx context.Context, rep *report, chosen []scenario, s
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	for _, s := range chosen {
 		for _, n := range sizes {
-			if s.name == "storm" && n != slices.Min(sizes) {
+			if s.once && n != slices.Min(sizes) {
 				continue
 			}
 			if err := o.one(ctx, rep, dir, s, n); err != nil {

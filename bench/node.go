@@ -53,14 +53,14 @@ type node struct {
 }
 
 // startNode starts a node and waits until it is ready.
-func (b *bench) startNode(limit time.Duration, args ...string) (*node, error) {
+func (b *bench) startNode(name string, limit time.Duration, args ...string) (*node, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	args = append([]string{nodeCommand, "-dir", filepath.Join(b.dir, "node")}, args...)
+	args = append([]string{nodeCommand, "-dir", filepath.Join(b.dir, name)}, args...)
 	if b.profiles != "" {
-		args = append(args, "-profile", b.profiles+"-node.pprof")
+		args = append(args, "-profile", b.profiles+"-"+name+".pprof")
 	}
 	n := &node{cmd: exec.CommandContext(b.ctx, self, args...)} //nolint:gosec // G204: this very program
 	n.cmd.Stderr = os.Stderr

@@ -17,7 +17,7 @@ import (
 // start measures how long an enforcer takes from nothing, or from its state
 // directory, to the first request that it allows, over a bus in another process.
 func start(b *bench, n int) (err error) {
-	node, err := b.startNode(5*time.Minute, "-log", strconv.Itoa(n))
+	node, err := b.startNode("node", 5*time.Minute, "-log", strconv.Itoa(n))
 	if err != nil {
 		return err
 	}

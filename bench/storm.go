@@ -28,7 +28,7 @@ const (
 // a connection and a state directory of its own.
 func storm(b *bench, n int) (err error) {
 	tenants := (n + stormQuota - 1) / stormQuota
-	node, err := b.startNode(time.Minute, "-tenants", strconv.Itoa(tenants))
+	node, err := b.startNode("node", time.Minute, "-tenants", strconv.Itoa(tenants))
 	if err != nil {
 		return err
 	}
