@@ -410,7 +410,7 @@ func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now r
 	case stale != "" && !exposed:
 		return e.tooOld(v, now, stale)
 	}
-	return verdict{exposed: exposed, drill: match.Drill != nil}
+	return verdict{exposed: exposed, drill: match.Drill}
 }
 
 func (e *Enforcer) tooOld(v *view, now reading, why string) verdict {

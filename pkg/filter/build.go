@@ -356,18 +356,12 @@ func (s *Set) feed(b *builder) error {
 	}
 	var serr error
 	if s.seg != nil {
+		in := &reader{g: s.seg}
 		err := s.seg.scan(nil, func(_ int, blk []byte) bool {
-			var metas [maxMetas]meta
+			in.turn(blk)
 			for i, n := 0, blockRows(blk); i < n; i++ {
-				r := row(blk, i)
-				var e entry
-				if mi := rowMeta(r); metas[mi].form == nil {
-					if metas[mi], serr = blockMeta(blk, mi); serr != nil {
-						return false
-					}
-				}
-				e.m = metas[rowMeta(r)]
-				if serr = s.seg.readWith(r, &e); serr != nil {
+				var e *entry
+				if e, serr = in.read(i); serr != nil {
 					return false
 				}
 				for len(delta) > 0 && compareKeys(&delta[0].key, &e.key) < 0 {

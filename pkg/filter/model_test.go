@@ -356,8 +356,8 @@ func TestSetAgainstModel(t *testing.T) {
 			if match.Record != nil {
 				got = match.Record.Effect
 			}
-			if got != effect || (match.Drill != nil) != drill {
-				t.Fatalf("%+v calls %+v: the set says %v, drill %t; the model %v, drill %t", id, call, got, match.Drill != nil, effect, drill)
+			if got != effect || match.Drill != drill {
+				t.Fatalf("%+v calls %+v: the set says %v, drill %t; the model %v, drill %t", id, call, got, match.Drill, effect, drill)
 			}
 		}
 		t.Repeat(map[string]func(*rapid.T){

@@ -11,8 +11,6 @@ import (
 	"io"
 	"math"
 	"os"
-	"slices"
-	"sort"
 	"sync"
 	"sync/atomic"
 
@@ -222,17 +220,17 @@ func (h *hits) done() {
 	*h = hits{}
 }
 
-// seek finds the rows under a key, in a block whose checksum it has verified.
-// done must be called on what it returns without an error.
-func (g *Segment) seek(k *session.Key) (h hits, err error) {
+// seek finds the rows under a key, in a block whose checksum it has verified, and
+// takes the first of them apart. done must be called on what it returns without
+// an error.
+func (g *Segment) seek(k *session.Key, e *entry) (h hits, err error) {
 	if g.rows == 0 {
 		return h, nil
 	}
 	prefix := binary.BigEndian.Uint64(k.Digest[:8])
 	// The last block that begins at or before the key; and, as two keys may have
 	// these 8 bytes in common, those before it that begin with the same.
-	i := sort.Search(len(g.first), func(i int) bool { return g.first[i] > prefix }) - 1
-	for ; i >= 0; i-- {
+	for i := g.lastBlock(prefix); i >= 0; i-- {
 		if h.buf == nil && g.body.file != nil {
 			h.buf = buffers.Get().(*[blockSize]byte)
 		}
@@ -243,18 +241,14 @@ func (g *Segment) seek(k *session.Key) (h hits, err error) {
 			h.done()
 			return h, g.damage(err)
 		}
-		n := blockRows(h.b)
-		h.lo = sort.Search(n, func(j int) bool { return bytes.Compare(row(h.b, j)[:16], k.Digest[:]) >= 0 })
-		for h.hi = h.lo; h.hi < n && bytes.Equal(row(h.b, h.hi)[:16], k.Digest[:]); h.hi++ {
-		}
+		h.lo, h.hi = blockFind(h.b, prefix, &k.Digest)
 		// Keys with equal digests are next to each other; nobody has seen two.
 		for ; h.lo < h.hi; h.lo++ {
-			r, err := g.read(h.b, h.lo)
-			if err != nil {
+			if err := g.read(h.b, h.lo, e); err != nil {
 				h.done()
 				return h, g.damage(err)
 			}
-			if r.key == *k {
+			if e.key == *k {
 				break
 			}
 		}
@@ -263,6 +257,49 @@ func (g *Segment) seek(k *session.Key) (h hits, err error) {
 		}
 	}
 	return h, nil
+}
+
+// lastBlock returns the last block that begins at or before a prefix, or -1.
+// Digests are uniform, so it begins where the block should be, goes on in
+// strides that double, and is there within a few cache lines. Whatever the
+// digests, it takes no more than twice the steps of a binary search.
+func (g *Segment) lastBlock(prefix uint64) int {
+	lo, hi := -1, len(g.first)
+	for i, stride := int(at(prefix, uint64(hi))), 1; lo < i && i < hi; stride *= 2 {
+		if g.first[i] <= prefix {
+			lo = i
+			i += stride
+		} else {
+			hi = i
+			i -= stride
+		}
+	}
+	for hi-lo > 1 {
+		if i := int(uint(lo+hi) / 2); g.first[i] <= prefix {
+			lo = i
+		} else {
+			hi = i
+		}
+	}
+	return lo
+}
+
+// blockFind returns the rows of a block that have a digest.
+func blockFind(b []byte, prefix uint64, d *session.Digest) (lo, hi int) {
+	n := blockRows(b)
+	for lo, hi = 0, n; lo < hi; {
+		if i := int(uint(lo+hi) / 2); binary.BigEndian.Uint64(row(b, i)) < prefix {
+			lo = i + 1
+		} else {
+			hi = i
+		}
+	}
+	for lo < n && bytes.Compare(row(b, lo)[:16], d[:]) < 0 {
+		lo++
+	}
+	for hi = lo; hi < n && bytes.Equal(row(b, hi)[:16], d[:]); hi++ {
+	}
+	return lo, hi
 }
 
 // checkBlock verifies a block's checksum, that it is the one that was asked for,
@@ -321,12 +358,12 @@ func appendU40(b []byte, v uint64) []byte {
 }
 
 // read takes row i of a verified block apart. The entry aliases the block.
-func (g *Segment) read(b []byte, i int) (e entry, err error) {
+func (g *Segment) read(b []byte, i int, e *entry) (err error) {
 	r := row(b, i)
 	if e.m, err = blockMeta(b, rowMeta(r)); err != nil {
-		return e, err
+		return err
 	}
-	return e, g.readWith(r, &e)
+	return g.readWith(r, e)
 }
 
 // readWith is read when the row's meta is known.
@@ -345,6 +382,60 @@ func (g *Segment) readWith(r []byte, e *entry) error {
 	e.key.Tenant = g.ids[id]
 	e.expires, e.since, e.seq = unpackTime(r[19:]), unpackTime(r[24:]), u40(r[29:])
 	return nil
+}
+
+// reader takes the rows of one block after the other apart, and each meta once.
+type reader struct {
+	g     *Segment
+	b     []byte
+	metas []meta
+	entry entry
+}
+
+// turn goes on to a verified block.
+func (r *reader) turn(b []byte) {
+	if r.metas == nil {
+		r.metas = make([]meta, maxMetas)
+	}
+	r.b, r.metas = b, r.metas[:blockMetas(b)]
+	clear(r.metas)
+}
+
+func (r *reader) meta(row []byte) (*meta, error) {
+	i := rowMeta(row)
+	if i >= len(r.metas) || r.metas[i].form == nil {
+		m, err := blockMeta(r.b, i)
+		if err != nil {
+			return nil, err
+		}
+		r.metas[i] = m
+	}
+	return &r.metas[i], nil
+}
+
+// read takes row i apart. The entry is good until the next.
+func (r *reader) read(i int) (*entry, error) {
+	row := row(r.b, i)
+	m, err := r.meta(row)
+	if err != nil {
+		return nil, err
+	}
+	r.entry.m = *m
+	return &r.entry, r.g.readWith(row, &r.entry)
+}
+
+// expires is when row i ends.
+func (r *reader) expires(i int) (end session.Instant, err error) {
+	row := row(r.b, i)
+	m, err := r.meta(row)
+	switch {
+	case err != nil:
+	case m.wide != nil:
+		end, _, _ = wideTimes(m.wide)
+	default:
+		end = unpackTime(row[19:])
+	}
+	return end, err
 }
 
 func wideTimes(w []byte) (expires, since session.Instant, seq uint64) {
@@ -370,43 +461,46 @@ type meta struct {
 
 // blockMeta takes meta i of a verified block apart. It trusts no length.
 func blockMeta(b []byte, i int) (m meta, err error) {
-	bad := fmt.Errorf
 	n := blockMetas(b)
 	if i >= n {
-		return m, bad("%w: meta %d of %d", ErrDamaged, i, n)
+		return m, fmt.Errorf("%w: meta %d of %d", ErrDamaged, i, n)
 	}
 	table := blockSize - 2*n
 	low := blockHeader + blockRows(b)*rowSize
 	off := int(binary.BigEndian.Uint16(b[table+2*i:]))
 	if off < low || off+metaFixed > table {
-		return m, bad("%w: meta %d at %d", ErrDamaged, i, off)
+		return m, fmt.Errorf("%w: meta %d at %d", ErrDamaged, i, off)
 	}
 	return parseMeta(b[off:table])
 }
 
-func parseMeta(rest []byte) (m meta, err error) {
-	if len(rest) < metaFixed-3 {
-		return m, fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+var errShortMeta = fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+
+func parseMeta(b []byte) (m meta, err error) {
+	if len(b) < metaFixed {
+		return m, errShortMeta
 	}
-	m.form = rest
-	m.fixed, rest = rest[:metaFixed-3], rest[metaFixed-3:]
-	for _, f := range []struct {
-		to         *[]byte
-		unit, most int
-	}{{&m.incident, 1, session.MaxIncidentLen}, {&m.acr, 1, 64}, {&m.except, keyLen, session.MaxExcept}} {
-		if len(rest) == 0 || int(rest[0]) > f.most || 1+int(rest[0])*f.unit > len(rest) {
-			return m, fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+	rest, ok := b[metaFixed-3:], true
+	field := func(unit, most int) (f []byte) {
+		if len(rest) == 0 || int(rest[0]) > most || 1+int(rest[0])*unit > len(rest) {
+			ok = false
+			return nil
 		}
-		end := 1 + int(rest[0])*f.unit
-		*f.to, rest = rest[1:end], rest[end:]
+		end := 1 + int(rest[0])*unit
+		f, rest = rest[1:end], rest[end:]
+		return f
 	}
-	if m.fixed[0]&flagWide != 0 {
-		if len(rest) < metaWide {
-			return m, fmt.Errorf("%w: a meta is cut short", ErrDamaged)
+	m.fixed = b[:metaFixed-3]
+	m.incident, m.acr, m.except = field(1, session.MaxIncidentLen), field(1, 64), field(keyLen, session.MaxExcept)
+	if ok && m.fixed[0]&flagWide != 0 {
+		if ok = len(rest) >= metaWide; ok {
+			m.wide, rest = rest[:metaWide], rest[metaWide:]
 		}
-		m.wide, rest = rest[:metaWide], rest[metaWide:]
 	}
-	m.form = m.form[:len(m.form)-len(rest)]
+	if !ok {
+		return m, errShortMeta
+	}
+	m.form = b[:len(b)-len(rest)]
 	return m, nil
 }
 
@@ -458,7 +552,7 @@ func widen(b []byte, tenant session.TenantID, expires, since session.Instant, se
 
 // lean returns what decides whether the record matches, without allocating:
 // everything but the incident, and for the ACR, acr if it is that one and a text
-// that nobody has otherwise. The exemptions stay in except.
+// that nobody has otherwise. The exemptions go to except, if it is not nil.
 func (m meta) lean(acr string, except *[session.MaxExcept]session.Key) (r session.Record) {
 	f := m.fixed
 	r.Drill, r.Effect, r.Reason = f[0]&flagDrill != 0, session.Effect(f[2]), session.Reason(f[3])
@@ -466,46 +560,52 @@ func (m meta) lean(acr string, except *[session.MaxExcept]session.Key) (r sessio
 	r.IssuedBefore = session.Instant(binary.BigEndian.Uint64(f[6:]))
 	switch {
 	case len(m.acr) == 0:
-		r.ACR = ""
 	case string(m.acr) == acr:
 		r.ACR = acr
 	default:
 		r.ACR = "\x00"
 	}
-	n := len(m.except) / keyLen
-	for i := range n {
-		except[i] = getKey(m.except[i*keyLen:])
+	if except != nil {
+		r.Except = except[:len(m.except)/keyLen]
+		m.exemptions(r.Except)
 	}
-	r.Except = except[:n]
 	return r
 }
 
 // record returns what the meta has of the record.
 func (m meta) record() session.Record {
-	var except [session.MaxExcept]session.Key
-	r := m.lean("", &except)
-	r.Incident, r.ACR, r.Except = string(m.incident), string(m.acr), slices.Clone(r.Except)
+	r := m.lean("", nil)
+	r.Incident, r.ACR = string(m.incident), string(m.acr)
+	if n := len(m.except) / keyLen; n > 0 {
+		r.Except = make([]session.Key, n)
+		m.exemptions(r.Except)
+	}
 	return r
+}
+
+func (m meta) exemptions(to []session.Key) {
+	for i := range to {
+		to[i] = getKey(m.except[i*keyLen:])
+	}
 }
 
 // records appends the whole records under a key that are in force.
 func (g *Segment) records(k *session.Key, horizon session.Instant, to []packed) ([]packed, error) {
-	h, err := g.seek(k)
+	var e entry
+	h, err := g.seek(k, &e)
 	if err != nil {
 		return to, err
 	}
 	defer h.done()
-	for i := h.lo; i < h.hi; i++ {
-		e, err := g.read(h.b, i)
-		if err != nil {
-			return to, g.damage(err)
+	for h.lo < h.hi && e.key == *k {
+		if e.expires == 0 || e.expires > horizon {
+			r := e.record()
+			to = append(to, pack(&r))
 		}
-		if e.key != *k {
-			break
-		}
-		r := e.record()
-		if p := pack(&r); p.live(horizon) {
-			to = append(to, p)
+		if h.lo++; h.lo < h.hi {
+			if err := g.read(h.b, h.lo, &e); err != nil {
+				return to, g.damage(err)
+			}
 		}
 	}
 	return to, nil

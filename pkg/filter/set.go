@@ -13,6 +13,7 @@
 package filter
 
 import (
+	"errors"
 	"maps"
 	"math/bits"
 	"slices"
@@ -237,44 +238,46 @@ func (s *Set) Range(fn func(session.Key, *session.Record) bool) {
 			}
 		}
 	}
-	_ = s.rows(nil, func(e *entry) bool { // Err repeats the error
+	_ = s.rows(0, func(e *entry) bool { // Err repeats the error
 		r := e.record()
 		return fn(e.key, &r)
 	})
 }
 
-// rows calls fn for every record in force that stands in a block of the segment
-// that want does not rule out.
-func (s *Set) rows(want func(block int) bool, fn func(*entry) bool) error {
-	var merr error
+// rows calls fn for every record in force that stands in the segment, or only for
+// those that end by an instant.
+func (s *Set) rows(by session.Instant, fn func(*entry) bool) error {
+	var want func(int) bool
+	if by != 0 {
+		want = func(block int) bool { return s.seg.soonest[block] <= by }
+	}
+	var rerr error
+	in := &reader{g: s.seg}
 	err := s.seg.scan(want, func(_ int, b []byte) bool {
-		var metas [maxMetas]meta
-		var e entry // one for all rows, since it escapes
-		for i, n := 0, blockRows(b); i < n; i++ {
-			r := row(b, i)
-			if mi := rowMeta(r); metas[mi].form == nil {
-				if metas[mi], merr = blockMeta(b, mi); merr != nil {
-					return false
+		in.turn(b)
+		for i, n := 0, blockRows(b); i < n && rerr == nil; i++ {
+			if by != 0 {
+				if end, err := in.expires(i); err != nil || end == 0 || end > by {
+					rerr = err
+					continue
 				}
 			}
-			e.m = metas[rowMeta(r)]
-			if merr = s.seg.readWith(r, &e); merr != nil {
+			e, err := in.read(i)
+			if err != nil {
+				rerr = err
 				return false
 			}
 			if e.expires != 0 && e.expires <= s.horizon || len(s.layers) > 0 && s.layers.find(&e.key) != nil {
 				continue
 			}
-			if !fn(&e) {
+			if !fn(e) {
 				return false
 			}
 		}
-		return true
+		return rerr == nil
 	})
-	if merr != nil {
-		merr = s.seg.damage(merr)
-	}
-	if err == nil {
-		err = merr
+	if rerr != nil {
+		err = errors.Join(err, s.seg.damage(rerr))
 	}
 	return err
 }
@@ -286,8 +289,8 @@ type Match struct {
 	Record *session.Record
 	// Shape is what Record was found under.
 	Shape session.Shape
-	// Drill would have denied the call, had it not been a drill.
-	Drill *session.Record
+	// Drill: a drill matches, which denies nothing.
+	Drill bool
 }
 
 // Stronger returns the stronger of two matches; m wins a tie.
@@ -295,14 +298,12 @@ func (m Match) Stronger(o Match) Match {
 	if o.Record != nil && (m.Record == nil || o.Record.Effect > m.Record.Effect) {
 		m.Record, m.Shape = o.Record, o.Shape
 	}
-	if m.Drill == nil {
-		m.Drill = o.Drill
-	}
+	m.Drill = m.Drill || o.Drill
 	return m
 }
 
 // Decide finds the strongest record that matches this call of p. It takes no
-// lock, and allocates nothing unless something matches. The error wraps
+// lock, and allocates nothing unless the call is denied. The error wraps
 // session.ErrDenied: the call cannot be named, or what decides about it cannot
 // be read (then Err is set).
 func (s *Set) Decide(p *session.Prepared, call *session.Call, now session.Moment) (m Match, err error) {
@@ -395,55 +396,60 @@ func (s *Set) decideKeys(m *Match, keys []session.Key, p *session.Prepared, call
 //
 //go:noinline
 func (s *Set) confirm(m *Match, k *session.Key, p *session.Prepared, call *session.Call, now session.Moment) error {
-	h, err := s.seg.seek(k)
+	var e entry
+	h, err := s.seg.seek(k, &e)
 	if err != nil {
 		return err
 	}
 	defer h.done()
-	for i := h.lo; i < h.hi; i++ {
-		e, err := s.seg.read(h.b, i)
-		if err != nil {
-			return s.seg.damage(err)
+	for h.lo < h.hi && e.key == *k {
+		if e.expires == 0 || e.expires > s.horizon {
+			m.entry(&e, p, call, now)
 		}
-		if e.key != *k {
-			break
+		if h.lo++; h.lo < h.hi {
+			if err := s.seg.read(h.b, h.lo, &e); err != nil {
+				return s.seg.damage(err)
+			}
 		}
-		var except [session.MaxExcept]session.Key
-		var acr string
-		if len(e.m.acr) > 0 {
-			acr = p.Identity().ACR
-		}
-		r := e.m.lean(acr, &except)
-		r.Expires, r.Since, r.Seq = e.expires, e.since, e.seq
-		if r.Expires != 0 && r.Expires <= s.horizon || !m.weaker(&r) || !r.Matches(p, call, now) {
-			continue
-		}
-		whole := new(session.Record)
-		*whole = e.record()
-		m.take(whole, k.Shape)
 	}
 	return nil
+}
+
+// entry is consider for a row of a segment. It makes a record of it only when
+// that denies.
+func (m *Match) entry(e *entry, p *session.Prepared, call *session.Call, now session.Moment) {
+	var acr string
+	if len(e.m.acr) > 0 {
+		acr = p.Identity().ACR
+	}
+	var except [session.MaxExcept]session.Key
+	r := e.m.lean(acr, &except)
+	r.Expires, r.Since, r.Seq = e.expires, e.since, e.seq
+	switch {
+	case !m.weaker(&r) || !r.Matches(p, call, now):
+	case r.Drill:
+		m.Drill = true
+	default:
+		m.Record, m.Shape = new(session.Record), e.key.Shape
+		*m.Record = e.record()
+	}
 }
 
 // weaker reports whether a record, if it matched, would change m.
 func (m *Match) weaker(r *session.Record) bool {
 	if r.Drill {
-		return m.Drill == nil
+		return !m.Drill
 	}
 	return m.Record == nil || m.Record.Effect < r.Effect
 }
 
-func (m *Match) take(r *session.Record, shape session.Shape) {
-	if r.Drill {
-		m.Drill = r
-	} else {
-		m.Record, m.Shape = r, shape
-	}
-}
-
 func (m *Match) consider(r *session.Record, shape session.Shape, p *session.Prepared, call *session.Call, now session.Moment) {
-	if m.weaker(r) && r.Matches(p, call, now) {
-		m.take(r, shape)
+	switch {
+	case !m.weaker(r) || !r.Matches(p, call, now):
+	case r.Drill:
+		m.Drill = true
+	default:
+		m.Record, m.Shape = r, shape
 	}
 }
 
@@ -462,12 +468,14 @@ func (m *Match) node(n *node, horizon session.Instant, p *session.Prepared, call
 
 func (m *Match) packed(x packed, shape session.Shape, p *session.Prepared, call *session.Call, now session.Moment) {
 	r := x.record()
-	if !m.weaker(&r) || !r.Matches(p, call, now) {
-		return
+	switch {
+	case !m.weaker(&r) || !r.Matches(p, call, now):
+	case r.Drill:
+		m.Drill = true
+	default:
+		m.Record, m.Shape = new(session.Record), shape
+		*m.Record = r
 	}
-	out := new(session.Record)
-	*out = r
-	m.take(out, shape)
 }
 
 // Apply returns the state after the batch. Only entries that take reports true
@@ -490,7 +498,7 @@ func (s *Set) Apply(b *session.Batch, take func(*session.Entry) bool) *Set {
 		w.t.touch(part)
 		for i := range part {
 			if e := &part[i]; take == nil || take(e) {
-				w.put(e.Key, maybe>>i&1 == 1, e.Effect, e.Drill, func(have *session.Record) (session.Record, bool) { return Step(have, e, b) })
+				w.apply(e, b, maybe>>i&1 == 1)
 			}
 		}
 	}
@@ -509,12 +517,7 @@ func Merge(sets ...*Set) *Set {
 	for _, s := range sets {
 		s.Range(func(k session.Key, r *session.Record) bool {
 			if !r.Drill {
-				w.put(k, true, r.Effect, false, func(have *session.Record) (session.Record, bool) {
-					if have == nil {
-						return *r, true
-					}
-					return stricter(have, *r), true
-				})
+				w.join(&k, r)
 			}
 			return true
 		})
@@ -599,44 +602,75 @@ func (w *edit) account(k *session.Key, r *session.Record, n int) {
 	}
 }
 
-// put replaces the record of an effect under a key by what step makes of it.
-// maybe is false when the segment's filter has ruled the key out.
-func (w *edit) put(k session.Key, maybe bool, effect session.Effect, drill bool, step func(*session.Record) (session.Record, bool)) {
+// apply puts into force what an entry makes of what is there. maybe is false when
+// the segment's filter has ruled the key out.
+func (w *edit) apply(e *session.Entry, b *session.Batch, maybe bool) {
 	var buf [8]packed
-	old := buf[:0]
+	old, at, ok := w.find(&e.Key, maybe, e.Effect, e.Drill, buf[:0])
+	if !ok {
+		return
+	}
+	var have *session.Record
+	if at >= 0 {
+		r := old[at].record()
+		have = &r
+	}
+	next, keep := Step(have, e, b)
+	w.replace(&e.Key, old, at, have, &next, keep)
+}
+
+// join puts a record into force beside what is there.
+func (w *edit) join(k *session.Key, r *session.Record) {
+	var buf [8]packed
+	old, at, ok := w.find(k, true, r.Effect, r.Drill, buf[:0])
+	if !ok {
+		return
+	}
+	if at < 0 {
+		w.replace(k, old, at, nil, r, true)
+		return
+	}
+	have := old[at].record()
+	next := stricter(&have, *r)
+	w.replace(k, old, at, &have, &next, true)
+}
+
+// find returns the records under a key, and the index of the effect's or -1.
+func (w *edit) find(k *session.Key, maybe bool, effect session.Effect, drill bool, to []packed) (old []packed, at int, ok bool) {
 	if k.Shape == session.Shape(session.KindGlobal) {
 		for i := range w.global {
-			old = append(old, pack(&w.global[i]))
+			to = append(to, pack(&w.global[i]))
 		}
 	} else {
 		var err error
-		if old, err = w.current(&k, maybe, old); err != nil {
+		if to, err = w.current(k, maybe, to); err != nil {
 			w.bad = err
-			return
+			return nil, -1, false
 		}
 	}
-	at := -1
-	var have *session.Record
-	for i := range old {
-		if m := old[i].meta; m.Effect == effect && m.Drill == drill {
-			r := old[i].record()
-			at, have = i, &r
+	for i := range to {
+		if m := to[i].meta; m.Effect == effect && m.Drill == drill {
+			return to, i, true
 		}
 	}
-	next, keep := step(have)
+	return to, -1, true
+}
+
+// replace puts next, if it is to be kept, in the place of old[at], which is have.
+func (w *edit) replace(k *session.Key, old []packed, at int, have, next *session.Record, keep bool) {
 	keep = keep && (next.Expires == 0 || next.Expires > w.horizon)
 	if have == nil && !keep {
 		return
 	}
 	if have != nil {
-		w.account(&k, have, -1)
+		w.account(k, have, -1)
 		old = slices.Delete(old, at, at+1)
 	}
 	if keep {
-		w.account(&k, &next, +1)
+		w.account(k, next, +1)
 		old = append(old, w.pack(next))
 	}
-	w.store(&k, old)
+	w.store(k, old)
 }
 
 // current is under for a Set in the making: the newest node of its own table is
@@ -651,14 +685,13 @@ func (w *edit) current(k *session.Key, maybe bool, to []packed) ([]packed, error
 }
 
 // pack shares what the records of one decision have in common.
-func (w *edit) pack(r session.Record) packed {
-	expires := r.Expires
-	r.Expires = 0
-	if w.meta == nil || !same(w.meta, &r) {
-		m := r // only now on the heap
+func (w *edit) pack(r *session.Record) packed {
+	if w.meta == nil || !same(w.meta, r) {
+		m := *r // only now on the heap
+		m.Expires = 0
 		w.meta = &m
 	}
-	return packed{meta: w.meta, expires: expires}
+	return packed{meta: w.meta, expires: r.Expires}
 }
 
 func same(a, b *session.Record) bool {
@@ -840,15 +873,11 @@ func (w *edit) expire(horizon session.Instant) {
 				}
 			}
 		}
-		err := before.rows(
-			func(block int) bool { return g.soonest[block] <= horizon },
-			func(e *entry) bool {
-				if ended(e.expires) {
-					r := e.record()
-					w.account(&e.key, &r, -1)
-				}
-				return true
-			})
+		err := before.rows(horizon, func(e *entry) bool {
+			r := e.record()
+			w.account(&e.key, &r, -1)
+			return true
+		})
 		if err != nil {
 			w.bad = err
 		}

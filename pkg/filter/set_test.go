@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/binary"
 	"math/rand/v2"
+	"path/filepath"
 	"reflect"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -265,21 +267,66 @@ func TestConcurrentReaders(t *testing.T) {
 	readers.Wait()
 }
 
-// TestDecideAllocatesNothing guards G8, with and without entries that name tools.
+// TestDecideAllocatesNothing guards G8 for every allowed call: with and without
+// entries that name tools, with drills that match and records that are found and
+// do not, in the delta and in a segment.
 func TestDecideAllocatesNothing(t *testing.T) {
 	w := newWorld(t)
 	p := w.prepare(t, w.callers[2])
 	tool := session.Key{Tenant: 1, Shape: session.ShapeUserAgentTool, Digest: session.Digest{1}}
 	plain := (*Set)(nil).Apply(batch(1, put(session.EffectRevoked, userKey), put(session.EffectRevoked, session.TenantKey(2))), nil)
-	for name, set := range map[string]*Set{"plain": plain, "tools": plain.Apply(batch(2, put(session.EffectRevoked, tool)), nil)} {
+	found := batch(2)
+	for i, k := range p.Keys()[1:] {
+		drill := put(session.EffectRevoked, k)
+		drill.Drill, drill.Incident = true, "drill"
+		exempt := put(session.EffectStepUp, k)
+		exempt.Except, exempt.ACR = p.Keys()[:1], "mfa"
+		old := put(session.EffectRevoked, k)
+		old.IssuedBefore = 1
+		found.Entries = append(found.Entries, [...]session.Entry{drill, exempt, old}[i%3])
+	}
+	matching := plain.Apply(found, nil)
+	sets := map[string]*Set{
+		"plain": plain, "tools": plain.Apply(batch(2, put(session.EffectRevoked, tool)), nil), "drills": matching,
+	}
+	for name, path := range map[string]string{"drills on the heap": "", "drills in a file": filepath.Join(t.TempDir(), "segment")} {
+		g, err := matching.Seal(path, Mark{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sets[name] = g.Set()
+	}
+	for name, set := range sets {
 		call := session.Call{Tool: "t1", Audience: "https://api.example/a"}
+		drill := strings.HasPrefix(name, "drills")
 		if n := testing.AllocsPerRun(100, func() {
-			if m, err := set.Decide(p, &call, session.Moment{}); err != nil || m.Record != nil {
+			if m, err := set.Decide(p, &call, session.Moment{}); err != nil || m.Record != nil || m.Drill != drill {
 				t.Fatal(m, err)
 			}
-		}); n != 0 {
+		}); n != 0 && (!raced || name != "drills in a file") {
 			t.Errorf("%s: %v allocations", name, n)
 		}
+	}
+}
+
+// TestARevokedCallerCostsTheRecord: a denial from a file allocates what it tells,
+// the record and its incident, and nothing else.
+func TestARevokedCallerCostsTheRecord(t *testing.T) {
+	w := newWorld(t)
+	p := w.prepare(t, w.callers[2])
+	e := put(session.EffectRevoked, p.Keys()[0])
+	e.Incident = "INC-142"
+	g, err := (*Set)(nil).Apply(batch(1, e), nil).Seal(filepath.Join(t.TempDir(), "segment"), Mark{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, call := g.Set(), session.Call{}
+	if n := testing.AllocsPerRun(100, func() {
+		if m, err := set.Decide(p, &call, session.Moment{}); err != nil || m.Record.Incident != "INC-142" {
+			t.Fatal(m, err)
+		}
+	}); n > 2 && !raced {
+		t.Errorf("%v allocations", n)
 	}
 }
 

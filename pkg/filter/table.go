@@ -1,6 +1,7 @@
 package filter
 
 import (
+	"encoding/binary"
 	"math/bits"
 	"sync/atomic"
 
@@ -33,6 +34,10 @@ func (p packed) record() session.Record {
 //
 //	slots ──► node (key, version 7) ──prev──► node (version 3)
 //
+// In front of the slots stands a fence, a bloom filter of one word a key: it is
+// an eighth of their size, so that it stays in the near cache, and tells a check
+// of most keys that the table does not have them.
+//
 // Only the Set of the newest version can append; a Set of an older one that is
 // applied to anew starts a table of its own, above this one (see layer).
 type table struct {
@@ -46,9 +51,10 @@ type table struct {
 	// The rest is the writer's. A reader reaches a node only through a slot,
 	// whose atomic store came after the node was written.
 	chunks [27][]node
-	n      uint32 // nodes
-	keys   int    // distinct ones
-	slots  []atomic.Uint64
+	n      uint32   // nodes
+	keys   int      // distinct ones
+	slots  []uint64 // read and, once a reader may have them, written atomically
+	fence  []uint64 // the same
 	shapes session.ShapeSet
 }
 
@@ -101,7 +107,28 @@ const (
 // line is the identity of a line of versions.
 type line struct{ _ byte }
 
-func newTable(l *line) *table { return &table{line: l, slots: make([]atomic.Uint64, firstSlots)} }
+func newTable(l *line) *table {
+	return &table{line: l, slots: make([]uint64, firstSlots), fence: make([]uint64, firstSlots/8)}
+}
+
+// tagOf is what a slot keeps of a key. Its top bits are the key's place, and all
+// of it can be had from the slot, so that a table grows without a look at its
+// nodes. A digest is uniform already; tenants and their counts have none.
+func tagOf(k *session.Key) uint32 {
+	t := binary.BigEndian.Uint32(k.Digest[:4])
+	if k.Shape <= session.Shape(session.KindTenant) {
+		t ^= uint32(k.Tenant) * 0x9e3779b1
+	}
+	return t
+}
+
+// place is where the search for a tag begins in that many slots, a power of 2.
+func place(tag uint32, slots int) int { return int(tag >> bits.LeadingZeros32(uint32(slots-1))) }
+
+// guard returns the word of a fence that a tag has, and its bits there.
+func guard(tag uint32, fence int) (word int, mask uint64) {
+	return place(tag, fence), 1<<(tag&63) | 1<<(tag>>6&63) | 1<<(tag>>12&63)
+}
 
 // node returns the node of an index. Chunks double in size and never move.
 func (t *table) node(i uint32) *node {
@@ -111,16 +138,15 @@ func (t *table) node(i uint32) *node {
 
 // newest returns the index plus 1 of the newest node of a key, and the slot that
 // holds it or would.
-func newest(t *table, slots []atomic.Uint64, k *session.Key) (idx uint32, slot *atomic.Uint64) {
-	a, b := hashOf(k)
-	mask := uint64(len(slots) - 1)
-	for i := a; ; i++ {
-		s := &slots[i&mask]
-		w := s.Load()
+func newest(t *table, slots []uint64, k *session.Key) (idx uint32, slot *uint64) {
+	tag := tagOf(k)
+	for i := place(tag, len(slots)); ; i++ {
+		s := &slots[i&(len(slots)-1)]
+		w := atomic.LoadUint64(s)
 		if w == 0 {
 			return 0, s
 		}
-		if w>>32 == b>>32 && t.node(uint32(w)-1).key == *k {
+		if uint32(w>>32) == tag && t.node(uint32(w)-1).key == *k {
 			return uint32(w), s
 		}
 	}
@@ -157,8 +183,12 @@ func (t *table) put(k *session.Key, ver uint32) *node {
 	}
 	n := t.node(i)
 	n.key, n.ver, n.prev = *k, ver, idx
-	_, b := hashOf(k)
-	slot.Store(b>>32<<32 | uint64(i+1))
+	tag := tagOf(k)
+	atomic.StoreUint64(slot, uint64(tag)<<32|uint64(i+1))
+	if idx == 0 {
+		j, mask := guard(tag, len(t.fence))
+		atomic.StoreUint64(&t.fence[j], t.fence[j]|mask)
+	}
 	t.shapes = t.shapes.With(k.Shape)
 	return n
 }
@@ -166,36 +196,36 @@ func (t *table) put(k *session.Key, ver uint32) *node {
 // touch brings the slots of the entries' keys into the cache, all at once rather
 // than one after the other as each entry is applied.
 func (t *table) touch(entries []session.Entry) {
-	mask := uint64(len(t.slots) - 1)
 	for i := range entries {
-		a, _ := hashOf(&entries[i].Key)
-		t.slots[a&mask].Load()
+		atomic.LoadUint64(&t.slots[place(tagOf(&entries[i].Key), len(t.slots))])
 	}
 }
 
-// grow makes room in a new array: readers of older versions keep the one that
-// they have, which holds all that they may see.
+// grow makes room in new arrays: readers of older versions keep those that they
+// have, which hold all that they may see.
 func (t *table) grow() {
-	slots := make([]atomic.Uint64, 4*len(t.slots))
-	mask := uint64(len(slots) - 1)
-	for i := range t.slots {
-		w := t.slots[i].Load()
+	slots, fence := make([]uint64, 2*len(t.slots)), make([]uint64, 2*len(t.fence))
+	for _, w := range t.slots {
 		if w == 0 {
 			continue
 		}
-		j, _ := hashOf(&t.node(uint32(w) - 1).key)
-		for slots[j&mask].Load() != 0 {
-			j++
+		tag := uint32(w >> 32)
+		i := place(tag, len(slots))
+		for slots[i] != 0 {
+			i = (i + 1) & (len(slots) - 1)
 		}
-		slots[j&mask].Store(w)
+		slots[i] = w
+		j, mask := guard(tag, len(fence))
+		fence[j] |= mask
 	}
-	t.slots = slots
+	t.slots, t.fence = slots, fence
 }
 
 // layer is a table as one Set sees it: the versions after from, up to to.
 type layer struct {
 	t        *table
-	slots    []atomic.Uint64
+	slots    []uint64
+	fence    []uint64
 	from, to uint32
 	n        uint32 // nodes at to
 	shapes   session.ShapeSet
@@ -210,13 +240,13 @@ func (l *layer) find(k *session.Key) *node {
 // sift returns those of the keys in mask that the layer may have. As with the
 // filter, all the memory is asked for before any of the answers is needed.
 func (l *layer) sift(keys []session.Key, mask uint64) (maybe uint64) {
-	slots := l.slots
-	last := uint64(len(slots) - 1)
+	fence := l.fence
 	for rest := mask; rest != 0; rest &= rest - 1 {
 		i := bits.TrailingZeros64(rest)
-		a, _ := hashOf(&keys[i])
-		w := slots[a&last].Load()
-		maybe |= (w | -w) >> 63 << i
+		at, want := guard(tagOf(&keys[i]), len(fence))
+		if atomic.LoadUint64(&fence[at])&want == want {
+			maybe |= 1 << i
+		}
 	}
 	return maybe
 }
@@ -238,7 +268,7 @@ func (l *layer) visible(idx uint32) *node {
 // each calls fn for each key's node until fn returns false.
 func (l *layer) each(fn func(*node) bool) bool {
 	for i := range l.slots {
-		if n := l.visible(uint32(l.slots[i].Load())); n != nil && !fn(n) {
+		if n := l.visible(uint32(atomic.LoadUint64(&l.slots[i]))); n != nil && !fn(n) {
 			return false
 		}
 	}
@@ -297,7 +327,7 @@ func (ls layers) open() (layers, uint32) {
 	}
 	t := newTable(new(line))
 	t.tip.Store(1)
-	return append(out, layer{t: t, slots: t.slots}), 1
+	return append(out, layer{t: t, slots: t.slots, fence: t.fence}), 1
 }
 
 // copyLayers returns one layer with what the given ones hold.
@@ -330,5 +360,5 @@ func (t *table) shed(l *layer) layer {
 }
 
 func (t *table) layer(to uint32) layer {
-	return layer{t: t, slots: t.slots, to: to, n: t.n, shapes: t.shapes}
+	return layer{t: t, slots: t.slots, fence: t.fence, to: to, n: t.n, shapes: t.shapes}
 }
