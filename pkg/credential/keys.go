@@ -2,12 +2,15 @@ package credential
 
 import (
 	"context"
+	"crypto"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,30 +29,58 @@ const (
 	maxTries = 4
 )
 
-type staticKeys []jose.JSONWebKey
-
-func newStaticKeys(set jose.JSONWebKeySet) (staticKeys, error) {
-	for i := range set.Keys {
-		if err := usable(&set.Keys[i]); err != nil {
-			return nil, fmt.Errorf("keys: %w", err)
-		}
-	}
-	return append(staticKeys(nil), set.Keys...), nil
+// verificationKey is one key of an issuer. While a key stays in the issuer's
+// set it stays the same value in memory, over any number of fetches, so that
+// what it vouched for can be told by its address.
+type verificationKey struct {
+	jose.JSONWebKey
+	// id is the thumbprint (RFC 7638), which says nothing of kid, alg and use.
+	id [sha256.Size]byte
 }
 
-func (s staticKeys) find(_ context.Context, kid string, alg jose.SignatureAlgorithm) ([]jose.JSONWebKey, error) {
+func newVerificationKey(k jose.JSONWebKey) (*verificationKey, error) {
+	if err := usable(&k); err != nil {
+		return nil, err
+	}
+	sum, err := k.Thumbprint(crypto.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	return &verificationKey{JSONWebKey: k, id: [sha256.Size]byte(sum)}, nil
+}
+
+func (k *verificationKey) same(o *verificationKey) bool {
+	return k.id == o.id && k.KeyID == o.KeyID && k.Algorithm == o.Algorithm && k.Use == o.Use
+}
+
+type staticKeys []*verificationKey
+
+func newStaticKeys(set jose.JSONWebKeySet) (keys staticKeys, err error) {
+	for i := range set.Keys {
+		k, err := newVerificationKey(set.Keys[i])
+		if err != nil {
+			return nil, fmt.Errorf("keys: %w", err)
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
+}
+
+func (s staticKeys) find(_ context.Context, kid string, alg jose.SignatureAlgorithm) ([]*verificationKey, error) {
 	if found := candidates(s, kid, alg); len(found) > 0 {
 		return found, nil
 	}
 	return nil, ErrTokenKey
 }
 
+func (s staticKeys) vouches(k *verificationKey, _ time.Time) bool { return slices.Contains(s, k) }
+
 func (staticKeys) close() {}
 
-func candidates(keys []jose.JSONWebKey, kid string, alg jose.SignatureAlgorithm) (found []jose.JSONWebKey) {
-	for i := range keys {
-		if (kid == "" || keys[i].KeyID == kid) && fits(&keys[i], alg) && len(found) < maxTries {
-			found = append(found, keys[i])
+func candidates(keys []*verificationKey, kid string, alg jose.SignatureAlgorithm) (found []*verificationKey) {
+	for _, k := range keys {
+		if (kid == "" || k.KeyID == kid) && fits(&k.JSONWebKey, alg) && len(found) < maxTries {
+			found = append(found, k)
 		}
 	}
 	return found
@@ -62,13 +93,16 @@ func candidates(keys []jose.JSONWebKey, kid string, alg jose.SignatureAlgorithm)
 // issuer.
 type remoteKeys struct {
 	// fetch is bounded in time, and ends when the verifier closes.
-	fetch    func() ([]jose.JSONWebKey, error)
+	fetch    func() ([]*verificationKey, error)
 	clock    func() time.Time
 	interval time.Duration
 	maxAge   time.Duration
 	wg       sync.WaitGroup
 
 	current atomic.Pointer[fetched]
+	// quiet is when the next fetch may begin, in nanoseconds of Unix time. It
+	// repeats last for those who must not wait for mu.
+	quiet atomic.Int64
 
 	mu       sync.Mutex
 	closed   bool
@@ -77,8 +111,19 @@ type remoteKeys struct {
 }
 
 type fetched struct {
-	keys []jose.JSONWebKey
+	keys []*verificationKey
 	at   time.Time
+}
+
+// age says whether the keys may be used, and whether they are in the first half
+// of their age.
+func (f *fetched) age(now time.Time, limit time.Duration) (usable, fresh bool) {
+	if f == nil {
+		return false, false
+	}
+	// A clock that went back makes the age unknown, and unknown is too old.
+	age := now.Sub(f.at)
+	return age >= 0 && age < limit, age >= 0 && age < limit/2
 }
 
 func newClient() *http.Client {
@@ -97,12 +142,12 @@ func newRemoteKeys(ctx context.Context, client *http.Client, clock func() time.T
 		return nil, errors.New("JWKS must be https: whoever can alter it can sign tokens")
 	}
 	return &remoteKeys{
-		fetch: func() ([]jose.JSONWebKey, error) { return fetchKeys(ctx, client, u.String()) },
+		fetch: func() ([]*verificationKey, error) { return fetchKeys(ctx, client, u.String()) },
 		clock: clock, interval: i.RefreshInterval, maxAge: i.KeysMaxAge,
 	}, nil
 }
 
-func (s *remoteKeys) find(ctx context.Context, kid string, alg jose.SignatureAlgorithm) ([]jose.JSONWebKey, error) {
+func (s *remoteKeys) find(ctx context.Context, kid string, alg jose.SignatureAlgorithm) ([]*verificationKey, error) {
 	have, fresh := s.load()
 	if found := candidates(have, kid, alg); len(found) > 0 {
 		if !fresh {
@@ -133,17 +178,28 @@ func (s *remoteKeys) find(ctx context.Context, kid string, alg jose.SignatureAlg
 
 // load returns the keys, or nil when there are none that may be used any more,
 // and whether they are in the first half of their age.
-func (s *remoteKeys) load() (keys []jose.JSONWebKey, fresh bool) {
+func (s *remoteKeys) load() (keys []*verificationKey, fresh bool) {
 	f := s.current.Load()
-	if f == nil {
+	usable, fresh := f.age(s.clock(), s.maxAge)
+	if !usable {
 		return nil, false
 	}
-	// A clock that went back makes the age unknown, and unknown is too old.
-	age := s.clock().Sub(f.at)
-	if age < 0 || age >= s.maxAge {
-		return nil, false
+	return f.keys, fresh
+}
+
+// vouches reports whether a key is still the issuer's, by keys that may still
+// be used. It waits for nothing. In the second half of their age it has them
+// fetched, which those who were verified long ago would otherwise never do.
+func (s *remoteKeys) vouches(k *verificationKey, now time.Time) bool {
+	f := s.current.Load()
+	usable, fresh := f.age(now, s.maxAge)
+	if !usable || !slices.Contains(f.keys, k) {
+		return false
 	}
-	return f.keys, age < s.maxAge/2
+	if !fresh && now.UnixNano() >= s.quiet.Load() {
+		_, _ = s.refresh()
+	}
+	return true
 }
 
 // refresh starts a fetch, or finds the one under way. The channel is closed
@@ -162,13 +218,14 @@ func (s *remoteKeys) refresh() (<-chan struct{}, error) {
 		return nil, nil
 	}
 	s.last = now
+	s.quiet.Store(now.Add(s.interval).UnixNano())
 	done := make(chan struct{})
 	s.inFlight = done
 	s.wg.Go(func() {
 		// A failed fetch leaves the keys as they are until their age ends;
 		// callers learn of it from the keys that are not there.
 		if keys, err := s.fetch(); err == nil {
-			s.current.Store(&fetched{keys: keys, at: now})
+			s.current.Store(&fetched{keys: s.keep(keys), at: now})
 		}
 		s.mu.Lock()
 		s.inFlight = nil
@@ -178,7 +235,21 @@ func (s *remoteKeys) refresh() (<-chan struct{}, error) {
 	return done, nil
 }
 
-func fetchKeys(ctx context.Context, client *http.Client, url string) ([]jose.JSONWebKey, error) {
+// keep puts the keys that are there already in the place of their equals.
+func (s *remoteKeys) keep(keys []*verificationKey) []*verificationKey {
+	f := s.current.Load()
+	if f == nil {
+		return keys
+	}
+	for i, k := range keys {
+		if at := slices.IndexFunc(f.keys, k.same); at >= 0 {
+			keys[i] = f.keys[at]
+		}
+	}
+	return keys
+}
+
+func fetchKeys(ctx context.Context, client *http.Client, url string) ([]*verificationKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
@@ -206,7 +277,7 @@ func fetchKeys(ctx context.Context, client *http.Client, url string) ([]jose.JSO
 
 // parseKeySet reads a JWKS. Keys that it does not know or must not use are left
 // out, as RFC 7517 §5 asks: one new key type must not lose the others.
-func parseKeySet(body []byte) ([]jose.JSONWebKey, error) {
+func parseKeySet(body []byte) ([]*verificationKey, error) {
 	var set struct {
 		Keys []json.RawMessage `json:"keys"`
 	}
@@ -216,10 +287,13 @@ func parseKeySet(body []byte) ([]jose.JSONWebKey, error) {
 	if set.Keys == nil || len(set.Keys) > maxKeys {
 		return nil, errors.New("no keys, or too many")
 	}
-	keys := []jose.JSONWebKey{}
+	keys := []*verificationKey{}
 	for _, raw := range set.Keys {
 		var k jose.JSONWebKey
-		if k.UnmarshalJSON(raw) == nil && usable(&k) == nil {
+		if k.UnmarshalJSON(raw) != nil {
+			continue
+		}
+		if k, err := newVerificationKey(k); err == nil {
 			keys = append(keys, k)
 		}
 	}

@@ -50,6 +50,10 @@ type Options struct {
 	// key (`cnf`), with the request that presented it, or nil when there is
 	// none. An error refuses the token. Nil accepts it as a bearer token.
 	Possession func(r *http.Request, token string, id session.Identity) error
+	// CacheBytes bounds the memory that verified tokens may take, so that a
+	// token that has been seen need not be verified again. Zero is
+	// DefaultCacheBytes; less than zero keeps none.
+	CacheBytes int64
 }
 
 // Issuer is one token issuer that the deployment trusts.
@@ -89,11 +93,18 @@ type Issuer struct {
 // Verifier verifies tokens. It is made by New, is safe for concurrent use, and
 // refuses every token once closed, as does its zero value.
 type Verifier struct {
+	*shared
+	audiences []string
+}
+
+// shared is what a verifier has in common with those that For makes of it.
+type shared struct {
 	issuers    map[string]*issuer
-	audiences  []string
+	audiences  []string // of the options
 	algorithms []jose.SignatureAlgorithm
 	clock      func() time.Time
 	possession func(*http.Request, string, session.Identity) error
+	cache      *tokenCache
 	closing    context.CancelFunc
 	closed     atomic.Bool
 }
@@ -107,7 +118,9 @@ type issuer struct {
 // keySource finds the keys that may have signed a token. The error is one of
 // this package's.
 type keySource interface {
-	find(ctx context.Context, kid string, alg jose.SignatureAlgorithm) ([]jose.JSONWebKey, error)
+	find(ctx context.Context, kid string, alg jose.SignatureAlgorithm) ([]*verificationKey, error)
+	// vouches reports whether a key that find returned is still the issuer's.
+	vouches(k *verificationKey, now time.Time) bool
 	close()
 }
 
@@ -134,7 +147,7 @@ func New(opts Options) (*Verifier, error) {
 	if len(opts.Audiences) == 0 {
 		return nil, bad("no audiences: a token for any resource would be accepted")
 	}
-	v := &Verifier{
+	v := &shared{
 		issuers: make(map[string]*issuer), clock: opts.Clock, possession: opts.Possession,
 	}
 	if v.clock == nil {
@@ -170,7 +183,23 @@ func New(opts Options) (*Verifier, error) {
 			}
 		}
 	}
-	return v, nil
+	cache, err := newTokenCache(opts.CacheBytes)
+	if err != nil {
+		cancel()
+		return nil, bad("CacheBytes: %v", err)
+	}
+	v.cache = cache
+	return &Verifier{v, v.audiences}, nil
+}
+
+// For returns a verifier for one of Options.Audiences alone. It shares keys and
+// verified tokens with v, and to close either closes both.
+func (v *Verifier) For(audience string) (*Verifier, error) {
+	a, err := session.Canonical(session.KindAudience, audience)
+	if err != nil || v.shared == nil || !slices.Contains(v.shared.audiences, a) {
+		return nil, fmt.Errorf("%w: credential: %q is not among the audiences", session.ErrInvalid, audience)
+	}
+	return &Verifier{v.shared, []string{a}}, nil
 }
 
 func (i *issuer) complete(ctx context.Context, client *http.Client, clock func() time.Time) (err error) {
@@ -223,10 +252,10 @@ func (i *issuer) complete(ctx context.Context, client *http.Client, clock func()
 	return err
 }
 
-// Close ends fetches that are under way and joins their goroutines. It is
-// idempotent.
+// Close ends fetches that are under way, forgets the tokens that it knew and
+// joins every goroutine. It is idempotent.
 func (v *Verifier) Close() {
-	if v.closing == nil {
+	if v.shared == nil {
 		return
 	}
 	v.closed.Store(true)
@@ -234,99 +263,207 @@ func (v *Verifier) Close() {
 	for _, i := range v.issuers {
 		i.keys.close()
 	}
+	v.cache.close()
+}
+
+// Preparer derives the keys of an identity. Every enforcer is one.
+type Preparer = interface {
+	Prepare(session.Identity) (*session.Prepared, error)
 }
 
 // VerifyRequest verifies the bearer token in the request's Authorization
 // header (RFC 6750 §2.1); a token anywhere else is not looked at. It is Verify
 // otherwise.
 func (v *Verifier) VerifyRequest(r *http.Request) (session.Identity, error) {
+	t, err := v.request(r)
+	if err != nil {
+		return session.Identity{}, err
+	}
+	return t.id, nil
+}
+
+// PrepareRequest is VerifyRequest and by.Prepare. What Prepare returned is kept
+// with the token, for as long as by, which must be a pointer for that, is the
+// one that asks: a request with a token that has been seen costs a hash and a
+// lookup. Errors are those of VerifyRequest and of by.
+func (v *Verifier) PrepareRequest(r *http.Request, by Preparer) (*session.Prepared, error) {
+	t, err := v.request(r)
+	if err != nil {
+		return nil, err
+	}
+	return t.prepare(by)
+}
+
+func (v *Verifier) request(r *http.Request) (*verified, error) {
 	values := r.Header.Values("Authorization")
 	if len(values) == 0 {
-		return session.Identity{}, ErrTokenMissing
+		return nil, ErrTokenMissing
 	}
 	scheme, token, ok := strings.Cut(values[0], " ")
 	if len(values) > 1 || !ok || !strings.EqualFold(scheme, "Bearer") {
-		return session.Identity{}, ErrTokenMalformed.because("want one Authorization header with a Bearer token")
+		return nil, ErrTokenMalformed.because("want one Authorization header with a Bearer token")
 	}
 	return v.verify(r.Context(), strings.TrimLeft(token, " "), r)
 }
 
 // Verify verifies a token that arrived by another way than a request, such as
 // an environment variable. It waits only where the issuer's keys have to be
-// fetched, no longer than ctx allows. The error wraps ErrToken.
+// fetched, no longer than ctx allows. The slices of the identity must not be
+// changed: they are kept with the token. The error wraps ErrToken.
 func (v *Verifier) Verify(ctx context.Context, token string) (session.Identity, error) {
-	return v.verify(ctx, token, nil)
+	t, err := v.verify(ctx, token, nil)
+	if err != nil {
+		return session.Identity{}, err
+	}
+	return t.id, nil
 }
 
-func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (session.Identity, error) {
+// verify is what every request goes through. A token that has been seen is not
+// verified again, but what time, place and the issuer's keys say of it is asked
+// each time.
+func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (*verified, error) {
 	if token == "" {
-		return session.Identity{}, ErrTokenMissing
+		return nil, ErrTokenMissing
 	}
 	if len(token) > MaxTokenLen {
-		return session.Identity{}, ErrTokenMalformed.because("too long")
+		return nil, ErrTokenMalformed.because("too long")
 	}
-	if v.issuers == nil || v.closed.Load() {
-		return session.Identity{}, ErrTokenKeys.because("the verifier is closed")
+	if v.shared == nil || v.closed.Load() {
+		return nil, ErrTokenKeys.because("the verifier is closed")
 	}
+	now := v.clock()
+	sum := sumOf(token)
+	t := v.cache.get(&sum)
+	if t != nil && t.issuer.keys.vouches(t.key, now) {
+		v.cache.count(&sum, true)
+		if err := v.admits(t, now); err != nil {
+			return nil, err
+		}
+	} else {
+		v.cache.count(&sum, false)
+		var err error
+		if t, err = v.authenticate(ctx, token); err != nil {
+			return nil, err
+		}
+		// To fetch keys takes time.
+		v.cache.put(&sum, t, v.clock())
+	}
+	if t.bound && v.possession != nil {
+		if err := v.possession(r, token, t.id); err != nil {
+			return nil, errors.Join(ErrTokenPossession, err)
+		}
+	}
+	return t, nil
+}
+
+// authenticate finds out whose token it is, from the token alone.
+func (v *Verifier) authenticate(ctx context.Context, token string) (*verified, error) {
 	if !canonical(token) {
-		return session.Identity{}, ErrTokenMalformed.because("not canonical base64url")
+		return nil, ErrTokenMalformed.because("not canonical base64url")
 	}
 	jws, err := jose.ParseSignedCompact(token, v.algorithms)
 	if err != nil {
 		var alg *jose.ErrUnexpectedSignatureAlgorithm
 		if errors.As(err, &alg) {
-			return session.Identity{}, ErrTokenAlgorithm
+			return nil, ErrTokenAlgorithm
 		}
-		return session.Identity{}, ErrTokenMalformed
+		return nil, ErrTokenMalformed
 	}
 	header := jws.Signatures[0].Protected
 	// The claims are read before the signature is verified only to find out
 	// whose keys to verify with.
 	claims, err := parseClaims(jws.UnsafePayloadWithoutVerification())
 	if err != nil {
-		return session.Identity{}, err
+		return nil, err
 	}
 	iss, err := claims.text("iss")
 	if err != nil {
-		return session.Identity{}, err
+		return nil, err
 	}
 	i := v.issuers[iss]
 	if i == nil {
-		return session.Identity{}, ErrTokenIssuer
+		return nil, ErrTokenIssuer
 	}
 	alg := jose.SignatureAlgorithm(header.Algorithm)
 	if !slices.Contains(i.Algorithms, alg) {
-		return session.Identity{}, ErrTokenAlgorithm
+		return nil, ErrTokenAlgorithm
 	}
 	if !i.accepts(header.ExtraHeaders[jose.HeaderType]) {
-		return session.Identity{}, ErrTokenType
+		return nil, ErrTokenType
 	}
 	keys, err := i.keys.find(ctx, header.KeyID, alg)
 	if err != nil {
-		return session.Identity{}, err
+		return nil, err
 	}
-	if !slices.ContainsFunc(keys, func(k jose.JSONWebKey) bool {
+	signer := slices.IndexFunc(keys, func(k *verificationKey) bool {
 		_, err := jws.Verify(k.Key)
 		return err == nil
-	}) {
-		return session.Identity{}, ErrTokenSignature
+	})
+	if signer < 0 {
+		return nil, ErrTokenSignature
 	}
 
-	if err := v.valid(claims, i); err != nil {
-		return session.Identity{}, err
+	t := &verified{issuer: i, key: keys[signer]}
+	if err := v.read(t, claims); err != nil {
+		return nil, err
 	}
-	id, err := i.claims.identity(claims)
+	t.id.Token = session.TokenValue(t.id.Token, []byte(token[:strings.LastIndexByte(token, '.')]))
+	return t, nil
+}
+
+// read takes from verified claims what is kept of a token, if it is good now.
+func (v *Verifier) read(t *verified, c claims) error {
+	audiences, err := c.list("aud")
 	if err != nil {
-		return session.Identity{}, err
+		return err
 	}
-	id.Tenant, id.FixedIssue, id.Skew = i.Tenant, i.FixedIssue, i.Skew
-	id.Token = session.TokenValue(id.Token, []byte(token[:strings.LastIndexByte(token, '.')]))
-	if _, bound := claims["cnf"]; bound && v.possession != nil {
-		if err := v.possession(r, token, id); err != nil {
-			return session.Identity{}, errors.Join(ErrTokenPossession, err)
+	for _, a := range audiences {
+		if a, err := session.Canonical(session.KindAudience, a); err == nil {
+			if i := slices.Index(v.shared.audiences, a); i >= 0 {
+				t.audiences = append(t.audiences, v.shared.audiences[i])
+			}
 		}
 	}
-	return id, nil
+	exp, err := c.time("exp")
+	if err == nil && exp.IsZero() {
+		err = ErrTokenClaims.because("exp is missing")
+	}
+	if err != nil {
+		return err
+	}
+	t.until = exp.Add(t.issuer.Skew)
+	for _, name := range []string{"nbf", "iat"} {
+		at, err := c.time(name)
+		if err != nil {
+			return err
+		}
+		if at = at.Add(-t.issuer.Skew); at.After(t.from) {
+			t.from = at
+		}
+	}
+	if err := v.admits(t, v.clock()); err != nil {
+		return err
+	}
+	if t.id, err = t.issuer.claims.identity(c); err != nil {
+		return err
+	}
+	_, t.bound = c["cnf"]
+	t.id.Tenant, t.id.FixedIssue, t.id.Skew = t.issuer.Tenant, t.issuer.FixedIssue, t.issuer.Skew
+	return nil
+}
+
+// admits checks what RFC 9068 §4 and RFC 7519 §4.1 ask of every token, each time
+// that it is used.
+func (v *Verifier) admits(t *verified, now time.Time) error {
+	switch {
+	case !slices.ContainsFunc(t.audiences, func(a string) bool { return slices.Contains(v.audiences, a) }):
+		return ErrTokenAudience
+	case !now.Before(t.until):
+		return ErrTokenExpired
+	case t.from.After(now):
+		return ErrTokenNotYet
+	}
+	return nil
 }
 
 // canonical reports whether every part of the token is base64url in the one form
@@ -344,40 +481,6 @@ func canonical(token string) bool {
 		}
 	}
 	return true
-}
-
-// valid checks what RFC 9068 §4 and RFC 7519 §4.1 ask of every token.
-func (v *Verifier) valid(c claims, i *issuer) error {
-	audiences, err := c.list("aud")
-	if err != nil {
-		return err
-	}
-	if !slices.ContainsFunc(audiences, func(a string) bool {
-		a, err := session.Canonical(session.KindAudience, a)
-		return err == nil && slices.Contains(v.audiences, a)
-	}) {
-		return ErrTokenAudience
-	}
-	now := v.clock()
-	exp, err := c.time("exp")
-	switch {
-	case err != nil:
-		return err
-	case exp.IsZero():
-		return ErrTokenClaims.because("exp is missing")
-	case !now.Before(exp.Add(i.Skew)):
-		return ErrTokenExpired
-	}
-	for _, name := range []string{"nbf", "iat"} {
-		t, err := c.time(name)
-		if err != nil {
-			return err
-		}
-		if t.After(now.Add(i.Skew)) {
-			return ErrTokenNotYet
-		}
-	}
-	return nil
 }
 
 func (i *issuer) accepts(typ any) bool {

@@ -20,23 +20,31 @@ func Admit(e Enforcer, v Verifier, r *http.Request, call session.Call, scopes []
 	if v == nil {
 		return nil, false, &session.DeniedError{Err: session.ErrNoIdentity}
 	}
-	id, err := v.VerifyRequest(r)
-	if err != nil {
-		if !errors.Is(err, session.ErrDenied) {
-			err = &session.DeniedError{Err: session.ErrNoIdentity}
-		}
-		return nil, false, err
-	}
-	if p, err = e.Prepare(id); err != nil {
+	if p, err = prepare(e, v, r); err != nil {
 		return nil, false, err
 	}
 	if err := e.Check(p, call); err != nil {
 		return nil, true, err
 	}
 	for _, s := range scopes {
-		if !slices.Contains(id.Capabilities, s) {
+		if !slices.Contains(p.Identity().Capabilities, s) {
 			return nil, true, &session.DeniedError{Err: denial.ErrScope}
 		}
 	}
 	return p, true, nil
+}
+
+// prepare finds out who is calling, and what Check needs to know of them.
+func prepare(e Enforcer, v Verifier, r *http.Request) (*session.Prepared, error) {
+	if v, ok := v.(preparer); ok {
+		return v.PrepareRequest(r, e)
+	}
+	id, err := v.VerifyRequest(r)
+	if err != nil {
+		if !errors.Is(err, session.ErrDenied) {
+			err = &session.DeniedError{Err: session.ErrNoIdentity}
+		}
+		return nil, err
+	}
+	return e.Prepare(id)
 }

@@ -25,8 +25,24 @@ type Enforcer interface {
 // An error that wraps session.ErrNoIdentity or session.ErrExpired refuses the
 // credentials, and its text reaches the caller; one that wraps session.ErrStale
 // says that it cannot be found out now. Of any other error nothing is passed on.
+//
+// One that can prepare the identity too, as credential.Verifier can, which keeps
+// what it has prepared with the token, is asked for that instead:
+//
+//	PrepareRequest(*http.Request, interface {
+//		Prepare(session.Identity) (*session.Prepared, error)
+//	}) (*session.Prepared, error)
+//
+// Its errors are its own, as above, and those of Prepare.
 type Verifier interface {
 	VerifyRequest(*http.Request) (session.Identity, error)
+}
+
+// preparer is a Verifier that prepares.
+type preparer interface {
+	PrepareRequest(*http.Request, interface {
+		Prepare(session.Identity) (*session.Prepared, error)
+	}) (*session.Prepared, error)
 }
 
 type contextKey struct{}
