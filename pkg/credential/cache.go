@@ -27,7 +27,7 @@ const (
 	// its own bound does not count.
 	maxPending = 1024
 	// cacheOverhead is what the cache itself and the allocator take for a token.
-	cacheOverhead = 512
+	cacheOverhead = 256
 	// costPerCounter is how many bytes of room in the cache go with one of the
 	// counters by which it tells tokens in use from others: some ten counters
 	// of three bytes for a token of ordinary size.

@@ -1,0 +1,25 @@
+package credential
+
+// Settle waits until the cache has taken up what it was given.
+func (v *Verifier) Settle() { v.cache.tokens.Wait() }
+
+// Kept reports whether a token is in the cache.
+func (v *Verifier) Kept(token string) bool {
+	sum := sumOf(token)
+	return v.cache.get(&sum) != nil
+}
+
+// Collide has the cache answer for one token with what it keeps of another, as
+// if the two had the same 64 bits of hash.
+func (v *Verifier) Collide(token, other string) {
+	a, b := sumOf(token), sumOf(other)
+	t := v.cache.get(&b)
+	if t == nil {
+		panic("nothing is kept of the other token")
+	}
+	v.cache.tokens.Set(keyOf(&a), t, 1)
+	v.cache.tokens.Wait()
+	if got, ok := v.cache.tokens.Get(keyOf(&a)); !ok || got != t {
+		panic("no collision")
+	}
+}
