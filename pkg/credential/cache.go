@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"reflect"
 	"slices"
 	"sync"
@@ -124,10 +125,13 @@ func sumOf(token string) [sha256.Size]byte {
 
 func keyOf(sum *[sha256.Size]byte) uint64 { return binary.LittleEndian.Uint64(sum[:]) }
 
-// enter returns the stripe of a token, to be left with RUnlock, or nil when the
-// cache is closed or about to be.
-func (c *tokenCache) enter(key uint64) *stripe {
-	s := &c.stripes[key>>60]
+// stripe picks one at random, so that a token which all use is no bottleneck.
+func (c *tokenCache) stripe() *stripe { return &c.stripes[rand.Uint32()%uint32(len(c.stripes))] }
+
+// enter returns a stripe, to be left with RUnlock, or nil when the cache is
+// closed or about to be.
+func (c *tokenCache) enter() *stripe {
+	s := c.stripe()
 	if !s.open.TryRLock() {
 		return nil
 	}
@@ -143,7 +147,7 @@ func (c *tokenCache) get(sum *[sha256.Size]byte) *verified {
 		return nil
 	}
 	key := keyOf(sum)
-	s := c.enter(key)
+	s := c.enter()
 	if s == nil {
 		return nil
 	}
@@ -155,13 +159,13 @@ func (c *tokenCache) get(sum *[sha256.Size]byte) *verified {
 }
 
 // count counts a token that was found and is still vouched for, or was not.
-func (c *tokenCache) count(sum *[sha256.Size]byte, hit bool) {
+func (c *tokenCache) count(hit bool) {
 	switch {
 	case c == nil:
 	case hit:
-		c.stripes[keyOf(sum)>>60].hits.Add(1)
+		c.stripe().hits.Add(1)
 	default:
-		c.stripes[keyOf(sum)>>60].misses.Add(1)
+		c.stripe().misses.Add(1)
 	}
 }
 
@@ -173,7 +177,7 @@ func (c *tokenCache) put(sum *[sha256.Size]byte, t *verified, now time.Time) {
 	t.seal()
 	ttl := min(t.until.Sub(now), maxCached)
 	key := keyOf(sum)
-	s := c.enter(key)
+	s := c.enter()
 	if s == nil {
 		return
 	}

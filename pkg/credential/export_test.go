@@ -23,3 +23,6 @@ func (v *Verifier) Collide(token, other string) {
 		panic("no collision")
 	}
 }
+
+// Pending is how many tokens wait to be taken up by the cache.
+func (v *Verifier) Pending() int64 { return v.cache.pending.Load() }

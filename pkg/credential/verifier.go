@@ -335,12 +335,12 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (*
 	sum := sumOf(token)
 	t := v.cache.get(&sum)
 	if t != nil && t.issuer.keys.vouches(t.key, now) {
-		v.cache.count(&sum, true)
+		v.cache.count(true)
 		if err := v.admits(t, now); err != nil {
 			return nil, err
 		}
 	} else {
-		v.cache.count(&sum, false)
+		v.cache.count(false)
 		var err error
 		if t, err = v.authenticate(ctx, token); err != nil {
 			return nil, err
