@@ -39,10 +39,11 @@ var eras = map[string]string{"legacy": legacy, "stateless": modern}
 type enforcer struct {
 	secret *session.TenantSecret
 
-	mu    sync.Mutex
-	rules []rule
-	bound map[*binding]struct{}
-	ever  int // bindings ever made
+	mu       sync.Mutex
+	rules    []rule
+	bound    map[*binding]struct{}
+	ever     int // bindings ever made
+	prepares int
 }
 
 type rule struct {
@@ -65,7 +66,16 @@ func newEnforcer(t testing.TB) *enforcer {
 }
 
 func (e *enforcer) Prepare(id session.Identity) (*session.Prepared, error) {
+	e.mu.Lock()
+	e.prepares++
+	e.mu.Unlock()
 	return e.secret.Prepare(id)
+}
+
+func (e *enforcer) prepared() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.prepares
 }
 
 func (e *enforcer) Check(p *session.Prepared, call session.Call) error {
@@ -145,6 +155,7 @@ var stolen = session.Denial{
 // world is a guarded server on a real socket, with real tokens.
 type world struct {
 	enforcer *enforcer
+	verifier *credential.Verifier
 	guard    *mcpguard.Guard
 	server   *mcp.Server
 	http     *httptest.Server
@@ -179,6 +190,7 @@ func newWorld(t *testing.T, opts *mcpguard.Options) *world {
 	if opts == nil {
 		opts = &mcpguard.Options{}
 	}
+	w.verifier = verifier
 	opts.Resource = resource
 	opts.ResourceMetadata = "https://tools.example/.well-known/oauth-protected-resource"
 	w.guard, err = mcpguard.New(w.enforcer, verifier, opts)

@@ -65,6 +65,30 @@ func TestCallerRevokedBetweenCallsIsDenied(t *testing.T) {
 	})
 }
 
+// A token is verified and its identity prepared once; what may have changed
+// since is asked at every request.
+func TestSeenTokenIsCheckedButNotVerifiedAgain(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		c := w.mustDial(t, era, w.token(t, "ann"))
+		eventually(t, "the token is kept", func() bool {
+			mustAllow(t, c, "echo")
+			return w.verifier.CacheStats().Hits > 0
+		})
+		before, prepared := w.verifier.CacheStats(), w.enforcer.prepared()
+		for range 3 {
+			mustAllow(t, c, "echo")
+		}
+		after := w.verifier.CacheStats()
+		if after.Misses != before.Misses || after.Hits < before.Hits+3 || w.enforcer.prepared() != prepared {
+			t.Fatalf("%+v, then %+v; prepared %d times, then %d", before, after, prepared, w.enforcer.prepared())
+		}
+		w.enforcer.deny(stolen, user("ann"))
+		_, err := c.call("echo")
+		mustDeny(t, err, stolenAnswer)
+	})
+}
+
 // The mechanism is the middleware's binding: without it the call never ends.
 func TestRunningCallIsCut(t *testing.T) {
 	forEachEra(t, func(t *testing.T, era string) {

@@ -120,13 +120,15 @@ func newTokenCache(size int64) (*tokenCache, error) {
 
 // sumOf is the SHA-256 of a token, without a copy of it.
 func sumOf(token string) [sha256.Size]byte {
-	return sha256.Sum256(unsafe.Slice(unsafe.StringData(token), len(token)))
+	return sha256.Sum256(unsafe.Slice(unsafe.StringData(token), len(token))) //nolint:gosec // it only reads
 }
 
 func keyOf(sum *[sha256.Size]byte) uint64 { return binary.LittleEndian.Uint64(sum[:]) }
 
 // stripe picks one at random, so that a token which all use is no bottleneck.
-func (c *tokenCache) stripe() *stripe { return &c.stripes[rand.Uint32()%uint32(len(c.stripes))] }
+func (c *tokenCache) stripe() *stripe {
+	return &c.stripes[rand.Uint32()%uint32(len(c.stripes))] //nolint:gosec // no secret
+}
 
 // enter returns a stripe, to be left with RUnlock, or nil when the cache is
 // closed or about to be.

@@ -14,7 +14,7 @@
 //		return err
 //	}
 //	defer v.Close()
-//	id, err := v.VerifyRequest(r)
+//	caller, err := v.PrepareRequest(r, enforcer)
 //
 // # Guarantees
 //
@@ -30,6 +30,12 @@
 // token names a key that is not there, at most once per RefreshInterval for all
 // callers together, and used no longer than KeysMaxAge after they were fetched:
 // an issuer that cannot be reached does not vouch for ever.
+//
+// A token that has been verified is kept, by its SHA-256, and not verified again
+// while the key that signed it is the issuer's and that key may still be used.
+// Its times, its audience, and possession of the key that it is bound to are
+// checked each time. What is kept is bounded by Options.CacheBytes, an hour, and
+// the token's expiry. Refusals are not kept.
 //
 // # Limits
 //
