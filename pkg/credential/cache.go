@@ -83,6 +83,7 @@ func (t *verified) prepare(by Preparer) (*session.Prepared, error) {
 type tokenCache struct {
 	tokens  *ristretto.Cache[uint64, *verified]
 	pending atomic.Int64
+	closing sync.Once
 	stripes [16]stripe
 }
 
@@ -191,21 +192,20 @@ func (c *tokenCache) put(sum *[sha256.Size]byte, t *verified, now time.Time) {
 	}
 }
 
+// close joins ristretto's goroutines, once nobody is in it and nobody can enter.
 func (c *tokenCache) close() {
 	if c == nil {
 		return
 	}
-	first := true
-	for i := range c.stripes {
-		s := &c.stripes[i]
-		s.open.Lock()
-		first = first && !s.closed
-		s.closed = true
-		s.open.Unlock()
-	}
-	if first {
-		c.tokens.Close() // joins its goroutines
-	}
+	c.closing.Do(func() {
+		for i := range c.stripes {
+			s := &c.stripes[i]
+			s.open.Lock()
+			s.closed = true
+			s.open.Unlock()
+		}
+		c.tokens.Close()
+	})
 }
 
 // seal makes the identity fit to be shared, and reckons what it takes to keep
