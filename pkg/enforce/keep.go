@@ -131,19 +131,22 @@ func (f *follower) tendState(ctx context.Context) {
 	mark := filter.Mark{Epoch: ks.Epoch, Number: c.confirmed.number, Head: c.confirmed.hash, Time: f.fresh, Note: string(note)}
 	f.keep.sealing = true
 	f.jobs.Go(func() {
-		g, err := f.e.opts.seal(set, mark)
+		path, err := f.e.opts.sealPath()
+		var g *filter.Segment
+		if err == nil {
+			g, err = set.SealBeside(ctx, path, mark)
+		}
 		f.post(ctx, func() { f.sealed(c, set, g, err) })
 	})
 }
 
-func (o Options) seal(set *filter.Set, mark filter.Mark) (*filter.Segment, error) {
+// sealPath returns where to seal, in a directory that is there: "" for the heap.
+func (o Options) sealPath() (string, error) {
 	path := segmentPath(o)
-	if path != "" {
-		if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
-			return nil, err
-		}
+	if path == "" {
+		return "", nil
 	}
-	return set.Seal(path, mark)
+	return path, os.MkdirAll(o.StateDir, 0o700)
 }
 
 // sealed puts what has arrived meanwhile onto the new segment.
@@ -213,7 +216,10 @@ func (f *follower) keepLast() {
 	}
 	note, err := json.Marshal(c.confirmed.signers)
 	if err == nil {
-		_, err = f.e.opts.seal(c.confirmed.set, filter.Mark{Epoch: ks.Epoch, Number: c.confirmed.number, Head: c.confirmed.hash, Time: f.fresh, Note: string(note)})
+		var path string
+		if path, err = f.e.opts.sealPath(); err == nil {
+			_, err = c.confirmed.set.Seal(path, filter.Mark{Epoch: ks.Epoch, Number: c.confirmed.number, Head: c.confirmed.hash, Time: f.fresh, Note: string(note)})
+		}
 	}
 	if err != nil {
 		f.e.opts.Logger.Error("cannot seal the state: the next start reads the log from further back", "error", err)

@@ -3,6 +3,7 @@ package filter
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -42,6 +43,7 @@ type builder struct {
 	exps                  []session.Instant // ends of the rows in the block
 	wide                  []byte
 	lastID                int
+	pace                  *pacer // may be nil
 	err                   error
 }
 
@@ -58,14 +60,21 @@ func sortedTenants(m map[session.TenantID]int) []session.TenantID {
 	return slices.Sorted(maps.Keys(m))
 }
 
-func newBuilder(g *Segment, f *os.File) *builder {
-	b := &builder{g: g, file: f, sha: sha256.New(), ends: math.MaxInt64}
+func newBuilder(g *Segment, f *os.File, pace *pacer) *builder {
+	b := &builder{g: g, file: f, sha: sha256.New(), ends: math.MaxInt64, pace: pace}
 	g.filter = openBloom(g.rows)
 	if f != nil {
 		b.slab = make([]byte, 0, slabBlocks*blockSize)
 		b.write(f, make([]byte, blockSize)) // until the header is known, no segment
 	}
 	return b
+}
+
+// rest is called after each piece of work of some microseconds.
+func (b *builder) rest() {
+	if b.pace != nil && b.err == nil {
+		b.err = b.pace.rest()
+	}
 }
 
 func (b *builder) write(w io.Writer, p []byte) {
@@ -174,6 +183,7 @@ func (b *builder) flush() {
 	if len(b.rows) == 0 {
 		return
 	}
+	b.rest()
 	g := b.g
 	if cap(b.slab) == 0 {
 		b.slab = make([]byte, 0, slabBlocks*blockSize)
@@ -245,6 +255,7 @@ func (b *builder) finish() error {
 			b.write(b.file, buf)
 		}
 		words = words[n:]
+		b.rest()
 	}
 	g.size = int64(blockSize)*int64(g.body.blocks+1) + int64(len(g.extra)) + 8*int64(len(g.filter.words))
 	g.header = g.encodeHeader()
@@ -273,8 +284,18 @@ func (b *builder) finish() error {
 // then puts those onto the segment. What the horizon has ended is left out.
 //
 // It fails with an error wrapping ErrDamaged when the state cannot be read, and
-// with the file's.
-func (s *Set) Seal(path string, mark Mark) (*Segment, error) {
+// with the file's. What it needs beside what it makes is some MiB, and 8 bytes
+// for each change in the delta.
+func (s *Set) Seal(path string, mark Mark) (*Segment, error) { return s.seal(path, mark, nil) }
+
+// SealBeside is Seal beside checks that are to notice little of it: it rests for
+// three quarters of the time, but not when so much arrives meanwhile that the
+// delta would grow without bound. It ends early, with ctx's error, when ctx does.
+func (s *Set) SealBeside(ctx context.Context, path string, mark Mark) (*Segment, error) {
+	return s.seal(path, mark, newPacer(ctx, s))
+}
+
+func (s *Set) seal(path string, mark Mark, pace *pacer) (*Segment, error) {
 	if s == nil {
 		s = &Set{}
 	}
@@ -298,7 +319,7 @@ func (s *Set) Seal(path string, mark Mark) (*Segment, error) {
 		}
 	}
 	if path == "" {
-		b := newBuilder(g, nil)
+		b := newBuilder(g, nil, pace)
 		if err := s.feed(b); err != nil {
 			return nil, err
 		}
@@ -308,7 +329,7 @@ func (s *Set) Seal(path string, mark Mark) (*Segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := newBuilder(g, f)
+	b := newBuilder(g, f, pace)
 	if err = s.feed(b); err == nil {
 		err = b.finish()
 	}
@@ -343,7 +364,13 @@ func (s *Set) feed(b *builder) error {
 		}
 		return true
 	})
-	slices.SortFunc(delta, func(x, y *node) int { return compareKeys(&x.key, &y.key) })
+	compared := 0
+	slices.SortFunc(delta, func(x, y *node) int {
+		if compared++; compared%256 == 0 {
+			b.rest()
+		}
+		return compareKeys(&x.key, &y.key)
+	})
 	want := b.g.rows
 	added := 0
 	var form []byte

@@ -1,6 +1,10 @@
 package filter
 
-import "slices"
+import (
+	"context"
+	"slices"
+	"time"
+)
 
 // mergeFloor is how many entries a delta may hold before it is worth a merge:
 // they take about 10 MiB.
@@ -25,6 +29,59 @@ func (s *Set) Due() bool {
 	}
 	n := s.layers.nodes()
 	return n > mergeFloor && (s.seg == nil || n > s.seg.rows/8)
+}
+
+// A merge beside checks works for a while and then rests three times as long: a
+// core that two threads share, and the memory, are the checks' alone for most of
+// the time.
+const (
+	workFor = time.Millisecond
+	restFor = 3 * workFor
+)
+
+// pacer makes a merge rest.
+type pacer struct {
+	done  <-chan struct{}
+	err   func() error // why it is done
+	line  *line
+	limit int64
+	since time.Time
+	timer *time.Timer
+}
+
+func newPacer(ctx context.Context, s *Set) *pacer {
+	p := &pacer{done: ctx.Done(), err: ctx.Err, since: time.Now()}
+	if s != nil && len(s.layers) > 0 {
+		// No rest once the delta has doubled, or is half way to where Apply would
+		// have to merge.
+		n := s.layers.nodes()
+		p.line = s.layers[len(s.layers)-1].t.line
+		p.limit = int64(min(max(2*n, mergeFloor), (n+mergeAt(s.seg))/2))
+	}
+	return p
+}
+
+func (p *pacer) rest() error {
+	if time.Since(p.since) < workFor {
+		return nil
+	}
+	if p.line != nil && p.line.nodes.Load() > p.limit {
+		p.since = time.Now()
+		return p.err()
+	}
+	if p.timer == nil {
+		p.timer = time.NewTimer(restFor)
+	} else {
+		p.timer.Reset(restFor)
+	}
+	select {
+	case <-p.done:
+		p.timer.Stop()
+		return p.err()
+	case <-p.timer.C:
+	}
+	p.since = time.Now()
+	return nil
 }
 
 // Segment returns the segment that the set stands on, or nil.

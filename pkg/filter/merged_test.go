@@ -318,7 +318,11 @@ func TestStates(t *testing.T) {
 			if draw(2) == 0 {
 				path = filepath.Join(dir, "segment")
 			}
-			g, err := set.Seal(path, Mark{Epoch: 1, Number: number, Time: session.Instant(number)})
+			mark := Mark{Epoch: 1, Number: number, Time: session.Instant(number)}
+			g, err := set.Seal(path, mark)
+			if draw(3) == 0 {
+				g, err = set.SealBeside(t.Context(), path, mark)
+			}
 			if err != nil {
 				rt.Fatal(err)
 			}
@@ -461,7 +465,7 @@ func TestStatesConcurrently(t *testing.T) {
 			from := set
 			path := filepath.Join(dir, fmt.Sprint(number))
 			readers.Go(func() {
-				g, err := from.Seal(path, Mark{Number: number})
+				g, err := from.SealBeside(t.Context(), path, Mark{Number: number})
 				done <- merged{from, g, errors.Join(err, os.Remove(path))}
 			})
 		}

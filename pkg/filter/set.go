@@ -568,6 +568,7 @@ func (w *edit) publish() *Set {
 	from := top.from
 	*top = w.t.layer(w.ver)
 	top.from = from
+	w.t.line.nodes.Store(int64(w.layers.nodes()))
 	w.settle()
 	out := w.Set
 	return &out

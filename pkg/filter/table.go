@@ -104,8 +104,9 @@ const (
 	maxVersion = 1 << 31
 )
 
-// line is the identity of a line of versions.
-type line struct{ _ byte }
+// line is the identity of a line of versions. nodes is how many changes the
+// newest of them has.
+type line struct{ nodes atomic.Int64 }
 
 func newTable(l *line) *table {
 	return &table{line: l, slots: make([]uint64, firstSlots), fence: make([]uint64, firstSlots/8)}
