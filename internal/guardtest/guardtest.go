@@ -95,7 +95,7 @@ func Open(t testing.TB, maxStale time.Duration) *Fabric {
 	f.Verifier, err = credential.New(credential.Options{
 		Audiences: []string{Audience},
 		Issuers: []credential.Issuer{{
-			URL: Issuer, Tenant: Tenant,
+			URL: Issuer, Tenant: Tenant, Skew: time.Millisecond,
 			Keys: jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1", Algorithm: "ES256", Use: "sig"}}},
 		}},
 	})
