@@ -42,8 +42,10 @@ func TestSmokeIsNotJudged(t *testing.T) {
 	r := newReport(&bytes.Buffer{})
 	r.Smoke = true
 	r.add("p50", 1000, 300, "ns", "≤ 450 ns")
-	if r.Results[0].Reached != nil {
-		t.Error("a smoke has a verdict")
+	var out bytes.Buffer
+	r.print(&out)
+	if r.Results[0].Reached != nil || !strings.Contains(out.String(), "nothing was judged") || strings.Contains(out.String(), "reached") {
+		t.Errorf("a smoke has a verdict:\n%s", out.String())
 	}
 }
 

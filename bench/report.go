@@ -112,6 +112,10 @@ func (r *report) print(w io.Writer) {
 		say(tw, "  %s\t%d\t%s %s\t%s\t%s\n", x.Name, x.N, figure(x.Value), x.Unit, x.Goal, x.verdict())
 	}
 	_ = tw.Flush() // to w
+	if r.Smoke {
+		say(w, "\na smoke: nothing was judged\n")
+		return
+	}
 	say(w, "\n%d of %d goals reached\n", met, goals)
 }
 
