@@ -29,11 +29,11 @@ func check(b *bench, n int) (err error) {
 	if err != nil {
 		return err
 	}
-	ps, err := k.callers(identities, "")
+	ps, err := k.callers("")
 	if err != nil {
 		return err
 	}
-	gone, err := k.callers(identities, "gone")
+	gone, err := k.callers("gone")
 	if err != nil {
 		return err
 	}

@@ -46,6 +46,7 @@ func scenarios() []scenario {
 			run: func(b *bench, n int) error { filters(b.report, n); return nil }},
 		{name: "check", about: "Enforcer.Check, idle, under 50,000 entries/s, during a merge", run: check},
 		{name: "memory", about: "an open enforcer's heap, and the peak while it is sealed", run: memory},
+		{name: "token", about: "requests with a cached token against verifying its signature", once: true, run: token},
 		{name: "start", about: "cold and warm start over a real bus in another process", run: start},
 		{name: "revoke", about: "one decision at the authority's API to cut and denied on 1 and on 100 enforcers", once: true, run: revoke},
 		{name: "storm", about: "entries decided at the authority's API to in force on 10 enforcers", once: true, run: storm},
@@ -89,7 +90,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	fs.StringVar(&o.run, "run", "", "`names` of the scenarios to run, by commas; all without")
-	fs.StringVar(&o.sizes, "n", "1000000,10000000", "live `entries`, by commas; storm takes the smallest alone, revoke none")
+	fs.StringVar(&o.sizes, "n", "1000000,10000000", "live `entries`, by commas; token and storm take the smallest alone, revoke none")
 	fs.StringVar(&o.json, "json", "", "write the raw figures to this `file`")
 	fs.StringVar(&o.profiles, "profile", "", "write a CPU profile of each scenario into this `directory`")
 	fs.BoolVar(&o.list, "list", false, "list the scenarios")

@@ -18,7 +18,7 @@ func memory(b *bench, n int) error {
 	if err != nil {
 		return err
 	}
-	gone, err := k.callers(identities, "gone")
+	gone, err := k.callers("gone")
 	if err != nil {
 		return err
 	}

@@ -75,9 +75,9 @@ func newKeys() (*keys, error) {
 	return k, k.enrollment.AddTenant(1, tenant, make([]byte, 32))
 }
 
-// callers returns n identities of eight keys, whose names begin with prefix.
-func (k *keys) callers(n int, prefix string) ([]*session.Prepared, error) {
-	out := make([]*session.Prepared, n)
+// callers returns as many identities of eight keys as take turns, whose names begin with prefix.
+func (k *keys) callers(prefix string) ([]*session.Prepared, error) {
+	out := make([]*session.Prepared, identities)
 	for i := range out {
 		var err error
 		if out[i], err = k.enrollment.Tenants[0].Prepare(identity(fmt.Sprint(prefix, i))); err != nil {
