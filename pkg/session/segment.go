@@ -1,6 +1,9 @@
 package session
 
-import "fmt"
+import (
+	"encoding/binary"
+	"fmt"
+)
 
 // SegmentRef is the signed description of a published segment: which state it
 // holds and how its bytes are known. The bytes are found under its Sum.
@@ -17,12 +20,23 @@ type SegmentRef struct {
 	// Size is the length of the segment in bytes, Sum its SHA-256.
 	Size uint64
 	Sum  [32]byte
+	// ResumeSize and ResumeSum are the same of what a writer needs beside the
+	// state to go on from here; both are zero where there is none. Enforcers
+	// need nothing of it.
+	ResumeSize uint64
+	ResumeSum  [32]byte
 	// Unknown holds fields of a later version.
 	Unknown []Field
 }
 
-// MaxSegmentSize bounds a segment in bytes.
-const MaxSegmentSize = 8 << 30
+// MaxSegmentSize bounds a segment in bytes, MaxResumeSize what a writer needs
+// beside it.
+const (
+	MaxSegmentSize = 8 << 30
+	MaxResumeSize  = 64 << 20
+)
+
+const tagResume = 0x01
 
 // MarshalBody returns the body of the description's frame.
 func (s *SegmentRef) MarshalBody() []byte {
@@ -35,7 +49,11 @@ func (s *SegmentRef) MarshalBody() []byte {
 	w.u64(s.Entries)
 	w.u64(s.Size)
 	w.raw(s.Sum[:])
-	w.fields(nil, s.Unknown)
+	var known []Field
+	if s.ResumeSize > 0 {
+		known = []Field{{Tag: tagResume, Value: append(binary.BigEndian.AppendUint64(nil, s.ResumeSize), s.ResumeSum[:]...)}}
+	}
+	w.fields(known, s.Unknown)
 	return w.b
 }
 
@@ -47,7 +65,17 @@ func UnmarshalSegmentRef(body []byte) (SegmentRef, error) {
 	copy(s.State[:], r.take(len(s.State)))
 	s.Time, s.Entries, s.Size = r.instant(), r.u64(), r.u64()
 	copy(s.Sum[:], r.take(len(s.Sum)))
-	s.Unknown = r.fields(refuseAll)
+	s.Unknown = r.fields(func(tag uint8, v *reader) bool {
+		if tag != tagResume {
+			return false
+		}
+		s.ResumeSize = v.u64()
+		copy(s.ResumeSum[:], v.take(len(s.ResumeSum)))
+		if s.ResumeSize == 0 || s.ResumeSize > MaxResumeSize {
+			v.fail("resume of %d bytes", s.ResumeSize)
+		}
+		return true
+	})
 	if err := r.end(); err != nil {
 		return SegmentRef{}, err
 	}
