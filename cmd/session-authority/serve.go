@@ -15,6 +15,7 @@ import (
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
 )
 
 const startTimeout = 60 * time.Second
@@ -65,6 +66,8 @@ with the bearer token in api.token, if --api-listen is given.`,
 	f.StringVar(&s.o.APIListen, "api-listen", "", "host:port for the API on TCP, as in 127.0.0.1:8470")
 	f.StringVar(&s.apiCert, "api-tls-cert", "", "certificate of the API, PEM")
 	f.StringVar(&s.apiKey, "api-tls-key", "", "its key, PEM")
+	f.DurationVar(&s.o.SegmentEvery, "segment-every", sequencer.DefaultSegmentEvery, "how often the state is published for those who start; the log is trimmed behind the third newest")
+	f.Uint64Var(&s.o.SegmentBatches, "segment-batches", sequencer.DefaultSegmentBatches, "batches of the log that do not wait for --segment-every")
 	f.StringArrayVar(&s.o.Tenants, "tenant", nil, "a tenant to make at the first start; default is one called default; may be repeated")
 	f.StringArrayVar(&s.o.Issuers, "issuer", issuers(), "a token issuer in use; the only one is the default of targets; may be repeated (INTERLOCK_ISSUER)")
 	f.StringVar(&s.level, "log-level", "info", "debug, info, warn or error")
@@ -83,6 +86,9 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	log, err := logger(cmd.ErrOrStderr(), s.level, s.format)
 	if err != nil {
 		return err
+	}
+	if s.o.SegmentEvery <= 0 || s.o.SegmentBatches == 0 {
+		return usagef("--segment-every and --segment-batches must be more than nothing")
 	}
 	o := s.o
 	o.DataDir, o.Socket, o.Version, o.Logger = g.dataDir, g.socket, version(), log

@@ -67,6 +67,9 @@ func statusText(s *authority.Status) string {
 		role = "writing"
 	}
 	fmt.Fprintf(&b, "%s; epoch %d, seq %d; %s in force\n", role, s.Epoch, s.Number, entries(s.Entries))
+	if s.Segment > 0 {
+		fmt.Fprintf(&b, "newest segment at seq %d, %s; the log begins at seq %d\n", s.Segment, ago(s.Time, s.SegmentTime), s.LogFrom)
+	}
 	fmt.Fprintf(&b, "key set %d, until %s; tenants %s\n", s.KeySet.Version, s.KeySet.NotAfter.Format(time.DateOnly), strings.Join(s.Tenants, ", "))
 	if len(s.Kills) > 0 {
 		fmt.Fprintf(&b, "KILLED: %s\n", strings.Join(s.Kills, ", "))

@@ -45,6 +45,9 @@ const (
 	KeysDir = "keys"
 	// BusDir has the streams of the embedded bus.
 	BusDir = "bus"
+	// StateDir has the state, as the newest segment; it is a copy, and may be
+	// removed while the authority is not running.
+	StateDir = "state"
 	// SocketFile is the API's socket, and TokenFile the token of its TCP
 	// listener.
 	SocketFile = "api.sock"
@@ -102,6 +105,11 @@ type Options struct {
 	// AckWait is how long a decision waits for durability before the answer is
 	// that it is in effect only; 0 is the sequencer's default.
 	AckWait time.Duration
+	// SegmentEvery is how often a state that has changed is published as a
+	// segment, and SegmentBatches how many batches do not wait for that; 0 is the
+	// sequencer's default. The log is trimmed behind the third newest segment.
+	SegmentEvery   time.Duration
+	SegmentBatches uint64
 	// Version is shown in the status.
 	Version string
 	// Notice is called with what a person should be told at start; nil tells
@@ -196,6 +204,7 @@ func (a *Authority) open(ctx context.Context) error {
 	}
 	if a.seq, err = sequencer.Open(ctx, sequencer.Options{
 		NC: a.own, Keys: a.store, AckWait: o.AckWait, Logger: a.log, Hooks: o.Hooks,
+		SegmentEvery: o.SegmentEvery, SegmentBatches: o.SegmentBatches, StateDir: filepath.Join(o.DataDir, StateDir),
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}

@@ -77,6 +77,9 @@ func decideProblem(err error) error {
 		return authority.NewProblem(authority.ProblemOverloaded, "too many decisions are waiting for the store", again)
 	case errors.Is(err, sequencer.ErrRolledBack):
 		return authority.NewProblem(authority.ProblemUnavailable, "the log was rolled back: enforcers have seen more of it", "open a new epoch: session-authority epoch open")
+	case errors.Is(err, sequencer.ErrTrimmed):
+		return authority.NewProblem(authority.ProblemUnavailable, "the log was trimmed, and no published segment leads up to it",
+			"restore the streams from a backup and start the authority again, or open a new epoch: session-authority epoch open")
 	case errors.Is(err, sequencer.ErrUpgrade):
 		return authority.NewProblem(authority.ProblemUnavailable, "the log has what this version cannot read", "upgrade this authority")
 	case errors.Is(err, sequencer.ErrNoKey):
@@ -114,7 +117,8 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	s := &authority.Status{
 		Version: a.o.Version, Writer: st.Writer, Epoch: st.Epoch, Number: st.Number, Head: hex.EncodeToString(st.Head[:]),
 		Time: now.UTC(), Entries: st.Entries, Tenants: tenantNames(ks),
-		KeySet: authority.KeySetStatus{Version: ks.Version, NotAfter: ks.NotAfter.Time()},
+		KeySet:  authority.KeySetStatus{Version: ks.Version, NotAfter: ks.NotAfter.Time()},
+		Segment: st.Segment, SegmentTime: st.SegmentAt, LogFrom: st.LogFrom,
 	}
 	for _, k := range ks.Keys {
 		if !k.Withdrawn {
@@ -134,8 +138,13 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	switch {
 	case errors.Is(st.Halted, sequencer.ErrRolledBack):
 		warn("the log was rolled back, and nothing is written: session-authority epoch open")
+	case errors.Is(st.Halted, sequencer.ErrTrimmed):
+		warn("the log was trimmed, no published segment leads up to it, and nothing is written: restore the streams from a backup and start again, or session-authority epoch open, which begins with the %d entries held here", st.Entries)
 	case st.Halted != nil:
 		warn("nothing is written: %v", st.Halted)
+	}
+	if st.SegmentsRefused > 0 {
+		warn("%d published segments were refused, and older ones or the log used: see the log of this authority", st.SegmentsRefused)
 	}
 	if _, missing := a.tenants(); len(missing) > 0 {
 		warn("the keys of %d tenants are not here, the first is %s: copy keys/tenants.json from where they were added", len(missing), missing[0])

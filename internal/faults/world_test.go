@@ -42,6 +42,8 @@ type fabric struct {
 	// svc is set while the authority runs in this process.
 	svc    *service.Authority
 	listen string
+	// segments is how often they are published; 0 is as in production.
+	segments time.Duration
 }
 
 func newFabric(t *testing.T) *fabric {
@@ -58,7 +60,7 @@ func (f *fabric) open() {
 	var svc *service.Authority
 	eventually(f.t, patience, "nobody holds the directory", func() bool {
 		var err error
-		svc, err = service.Open(ctx, service.Options{DataDir: f.dir, NATSListen: f.listen})
+		svc, err = service.Open(ctx, service.Options{DataDir: f.dir, NATSListen: f.listen, SegmentEvery: f.segments})
 		if errors.Is(err, flock.ErrHeld) || errors.Is(err, broker.ErrInUse) {
 			return false // by a child of another test, between its fork and its exec
 		}

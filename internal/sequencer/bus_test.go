@@ -25,8 +25,12 @@ type ear struct {
 
 func (s *store) listen(subject string) *ear {
 	s.tb.Helper()
+	return listenOn(s.tb, s.conn(), subject)
+}
+
+func listenOn(tb testing.TB, nc *nats.Conn, subject string) *ear {
+	tb.Helper()
 	e := &ear{}
-	nc := s.conn()
 	_, err := nc.Subscribe(subject, func(m *nats.Msg) {
 		f, err := session.ParseFrame(m.Data)
 		if err != nil {
@@ -36,8 +40,8 @@ func (s *store) listen(subject string) *ear {
 		defer e.mu.Unlock()
 		e.frames, e.at = append(e.frames, f), append(e.at, time.Now())
 	})
-	must(s.tb, err)
-	must(s.tb, nc.Flush())
+	must(tb, err)
+	must(tb, nc.Flush())
 	return e
 }
 

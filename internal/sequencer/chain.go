@@ -15,11 +15,16 @@ type chain struct {
 	head          session.Hash
 	set           *filter.Set
 	time, horizon session.Instant
-	// pos is the stream's sequence up to which everything has been examined.
-	pos uint64
+	// pos is the stream's sequence up to which everything has been examined, at
+	// that of the head.
+	pos, at uint64
 	// carry is the state at the end of the epoch before, while the current one
 	// has not restated all of it.
 	carry *filter.Set
+	// headless: the log was read from where it begins, which is not where an
+	// epoch does, so that what was in force before is missing. stale: it was read
+	// behind a published segment and has not led up to it so far.
+	headless, stale bool
 }
 
 // link is a batch of the chain.
@@ -120,11 +125,15 @@ func (c *chain) adopt(j judged, v verdict) {
 	c.set = c.set.Apply(b, func(e *session.Entry) bool { return j.key.May(e.Key) })
 	c.epoch, c.number, c.head = b.Epoch, b.Number, j.hash
 	c.time, c.horizon = max(c.time, b.Time), max(c.horizon, b.Horizon)
-	if c.carry != nil {
+	c.stale = false
+	if c.epoch == firstEpoch {
+		c.carry, c.headless = nil, false // nothing was before it
+	}
+	if c.carry != nil || c.headless {
 		done := restateID(c.epoch, -1)
 		for i := range b.Decisions {
 			if b.Decisions[i].ID == done {
-				c.carry = nil
+				c.carry, c.headless = nil, false
 			}
 		}
 	}
@@ -141,8 +150,11 @@ func (c *chain) begin(epoch uint64, origin session.Hash) {
 	if carry.Len() == 0 {
 		carry = &filter.Set{}
 	}
-	if c.epoch == 0 {
+	if c.epoch == 0 && !c.headless {
 		carry = nil // the first epoch has nothing before it
 	}
-	c.epoch, c.number, c.head, c.set, c.carry = epoch, 0, origin, nil, carry
+	c.epoch, c.number, c.head, c.set, c.carry, c.at = epoch, 0, origin, nil, carry, 0
 }
+
+// firstEpoch is the number of the first epoch.
+const firstEpoch = 1

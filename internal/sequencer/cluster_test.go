@@ -190,3 +190,53 @@ func TestClusterLosesItsLeader(t *testing.T) {
 	t.Logf("%d of %d not durable at first; answered and heard after %v at worst; deposed %d times",
 		late, n, slowest, a.Status().Deposed+b.Status().Deposed)
 }
+
+// The leader of the log and of the segments is killed while they are published and
+// trimmed. Nothing is lost, and who starts then has it all.
+func TestClusterTrims(t *testing.T) {
+	c := newCluster(t)
+	s := &store{tb: t, root: newRoot(t), key: newKey(t), dial: c.conn}
+	s.set = s.keySet(t, 1, writerKey(s.key))
+	open := func(mod func(*Options)) *Sequencer {
+		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		defer cancel()
+		o := Options{NC: c.conn(), Keys: s.keys(t, s.key, s.set), Logger: testLogger()}
+		mod(&o)
+		q, err := Open(ctx, o)
+		must(t, err)
+		t.Cleanup(q.Close)
+		return q
+	}
+	a := open(func(o *Options) { o.SegmentEvery, o.SegmentBatches = 10*time.Millisecond, 1 })
+	n := 0
+	trimmed := func(past uint64) {
+		eventually(t, "the log is trimmed", func() bool {
+			must(t, decideDurable(a, n))
+			n++
+			return a.Status().LogFrom > past
+		})
+	}
+	trimmed(1)
+	js, err := jetstream.New(c.conn())
+	must(t, err)
+	must(t, c.procs[c.leader(js)].Process.Kill())
+	for range 50 {
+		must(t, decideDurable(a, n))
+		n++
+	}
+	trimmed(a.Status().LogFrom)
+	b := open(byHand)
+	if b.Status().Halted != nil || b.State().Len() != n {
+		t.Fatalf("%d entries of %d, %+v", b.State().Len(), n, b.Status())
+	}
+	for i := range n {
+		res, err := b.Decide(context.Background(), revoke(i))
+		must(t, err)
+		if !res.Duplicate {
+			t.Fatalf("decision %d was forgotten", i)
+		}
+	}
+	if b.State().Digest() != a.State().Digest() {
+		t.Fatal("two states")
+	}
+}

@@ -11,11 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 	"github.com/nats-io/nkeys"
 )
@@ -32,6 +34,9 @@ type childConfig struct {
 	Server, Listen, Route string
 	Routes                []string
 
+	// Segments has them published and the log trimmed all the time; Step is then
+	// one of a publication, At how many of them come before.
+	Segments      bool
 	Step          string
 	At            uint64
 	First, Amount int
@@ -112,6 +117,15 @@ func child() {
 			}
 		}
 	}
+	if c.Segments {
+		o.SegmentEvery, o.SegmentBatches, o.StateDir = time.Millisecond, 1, c.Dir+"/state"
+		var count atomic.Uint64
+		o.Hooks.Segment = func(step string) {
+			if step == c.Step && count.Add(1) == c.At {
+				die()
+			}
+		}
+	}
 	q, err := Open(context.Background(), o)
 	fail(err)
 	var out sync.Mutex
@@ -131,6 +145,10 @@ func child() {
 		})
 	}
 	wg.Wait()
+	for c.Segments { // until the step is reached
+		_, err := q.Decide(context.Background(), Decision{Entries: revoke(c.First).Entries})
+		fail(err)
+	}
 	q.Close()
 }
 
@@ -145,7 +163,7 @@ func TestKill(t *testing.T) {
 			acked := map[int]uint64{}
 			const rounds, amount = 3, 400
 			for round := range rounds {
-				for n, number := range s.runChild(t, step, round, amount) {
+				for n, number := range s.runChild(t, childConfig{Step: step, At: uint64(8 * (round + 1)), First: round * amount, Amount: amount}) {
 					acked[n] = number
 				}
 			}
@@ -181,14 +199,12 @@ func TestKill(t *testing.T) {
 
 // runChild runs a child until it kills itself and returns what it said was
 // acknowledged.
-func (s *store) runChild(t *testing.T, step string, round, amount int) map[int]uint64 {
+func (s *store) runChild(t *testing.T, c childConfig) map[int]uint64 {
 	t.Helper()
 	exe, err := os.Executable()
 	must(t, err)
-	in, err := json.Marshal(childConfig{
-		Dir: s.dir, Seed: s.seed, Root: s.root.key.Public().(ed25519.PublicKey), Key: s.key.Seed(), Set: s.set,
-		Step: step, At: uint64(8 * (round + 1)), First: round * amount, Amount: amount,
-	})
+	c.Dir, c.Seed, c.Root, c.Key, c.Set = s.dir, s.seed, s.root.key.Public().(ed25519.PublicKey), s.key.Seed(), s.set
+	in, err := json.Marshal(c)
 	must(t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -212,4 +228,50 @@ func (s *store) runChild(t *testing.T, step string, round, amount int) map[int]u
 		}
 	}
 	return acked
+}
+
+// A kill -9 at each step of publishing a segment and trimming the log behind it
+// loses nothing: not what was acknowledged, nor that it was decided. It fails when
+// the log is trimmed before what it is trimmed behind is stored.
+func TestKillWhileTrimming(t *testing.T) {
+	for _, step := range []string{"sealed", "stored", "read back", "described", "trimmed"} {
+		t.Run(step, func(t *testing.T) {
+			s := newStore(t)
+			must(t, s.b.Close())
+			acked := map[int]uint64{}
+			const rounds, amount = 3, 200
+			for round := range rounds {
+				at := uint64(2 + round)
+				if round == 0 && step != "trimmed" {
+					at = KeepSegments + 1
+				}
+				for n, number := range s.runChild(t, childConfig{Segments: true, Step: step, At: at, First: round * amount, Amount: amount}) {
+					acked[n] = number
+				}
+			}
+			s.start()
+			if s.first(natsfeed.LogStream) == 1 {
+				t.Fatal("the log was never trimmed: the test tests nothing")
+			}
+			q := s.open(func(o *Options) { byHand(o); o.Lease = 500 * time.Millisecond })
+			for n, number := range acked {
+				res, err := q.Decide(context.Background(), revoke(n))
+				must(t, err)
+				if !res.Duplicate || res.Number != number {
+					t.Errorf("decision %d was acknowledged at %d, and is now %+v", n, number, res)
+				}
+			}
+			for n := range rounds * amount {
+				must(t, decideDurable(q, n))
+			}
+			if got := q.State(); got.Len() != rounds*amount {
+				t.Fatalf("%d entries of %d", got.Len(), rounds*amount)
+			}
+			publish(t, q, rounds*amount)
+			if again := s.open(byHand); again.State().Digest() != q.State().Digest() {
+				t.Fatal("another state after a restart")
+			}
+			t.Logf("%d acknowledged before the kills; the log begins at position %d", len(acked), s.first(natsfeed.LogStream))
+		})
+	}
 }

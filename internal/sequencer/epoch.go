@@ -295,9 +295,10 @@ func (w *writer) cut(ks *session.KeySet) bool {
 	return false
 }
 
-// reload reads the log anew, because which of it is trusted has changed.
+// reload reads the log anew: which of it is trusted has changed, it went on while
+// this sequencer was not reading, or what was held of it is damaged.
 func (w *writer) reload() {
-	w.s.log.Warn("sequencer: reading the log anew, because other keys are trusted now")
+	w.s.log.Warn("sequencer: reading the log anew")
 	// What this sequencer decided is not undone because its key was stolen.
 	w.mine, w.former = map[session.Hash]bool{}, map[session.Hash]bool{}
 	for n := w.number; n > 0; n-- {
@@ -315,7 +316,6 @@ func (w *writer) reload() {
 	w.unstored = len(w.salvaged)
 	w.flight, w.flightBytes, w.pending = nil, 0, nil
 	w.follow()
-	w.reading = false
 	w.load()
 }
 

@@ -21,10 +21,11 @@ type pair struct {
 	usurp  [2]atomic.Bool
 	pause  [2]atomic.Pointer[chan struct{}]
 	paused chan int
+	mod    []func(*Options)
 }
 
-func newPair(t *testing.T) *pair {
-	p := &pair{store: newStore(t), paused: make(chan int, 1)}
+func newPair(t *testing.T, mod ...func(*Options)) *pair {
+	p := &pair{store: newStore(t), paused: make(chan int, 1), mod: mod}
 	for i := range p.q {
 		p.reopen(i)
 	}
@@ -40,6 +41,9 @@ func newPair(t *testing.T) *pair {
 
 func (p *pair) reopen(i int) {
 	q := p.open(func(o *Options) {
+		for _, m := range p.mod {
+			m(o)
+		}
 		o.Lease = 500 * time.Millisecond
 		o.Hooks.Usurp = p.usurp[i].Load
 		o.Hooks.BeforeAppend = func(uint64) {

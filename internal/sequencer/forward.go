@@ -51,7 +51,7 @@ var forwardCodes = []struct {
 	err  error
 }{
 	{1, ErrQuota}, {2, ErrBusy}, {3, ErrRolledBack}, {4, ErrNoKey}, {5, ErrUntrusted},
-	{6, ErrTooLarge}, {7, session.ErrInvalid}, {8, session.ErrMalformed}, {9, ErrNoWriter},
+	{6, ErrTooLarge}, {7, session.ErrInvalid}, {8, session.ErrMalformed}, {9, ErrNoWriter}, {10, ErrTrimmed},
 }
 
 func forwardCode(err error) byte {

@@ -90,7 +90,10 @@ func parseStored(m *nats.Msg) (*stored, error) {
 
 // msgGet is the request that only a stream's leader answers. A direct get is
 // answered by any replica, and one that lags would hide the log's end.
-const msgGet = "$JS.API.STREAM.MSG.GET."
+const (
+	msgGet    = "$JS.API.STREAM.MSG.GET."
+	directGet = "$JS.API.DIRECT.GET."
+)
 
 // subscribe begins to listen: to the answers to appends and reads, and to the
 // log itself.
@@ -104,6 +107,7 @@ func (s *Sequencer) subscribe() error {
 		{s.inbox + ".i.*", s.onInfo},
 		{natsfeed.LogSubject, s.onLog},
 		{natsfeed.TrustSubject, s.onKeySet},
+		{natsfeed.SegmentSubject, s.onSegment},
 	} {
 		sub, err := s.nc.Subscribe(x.subject, x.fn)
 		if err != nil {
@@ -184,36 +188,101 @@ func (w *writer) heard(h session.Hash) {
 	}
 }
 
-// load reads the log from its beginning.
+// load reads the log anew: from the newest published segment on that can be
+// trusted, or from its beginning.
 func (w *writer) load() {
+	if w.role != loading {
+		w.before, w.takenBefore = w.chain, w.taken
+	}
 	w.setRole(loading)
 	w.chain = chain{}
-	w.ids, w.idOrder = map[session.DecisionID]taken{}, nil
-	w.doubt = false
+	w.ids, w.taken, w.takenIDs = map[session.DecisionID]taken{}, nil, 0
+	w.doubt, w.gap = false, false
 	w.bulk, w.stored, w.asked = true, 0, 0
 	w.keySet = w.s.trust.KeySet().Version
-	done := w.onEnd
-	w.onEnd = func() {
-		if ks := w.s.trust.KeySet(); w.epoch < ks.Epoch && w.epoch == 0 {
-			w.begin(ks.Epoch, w.s.trust.Origin())
+	w.reading, w.onEnd = false, w.loaded
+	w.token++ // what is still being read is of no use
+	w.loads++
+	n := w.loads
+	w.spawn(func() {
+		b, err := w.s.findBase(w.s.ctx)
+		if err != nil {
+			return // closing
 		}
-		w.setRole(following)
-		w.expiry.anchor(w.chain.time, w.wall(), time.Now())
-		w.publishView()
-		if done != nil {
-			done()
+		w.s.post(func() {
+			if w.loads == n && w.role == loading {
+				w.startAt(b)
+			}
+		})
+	})
+}
+
+// startAt begins at a base and reads what is stored behind it.
+func (w *writer) startAt(b base) {
+	if r := b.resume; r != nil {
+		w.chain = chain{
+			epoch: r.epoch, number: r.number, head: r.head, set: b.segment.Set(), time: r.time, horizon: r.horizon,
+			pos: r.at, at: r.at, stale: b.stale,
 		}
-		if w.lease {
-			w.elected(time.Time{})
+		if b.stale {
+			w.pos = 0
 		}
-		again := w.salvaged
-		w.mine, w.salvaged, w.unstored = nil, nil, 0
-		for _, r := range again {
-			w.release(r)
+		for _, l := range r.links {
+			w.s.hashes.put(l)
 		}
-		w.reroute(again)
+		for _, d := range r.taken {
+			w.note(d)
+		}
+	} else {
+		w.headless = b.trimmed
 	}
 	w.examine()
+}
+
+// loaded is called when everything that is stored has been examined.
+func (w *writer) loaded() {
+	known, taken := w.before, w.takenBefore
+	w.before, w.takenBefore = chain{}, nil
+	missing, ks := w.headless, w.s.trust.KeySet()
+	switch {
+	case missing && known.number > 0:
+		// Of what the log does not hold any more this is all there is.
+		w.chain = known
+		for _, d := range taken {
+			w.note(d)
+		}
+	case missing:
+		w.chain = chain{pos: w.pos, headless: true}
+	case w.stale && w.epoch < ks.Epoch:
+		w.stale = false // the root has opened an epoch for that
+	case w.epoch == 0:
+		w.begin(ks.Epoch, w.s.trust.Origin())
+	}
+	w.setRole(following)
+	w.expiry.anchor(w.chain.time, w.wall(), time.Now())
+	w.publishView()
+	switch halted := w.s.halted(); {
+	case missing:
+		w.s.log.Error("sequencer: the log was trimmed, and no published segment leads up to it", "epoch", w.epoch, "number", w.number)
+		w.halt(ErrTrimmed)
+	case w.stale:
+		w.rollback("a published segment is of a log that goes further")
+	case errors.Is(halted, ErrTrimmed):
+		w.s.halt.Store(nil)
+	}
+	if w.ready != nil {
+		w.ready()
+		w.ready = nil
+	}
+	if w.lease {
+		w.elected(time.Time{})
+	}
+	again := w.salvaged
+	w.mine, w.salvaged, w.unstored = nil, nil, 0
+	for _, r := range again {
+		w.release(r)
+	}
+	w.reroute(again)
 }
 
 // examine looks at what is stored behind pos, one message after the other, up to
@@ -234,7 +303,7 @@ func (w *writer) read() {
 	w.readAt = time.Now()
 	m := &nats.Msg{Subject: msgGet + natsfeed.LogStream, Reply: w.s.inbox + ".r." + strconv.FormatUint(w.token, 10)}
 	if w.bulk {
-		m.Subject = "$JS.API.DIRECT.GET." + natsfeed.LogStream
+		m.Subject = directGet + natsfeed.LogStream
 		m.Data = fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, w.pos+1, bulkMessages, bulkBytes)
 	} else {
 		m.Data = fmt.Appendf(nil, `{"seq":%d,"next_by_subj":%q}`, w.pos+1, natsfeed.LogSubject)
@@ -310,6 +379,7 @@ func (w *writer) take(m *stored) bool {
 		w.readAt = time.Now().Add(10 * time.Second)
 		return false
 	}
+	w.gap = w.gap || w.pos > 0 && m.Seq > w.pos+1
 	w.pos = m.Seq
 	for _, f := range w.flight {
 		if f.stored <= w.pos {
@@ -319,6 +389,7 @@ func (w *writer) take(m *stored) bool {
 	switch v {
 	case extends, opens:
 		w.adopt(j, v)
+		w.at, w.gap = w.pos, false
 		w.s.hashes.put(link{epoch: w.epoch, number: w.number, hash: w.head, key: j.id})
 		if v == opens && w.role != loading {
 			w.s.halt.Store(nil)
@@ -327,10 +398,12 @@ func (w *writer) take(m *stored) bool {
 		if w.role != loading {
 			w.publishView()
 		}
-		for i := range j.batch.Decisions {
-			id := j.batch.Decisions[i].ID
-			own := w.ids[id].own
-			w.remember(id, j.batch)
+		owners := make([]*request, len(j.batch.Decisions))
+		for i := range owners {
+			owners[i] = w.ids[j.batch.Decisions[i].ID].own
+		}
+		w.remember(j.batch)
+		for _, own := range owners {
 			// The writer says whether it was first, unless it has said so.
 			if own != nil && (!own.away || own.wasTold()) {
 				own.retry()
@@ -346,8 +419,21 @@ func (w *writer) take(m *stored) bool {
 		w.s.strays.Add(1)
 		w.s.log.Warn("sequencer: a stored batch is signed by a key that is not trusted", "position", m.Seq)
 	case stray:
+		if w.stale && j.hash == w.head {
+			w.at, w.stale = w.pos, false // at another position, as after a move
+			break
+		}
 		w.salvage(j)
 		w.s.strays.Add(1)
+		if w.gap && w.s.halted() == nil && (j.batch.Epoch > w.epoch || j.batch.Epoch == w.epoch && j.batch.Number > w.number+1) {
+			w.s.log.Warn("sequencer: the log was trimmed before it had been read here", "epoch", w.epoch, "number", w.number)
+			if w.role == loading {
+				w.load()
+			} else {
+				w.reload()
+			}
+			return false
+		}
 	case alien:
 		w.s.log.Error("sequencer: the log holds what this version does not know: upgrade it", "position", m.Seq)
 		w.halt(ErrUpgrade)
@@ -387,19 +473,13 @@ func (w *writer) atEnd(now time.Time) {
 
 // askInfo asks the leader where the stream ends.
 func (w *writer) askInfo() {
-	m := &nats.Msg{Subject: "$JS.API.STREAM.INFO." + natsfeed.LogStream, Reply: w.s.inbox + ".i.0"}
+	m := &nats.Msg{Subject: streamInfo + natsfeed.LogStream, Reply: w.s.inbox + ".i.0"}
 	_ = w.s.nc.PublishMsg(m) // asked again at the next end
 }
 
 func (s *Sequencer) onInfo(m *nats.Msg) {
-	var a struct {
-		Created time.Time `json:"created"`
-		State   *struct {
-			LastSeq uint64 `json:"last_seq"`
-		} `json:"state"`
-		Error *apiError `json:"error"`
-	}
-	if s.deaf() || json.Unmarshal(m.Data, &a) != nil || a.Error != nil || a.State == nil {
+	a, err := parseInfo(m)
+	if s.deaf() || err != nil {
 		return
 	}
 	s.post(func() { s.w.streamEnds(a.Created, a.State.LastSeq, time.Now()) })

@@ -142,6 +142,8 @@ type store struct {
 	*root
 	key ed25519.PrivateKey
 	set []byte
+	// dial, when set, reaches a bus that is elsewhere.
+	dial func() *nats.Conn
 }
 
 func newStore(tb testing.TB) *store {
@@ -182,6 +184,9 @@ func startBroker(tb testing.TB, dir, seed string) *broker.Broker {
 
 func (s *store) conn() *nats.Conn {
 	s.tb.Helper()
+	if s.dial != nil {
+		return s.dial()
+	}
 	nc, err := s.b.Conn(context.Background(), s.seed)
 	must(s.tb, err)
 	s.tb.Cleanup(nc.Close)

@@ -110,33 +110,39 @@ type writer struct {
 	pending     []*request
 	pendingAt   time.Time // arrival of the oldest
 	ids         map[session.DecisionID]taken
-	idOrder     []idAge
+	taken       []decided // what ids holds of the log, oldest first
+	takenIDs    int       // and how many that are
 	waiters     []waiter
 	redoing     int // decisions of orphaned batches that are still on their way
 	away        int // decisions that were forwarded and have not ended
 
 	// Reading the log.
-	reading  bool
-	again    bool
-	token    uint64
-	readAt   time.Time
-	pollAt   time.Time
-	heardAt  time.Time
-	onEnd    func()
-	bulk     bool // reads in pieces, from any replica
-	flooded  time.Time
-	keySet   uint64 // version of the key set that was acted on
-	doubt    bool   // a batch was skipped for its key alone
-	stored   uint64 // the furthest sequence that is known to be stored
-	asked    uint64 // key sets were fetched after everything up to here was stored
-	lostFrom time.Time
-	made     time.Time // when the stream was made
-	claims   []claim
-	former   map[session.Hash]bool // the chain before a withdrawal cut it
-	mine     map[session.Hash]bool // batches of this sequencer that the chain was cut before
-	salvaged []*request            // their decisions, and what else waits for the reload
-	unstored int                   // of those, in no stored batch
-	fallen   [][]fallen            // to be rejected once the chain has passed them
+	reading     bool
+	again       bool
+	token       uint64
+	readAt      time.Time
+	pollAt      time.Time
+	heardAt     time.Time
+	onEnd       func()
+	ready       func() // once the log has been read for the first time
+	loads       int    // how often it was read anew
+	before      chain  // what was known before it was read anew
+	takenBefore []decided
+	gap         bool // positions of the log were missing before pos
+	bulk        bool // reads in pieces, from any replica
+	flooded     time.Time
+	keySet      uint64 // version of the key set that was acted on
+	doubt       bool   // a batch was skipped for its key alone
+	stored      uint64 // the furthest sequence that is known to be stored
+	asked       uint64 // key sets were fetched after everything up to here was stored
+	lostFrom    time.Time
+	made        time.Time // when the stream was made
+	claims      []claim
+	former      map[session.Hash]bool // the chain before a withdrawal cut it
+	mine        map[session.Hash]bool // batches of this sequencer that the chain was cut before
+	salvaged    []*request            // their decisions, and what else waits for the reload
+	unstored    int                   // of those, in no stored batch
+	fallen      [][]fallen            // to be rejected once the chain has passed them
 
 	lease     bool
 	proof     bool // the next batch is due even when empty
@@ -146,11 +152,6 @@ type writer struct {
 	expiry    horizon
 	closing   bool
 	beat      beat
-}
-
-type idAge struct {
-	id session.DecisionID
-	at session.Instant
 }
 
 func newWriter(s *Sequencer) *writer {
@@ -195,6 +196,13 @@ func (w *writer) tick(now time.Time) time.Duration {
 			w.bulk, w.stored = false, w.pos // it may be that only the leader answers
 			w.read()
 		}
+		return next
+	}
+	if err := w.set.Err(); err != nil && w.s.halted() == nil {
+		// Nothing more is derived from it, nor said: the published segments and
+		// the log have it whole.
+		w.s.log.Error("sequencer: the state is damaged", "err", err)
+		w.reload()
 		return next
 	}
 	if ks := w.s.trust.KeySet(); ks.Version != w.keySet {
@@ -578,15 +586,15 @@ func (w *writer) confirm() {
 	if h := w.s.o.Hooks.AfterAck; h != nil {
 		h(f.batch.Number)
 	}
-	w.number, w.head, w.set = f.batch.Number, f.hash, f.set
+	w.number, w.head, w.set, w.at = f.batch.Number, f.hash, f.set, w.pos
 	w.chain.time, w.chain.horizon = max(w.time, f.batch.Time), max(w.chain.horizon, f.batch.Horizon)
 	w.s.hashes.put(link{epoch: f.batch.Epoch, number: f.batch.Number, hash: f.hash, key: f.key, own: true})
 	w.beat.prove(f.first) // which of the attempts succeeded is not known
 	w.publishView()       // whoever is told that it is stored finds it in State
+	w.remember(f.batch)
 	for _, r := range f.reqs {
-		w.remember(r.d.ID, f.batch)
 		if r.d.ID == restateID(w.epoch, -1) {
-			w.carry = nil
+			w.carry, w.headless = nil, false
 		}
 		w.end(r, Result{Epoch: f.batch.Epoch, Number: f.batch.Number, At: f.batch.Time, Durable: true}, nil)
 	}
@@ -629,23 +637,40 @@ func (w *writer) repeat(now time.Time) {
 	}
 }
 
-// remember keeps where a decision is, so that it is not taken twice.
-func (w *writer) remember(id session.DecisionID, b *session.Batch) {
-	w.ids[id] = taken{epoch: b.Epoch, number: b.Number, at: b.Time}
-	w.idOrder = append(w.idOrder, idAge{id, b.Time})
+// remember keeps where the decisions of a batch are, so that none is taken twice.
+func (w *writer) remember(b *session.Batch) {
+	if len(b.Decisions) == 0 {
+		return
+	}
+	d := decided{epoch: b.Epoch, number: b.Number, at: b.Time, ids: make([]session.DecisionID, len(b.Decisions))}
+	for i := range b.Decisions {
+		d.ids[i] = b.Decisions[i].ID
+	}
+	w.note(d)
 }
 
+// note is remember for a batch that is known already.
+func (w *writer) note(d decided) {
+	for _, id := range d.ids {
+		w.ids[id] = taken{epoch: d.epoch, number: d.number, at: d.at}
+	}
+	w.taken = append(w.taken, d)
+	w.takenIDs += len(d.ids)
+}
+
+// forgetOld forgets decisions that are older than idsFor, and the oldest beyond
+// maxIDs. What was decided is never changed in place: a snapshot may hold it.
 func (w *writer) forgetOld() {
 	limit := w.wall().Add(-idsFor)
-	n := 0
-	for n < len(w.idOrder) && (w.idOrder[n].at < limit || len(w.idOrder)-n > maxIDs) {
-		if t := w.ids[w.idOrder[n].id]; t.own == nil && t.at == w.idOrder[n].at {
-			delete(w.ids, w.idOrder[n].id)
+	for len(w.taken) > 0 && (w.taken[0].at < limit || w.takenIDs-len(w.taken[0].ids) >= maxIDs) {
+		d := &w.taken[0]
+		for _, id := range d.ids {
+			if t := w.ids[id]; t.own == nil && t.epoch == d.epoch && t.number == d.number {
+				delete(w.ids, id)
+			}
 		}
-		n++
-	}
-	if n > 0 {
-		w.idOrder = slices.Delete(w.idOrder, 0, n)
+		w.takenIDs -= len(d.ids)
+		w.taken = w.taken[1:]
 	}
 }
 

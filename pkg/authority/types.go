@@ -286,10 +286,16 @@ type Status struct {
 	Head   string    `json:"head"`
 	Time   time.Time `json:"time"`
 	// Entries is how many are in force.
-	Entries   int          `json:"entries"`
-	Tenants   []string     `json:"tenants"`
-	KeySet    KeySetStatus `json:"key_set"`
-	Enforcers struct {
+	Entries int `json:"entries"`
+	// Segment is the batch of the newest published segment, from which whoever
+	// starts reads on, and SegmentTime when that was published; zero while there
+	// is none. LogFrom is the first batch that the log still has.
+	Segment     uint64       `json:"segment,omitempty"`
+	SegmentTime time.Time    `json:"segment_time,omitzero"`
+	LogFrom     uint64       `json:"log_from,omitempty"`
+	Tenants     []string     `json:"tenants"`
+	KeySet      KeySetStatus `json:"key_set"`
+	Enforcers   struct {
 		Enrolled int `json:"enrolled"`
 		Fresh    int `json:"fresh"`
 		Denying  int `json:"denying"`
