@@ -60,7 +60,12 @@ func TestDivergenceIsLocated(t *testing.T) {
 				ok := prepare(t, e, caller("ok"))
 				mustAllow(t, e, ok, session.Call{})
 				restore := x.spoil(b, f)
-				time.Sleep(time.Second) // two heartbeats
+				for range 1000 { // two heartbeats
+					if e.Status().Diverged > 0 {
+						break
+					}
+					time.Sleep(time.Millisecond)
+				}
 				if s := e.Status(); s.Diverged != 1 || s.Divergence == nil || s.Divergence.Number != 6 {
 					t.Fatalf("%+v", s)
 				}

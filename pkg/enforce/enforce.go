@@ -44,11 +44,15 @@ type Options struct {
 	MaxStaleRunning time.Duration
 	// StateDir keeps what must survive a restart: the newest head that was in
 	// force, so that a log that was rolled back meanwhile is refused, and the
-	// sealed state, so that the next start goes on from there. Empty keeps
-	// nothing: a rollback while the enforcer is down goes unnoticed, and memory
-	// holds every entry, at some 40 bytes each instead of 4.
+	// sealed state, so that the next start goes on from there, and what earlier
+	// epochs left in force. Empty keeps nothing: a rollback while the enforcer is
+	// down goes unnoticed, a restart forgets what earlier epochs left, and memory
+	// holds every entry, at some 40 bytes each instead of 4. When an epoch begins
+	// while entries of two before it are in force, they are merged in memory, at
+	// some 100 bytes each for as long as that takes.
 	StateDir string
-	// MaxEntries bounds the entries in force; zero is DefaultMaxEntries. The
+	// MaxEntries bounds the entries in force, those of the current epoch and
+	// those left by earlier ones each; zero is DefaultMaxEntries. The
 	// quotas of the authority sum below it. Should there be more all the same,
 	// everything is denied, rather than some of them forgotten.
 	MaxEntries int
@@ -391,6 +395,7 @@ func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now r
 	if err == nil && v.inherited != nil {
 		var o filter.Match
 		o, err = v.inherited.Decide(p, call, m)
+		o.Drill = false // those of an earlier epoch are over
 		match = match.Stronger(o)
 	}
 	provisional := false

@@ -24,7 +24,8 @@ type follower struct {
 	e     *Enforcer
 	trust *session.Trust
 	chain *chain
-	// inherited is what earlier epochs left in force, until lifted by name.
+	// inherited is what earlier epochs left in force, until lifted by name: see
+	// inherit.go.
 	inherited *filter.Set
 
 	events chan func()  // done by run, in order
@@ -85,7 +86,8 @@ type follower struct {
 	floorFailed bool
 	saving      bool
 
-	linked bool // the link has been up
+	started bool // the feed has
+	linked  bool // the link has been up
 
 	keep     keeper
 	receipts receipts
@@ -133,8 +135,13 @@ func newFollower(e *Enforcer, f floor) (*follower, error) {
 	if err != nil {
 		return nil, err
 	}
+	left, err := loadInherited(e.opts)
+	if err != nil {
+		return nil, err
+	}
 	return &follower{
-		e: e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
+		keep: keeper{left: left},
+		e:    e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
 		events: make(chan func(), eventQueue), origin: never, fetched: never, rereadWait: rereadMin,
 		fetchAt: -1, anchorAt: -1, repairAt: -1,
 	}, nil
@@ -269,7 +276,7 @@ func (f *follower) start(ctx context.Context) {
 			err := f.e.feed.Start(sctx, sink{f})
 			cancel()
 			if err == nil {
-				f.post(ctx, f.needKeySets)
+				f.post(ctx, func() { f.started = true; f.needKeySets() })
 				return
 			}
 			f.post(ctx, func() { f.say("cannot subscribe to the bus", err) })
@@ -322,7 +329,7 @@ func (f *follower) tick(ctx context.Context) {
 	if f.anchor == nil || now.mono-f.anchor.sent > reanchor {
 		f.needAnchor()
 	}
-	if f.trust.KeySet() == nil {
+	if f.started && f.trust.KeySet() == nil {
 		f.needKeySets()
 	}
 	if f.anchor != nil && now.mono >= f.expireAt {
@@ -440,18 +447,18 @@ func (f *follower) keySet(frame []byte) {
 func (f *follower) openEpoch(ks *session.KeySet) {
 	var bottom head
 	if f.verified {
-		v := f.e.view.Load()
-		f.inherited = filter.Merge(v.inherited, v.set, v.overlay)
-		f.e.opts.Logger.Warn("new epoch: entries of the one before stay in force until lifted", "epoch", ks.Epoch, "entries", f.inherited.Len())
-	} else if f.floor.Epoch == ks.Epoch && !anyRevoked(ks, f.floor.Signers) {
-		bottom = head{f.floor.Number, f.floor.Hash}
+		f.inherit()
+	} else {
+		f.inheritSealed(ks.Epoch)
+		if f.floor.Epoch == ks.Epoch && !anyRevoked(ks, f.floor.Signers) {
+			bottom = head{f.floor.Number, f.floor.Hash}
+		}
 	}
 	f.begin(bottom)
 	if !f.verified {
 		f.resume(bottom)
 		f.keep.want = f.chain.base.number == 0
 	}
-	f.keep.warm = nil
 	f.chain.live = f.verified
 }
 
@@ -753,7 +760,13 @@ func (f *follower) confirm(b beat) bool {
 		f.diverged(b.Heartbeat)
 		return true
 	}
-	if n := f.chain.confirmed.set.Len(); n > f.e.opts.MaxEntries {
+	if err := f.inherited.Err(); err != nil {
+		f.alarm("what earlier epochs left in force is damaged: denying until a restart reads it again from the state directory", "error", err)
+		f.unusable = "the revocation state was damaged"
+		f.publish()
+		return true
+	}
+	if n := max(f.chain.confirmed.set.Len(), f.inherited.Len()); n > f.e.opts.MaxEntries {
 		f.alarm("there are more entries in force than this enforcer may hold: denying", "entries", n, "bound", f.e.opts.MaxEntries)
 		f.unusable = "more entries are in force than may be held here"
 		f.publish()
@@ -763,7 +776,7 @@ func (f *follower) confirm(b beat) bool {
 		f.origin, f.fresh = b.origin, b.Time.Add(-b.Proven)
 	}
 	f.unusable, f.cause, f.hint, f.verified = "", "", "", true
-	f.interim = nil
+	f.interim, f.keep.warm, f.keep.left = nil, nil, nil
 	if f.keep.gap <= b.Number {
 		f.keep.gap, f.keep.want, f.keep.fetchWait = 0, false, 0
 	}
@@ -787,7 +800,9 @@ func (f *follower) confirm(b beat) bool {
 
 // liftInherited applies the new epoch's lifts to what earlier ones left.
 func (f *follower) liftInherited() {
-	for _, l := range f.chain.takeLifts() {
+	lifts := f.chain.takeLifts()
+	f.keep.unsaved = f.keep.unsaved || len(lifts) > 0
+	for _, l := range lifts {
 		f.inherited = f.inherited.Apply(l.batch, func(e *session.Entry) bool {
 			return e.Op == session.OpLift && l.may(e)
 		})

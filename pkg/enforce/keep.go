@@ -31,12 +31,16 @@ type keeper struct {
 	sealAt   time.Duration // not before
 	sealedAt time.Duration // when a segment was last sealed or loaded
 	failed   bool
-	warm     *filter.Segment // of an earlier run, until an epoch begins
-	scrubbed *filter.Segment
-	stop     context.CancelFunc // ends the scrub
-	fetching bool               // a published segment
-	want     bool
-	fetchAt  time.Duration // not before
+	// warm and left are of an earlier run, until something is confirmed: the
+	// state, and what was left of epochs before.
+	warm, left *filter.Segment
+	// unsaved is set when inherited is not as it is kept, hurry when it is not
+	// kept at all yet.
+	unsaved, hurry bool
+	scrubs         [2]scrub // of the state and of what was inherited
+	fetching       bool     // a published segment
+	want           bool
+	fetchAt        time.Duration // not before
 	// fetchWait is the back-off of fetches that brought nothing.
 	fetchWait time.Duration
 	// gap, if not 0, is the first batch that the log has after what is here,
@@ -78,7 +82,6 @@ func (f *follower) loadSegment() {
 // for it, like everything else.
 func (f *follower) resume(bottom head) {
 	g := f.keep.warm
-	f.keep.warm = nil
 	if g == nil {
 		return
 	}
@@ -115,8 +118,10 @@ func (f *follower) tendState(ctx context.Context) {
 		f.rebuild("the revocation state was damaged", f.chain.floor)
 		return
 	}
-	f.scrub(ctx, set.Segment())
+	f.scrub(ctx, &f.keep.scrubs[0], set.Segment())
+	f.scrub(ctx, &f.keep.scrubs[1], f.inherited.Segment())
 	f.tendDoubt(ctx)
+	f.tendInherited(ctx)
 	now := f.now()
 	due := set.Due() || f.e.opts.StateDir != "" && now-f.keep.sealedAt >= sealEvery && (set.Delta() > 0 || f.keep.sealedAt == never)
 	ks := f.trust.KeySet()
@@ -128,15 +133,24 @@ func (f *follower) tendState(ctx context.Context) {
 	if err != nil {
 		return // a list of numbers
 	}
-	mark := filter.Mark{Epoch: ks.Epoch, Number: c.confirmed.number, Head: c.confirmed.hash, Time: f.fresh, Note: string(note)}
+	mark, bare := f.mark(ks.Epoch, string(note)), f.mark(ks.Epoch, "")
+	inherited, unsaved := f.inherited, f.keep.unsaved && f.e.opts.StateDir != ""
 	f.keep.sealing = true
 	f.jobs.Go(func() {
+		var left, g *filter.Segment
 		path, err := f.e.opts.sealPath()
-		var g *filter.Segment
+		if err == nil && unsaved {
+			left, err = inherited.SealBeside(ctx, inheritedPath(f.e.opts), bare)
+		}
 		if err == nil {
 			g, err = set.SealBeside(ctx, path, mark)
 		}
-		f.post(ctx, func() { f.sealed(c, set, g, err) })
+		f.post(ctx, func() {
+			if left != nil {
+				f.savedInherited(inherited, left)
+			}
+			f.sealed(c, set, g, err)
+		})
 	})
 }
 
@@ -155,10 +169,7 @@ func (f *follower) sealed(c *chain, from *filter.Set, g *filter.Segment, err err
 	f.keep.sealing, f.keep.sealedAt = false, now
 	if err != nil {
 		f.keep.sealAt = now + sealAgain
-		if !f.keep.failed {
-			f.e.opts.Logger.Error("cannot seal the state: it stays in memory, and the next start reads the log from further back", "error", err)
-		}
-		f.keep.failed = true
+		f.sealFailed(err)
 		return
 	}
 	f.keep.failed = false
@@ -175,20 +186,37 @@ func (f *follower) sealed(c *chain, from *filter.Set, g *filter.Segment, err err
 	f.publish()
 }
 
-// scrub has the segment in use, and none else, scrubbed.
-func (f *follower) scrub(ctx context.Context, g *filter.Segment) {
-	if g == f.keep.scrubbed {
+func (f *follower) sealFailed(err error) {
+	if !f.keep.failed {
+		f.e.opts.Logger.Error("cannot seal the state: it stays in memory, and the next start reads the log from further back", "error", err)
+	}
+	f.keep.failed = true
+}
+
+// scrub is the scrub of a segment in use.
+type scrub struct {
+	of   *filter.Segment
+	stop context.CancelFunc
+}
+
+func (s *scrub) end() {
+	if s.stop != nil {
+		s.stop()
+	}
+	*s = scrub{}
+}
+
+// scrub has the segment in use, and no earlier one, scrubbed.
+func (f *follower) scrub(ctx context.Context, s *scrub, g *filter.Segment) {
+	if g == s.of {
 		return
 	}
-	if f.keep.stop != nil {
-		f.keep.stop()
-	}
-	f.keep.scrubbed = g
+	s.end()
 	if g == nil {
 		return
 	}
 	sctx, stop := context.WithCancel(ctx)
-	f.keep.stop = stop
+	*s = scrub{g, stop}
 	f.jobs.Go(func() {
 		_ = g.Scrub(sctx, scrubPass) // Err repeats the error, and tendState looks there
 	})
@@ -207,18 +235,21 @@ func (f *follower) forgetSegment() {
 
 // keepLast seals what has changed since the last time, when the enforcer closes.
 func (f *follower) keepLast() {
-	if f.keep.stop != nil {
-		f.keep.stop()
+	for i := range f.keep.scrubs {
+		f.keep.scrubs[i].end()
 	}
 	c, ks := f.chain, f.trust.KeySet()
-	if f.e.opts.StateDir == "" || ks == nil || !f.verified || !c.live || f.unusable != "" || c.confirmed.set.Delta() == 0 && f.keep.sealedAt != never {
+	if f.e.opts.StateDir == "" || ks == nil {
 		return
 	}
-	note, err := json.Marshal(c.confirmed.signers)
-	if err == nil {
-		var path string
-		if path, err = f.e.opts.sealPath(); err == nil {
-			_, err = c.confirmed.set.Seal(path, filter.Mark{Epoch: ks.Epoch, Number: c.confirmed.number, Head: c.confirmed.hash, Time: f.fresh, Note: string(note)})
+	path, err := f.e.opts.sealPath()
+	if err == nil && f.keep.unsaved {
+		_, err = f.inherited.Seal(inheritedPath(f.e.opts), f.mark(ks.Epoch, ""))
+	}
+	if err == nil && f.verified && c.live && f.unusable == "" && (c.confirmed.set.Delta() > 0 || f.keep.sealedAt == never) {
+		var note []byte
+		if note, err = json.Marshal(c.confirmed.signers); err == nil {
+			_, err = c.confirmed.set.Seal(path, f.mark(ks.Epoch, string(note)))
 		}
 	}
 	if err != nil {
