@@ -28,6 +28,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/socket"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -138,40 +139,13 @@ func Serve(svc Service, o Options) (*Server, error) {
 func (s *Server) Addr() string { return s.addr }
 
 func (s *Server) serveSocket(path string) error {
-	if err := clearSocket(path); err != nil {
-		return err
-	}
-	l, err := new(net.ListenConfig).Listen(context.Background(), "unix", path)
+	l, err := socket.Listen(path)
 	if err != nil {
-		return fmt.Errorf("api: socket %s: %w: give a shorter path, or one in a directory that exists", path, err)
-	}
-	// Until this returns, the directory's mode alone keeps others out.
-	if err := os.Chmod(path, 0o600); err != nil {
-		return errors.Join(fmt.Errorf("api: %w", err), l.Close())
+		return fmt.Errorf("api: %w", err)
 	}
 	s.socket = path
 	s.serve(l, s.routes())
 	return nil
-}
-
-// clearSocket removes a socket that nobody answers any more.
-func clearSocket(path string) error {
-	info, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("api: %w", err)
-	}
-	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("api: %s exists and is not a socket: move it away", path)
-	}
-	d := net.Dialer{Timeout: time.Second}
-	if c, err := d.DialContext(context.Background(), "unix", path); err == nil {
-		_ = c.Close() // nothing was said
-		return fmt.Errorf("api: another authority listens on %s: stop it, or give another socket", path)
-	}
-	return os.Remove(path)
 }
 
 func (s *Server) serveTCP(o Options) error {

@@ -287,7 +287,7 @@ func TestListening(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Fatalf("socket %v, %v", info, err)
 	}
-	if _, err := Serve(&service{}, Options{Socket: socket}); err == nil || !strings.Contains(err.Error(), "another authority") {
+	if _, err := Serve(&service{}, Options{Socket: socket}); err == nil || !strings.Contains(err.Error(), "another process") {
 		t.Errorf("the same socket twice: %v", err)
 	}
 	if err := r.srv.Close(); err != nil {
