@@ -355,17 +355,15 @@ func Mirrored(h http.Header) (Operation, error) {
 // JSONBody reports whether a request has a body that is to be read as JSON-RPC. A
 // *Refusal says why the body could not be told to be what it is.
 func JSONBody(h http.Header) (bool, error) {
-	if e := h.Values("Content-Encoding"); len(e) > 0 && !(len(e) == 1 && strings.EqualFold(e[0], "identity")) {
+	if e := h.Values("Content-Encoding"); len(e) > 1 || len(e) == 1 && !strings.EqualFold(e[0], "identity") {
 		return false, &Refusal{Status: http.StatusUnsupportedMediaType, Code: codeInvalid, Why: "the body is encoded: send it as it is"}
 	}
 	types := h.Values("Content-Type")
 	if len(types) != 1 {
 		return false, nil
 	}
-	mt, params, err := mime.ParseMediaType(types[0])
-	if err != nil {
-		return false, nil
-	}
+	// What cannot be parsed is of no type.
+	mt, params, _ := mime.ParseMediaType(types[0])
 	if cs := params["charset"]; cs != "" && !strings.EqualFold(cs, "utf-8") {
 		return false, &Refusal{Status: http.StatusUnsupportedMediaType, Code: codeInvalid, Why: "the body is not UTF-8"}
 	}

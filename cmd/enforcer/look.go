@@ -1,0 +1,228 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/interlock-fabric/interlock/internal/gateway"
+)
+
+// Bounds of what is asked and answered.
+const (
+	maxToken   = 64 << 10
+	maxAnswer  = 1 << 20
+	askTimeout = 10 * time.Second
+)
+
+// ask asks the running enforcer over its socket.
+func ask(ctx context.Context, g *globals, path, method, what string, in, out any) error {
+	if path == "" {
+		c, err := g.load()
+		if err != nil {
+			return err
+		}
+		if path = c.Admin.Socket; path == "" {
+			return usagef("the configuration has neither admin.socket nor state_dir: give --socket")
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	t := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}
+	defer t.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, method, "http://enforcer"+what, body)
+	if err != nil {
+		return err
+	}
+	resp, err := t.RoundTrip(req)
+	if err != nil {
+		mend := "is enforcer proxy or enforcer authz running? give --socket or --config"
+		if errors.Is(err, fs.ErrPermission) {
+			mend = "run it as the user who runs the enforcer"
+		}
+		return &exitError{exitUnreachable, fmt.Errorf("%w: %s", err, mend)}
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return &exitError{exitUnreachable, err}
+	}
+	if resp.StatusCode != http.StatusOK {
+		return usagef("%s", strings.TrimSpace(string(b)))
+	}
+	return json.Unmarshal(b, out)
+}
+
+func newCheckCommand(g *globals) *cobra.Command {
+	var q gateway.Question
+	var socket, tokenFile string
+	cmd := &cobra.Command{
+		Use: "check", Short: "Say whether a token would be allowed now", Args: noArgs,
+		Long: `Asks the running enforcer whether a token would be allowed, verified as that of a
+request would be, and prints why not. Without --tool or --method the question is
+whether its bearer may talk to the resource at all.
+
+` + helpExitCodes,
+		Example: `  enforcer check --token-file t.jwt --tool delete_repo; echo $?`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if tokenFile == "" {
+				return usagef("no token: give --token-file, or - for standard input")
+			}
+			var err error
+			if q.Token, err = readToken(cmd.InOrStdin(), tokenFile); err != nil {
+				return err
+			}
+			var v gateway.Verdict
+			if err := ask(cmd.Context(), g, socket, http.MethodPost, "/v1/check", q, &v); err != nil {
+				return err
+			}
+			if g.json {
+				err = printJSON(cmd.OutOrStdout(), v)
+			} else {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), oneLine(v.Message))
+			}
+			if err == nil && !v.Allowed {
+				return &exitError{code: exitDenied}
+			}
+			return err
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&tokenFile, "token-file", "", "the token's file; - reads it from standard input")
+	f.StringVar(&q.Route, "route", "", "the route, where there is more than one")
+	f.StringVar(&q.Tool, "tool", "", "the tool or operation that is called")
+	f.StringVar(&q.Method, "method", "", "the JSON-RPC method, where no tool is called")
+	socketFlag(cmd, &socket)
+	return cmd
+}
+
+func socketFlag(cmd *cobra.Command, socket *string) {
+	cmd.Flags().StringVar(socket, "socket", os.Getenv("INTERLOCK_ADMIN_SOCKET"), "the enforcer's socket; default is that of the configuration (INTERLOCK_ADMIN_SOCKET)")
+}
+
+func readToken(stdin io.Reader, path string) (string, error) {
+	in := stdin
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return "", usagef("--token-file: %w", err)
+		}
+		defer func() { _ = f.Close() }() // only read
+		in = f
+	}
+	b, err := io.ReadAll(io.LimitReader(in, maxToken+1))
+	if err != nil {
+		return "", usagef("--token-file: %w", err)
+	}
+	token := strings.TrimPrefix(strings.TrimSpace(string(b)), "Bearer ")
+	if len(b) > maxToken || token == "" || strings.ContainsAny(token, "\r\n\x00") {
+		// No part of a token goes into an error.
+		return "", usagef("--token-file %s holds no token of one line and at most %d bytes", path, maxToken)
+	}
+	return token, nil
+}
+
+func newStatusCommand(g *globals) *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use: "status", Short: "Say how the running enforcer is", Args: noArgs,
+		Long:    "Says how the running enforcer is.\n\n" + helpExitCodes,
+		Example: `  enforcer status --json | jq .enforcer.fresh`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s gateway.Status
+			err := ask(cmd.Context(), g, socket, http.MethodGet, "/v1/status", nil, &s)
+			if err != nil {
+				return err
+			}
+			if g.json {
+				err = printJSON(cmd.OutOrStdout(), s)
+			} else {
+				_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(&s))
+			}
+			if err == nil && !s.Enforcer.Fresh && s.Enforcer.Mode == "strict" {
+				return &exitError{code: exitDenied}
+			}
+			return err
+		},
+	}
+	socketFlag(cmd, &socket)
+	return cmd
+}
+
+func statusText(s *gateway.Status) string {
+	e := &s.Enforcer
+	var b strings.Builder
+	switch {
+	case e.Fresh:
+		fmt.Fprintf(&b, "%s: fresh, %s old of %s\n", e.Enforcer, e.Age.Round(time.Millisecond), e.MaxStale)
+	case e.Mode == "strict":
+		fmt.Fprintf(&b, "%s: denying everything: %s\n", e.Enforcer, oneLine(e.Why))
+	default:
+		fmt.Fprintf(&b, "%s: exposed (%s): %s\n", e.Enforcer, e.Mode, oneLine(e.Why))
+	}
+	fmt.Fprintf(&b, "epoch %d, seq %d, confirmed %d; %s in force\n", e.Epoch, e.Applied, e.Confirmed, entries(e.Entries+e.Inherited))
+	fmt.Fprintf(&b, "running %d, MCP sessions %d; denied %d, cut %d\n", e.Running, s.Sessions, e.Denied, e.Cut)
+	fmt.Fprintf(&b, "routes: %s\n", strings.Join(s.Routes, ", "))
+	if e.Mode != "strict" && e.Fresh {
+		fmt.Fprintf(&b, "MODE: %s, %d would have been denied\n", e.Mode, e.WouldDeny+e.Exposed)
+	}
+	if s.Config.Error != "" {
+		fmt.Fprintf(&b, "CONFIGURATION: the last one was refused: %s\n", oneLine(s.Config.Error))
+	}
+	if s.Draining {
+		b.WriteString("DRAINING\n")
+	}
+	return b.String()
+}
+
+func entries(n int) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return fmt.Sprintf("%d entries", n)
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+func printJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// oneLine keeps what others wrote from taking over a terminal.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < 0x20 || r >= 0x7f && r < 0xa0 || r == 0x2028 || r == 0x2029 {
+			return ' '
+		}
+		return r
+	}, s)
+}

@@ -1,0 +1,167 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/interlock-fabric/interlock/internal/gateway/config"
+	"github.com/interlock-fabric/interlock/internal/gateway/operation"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Budget bounds what the bodies that are held in memory take together. It is safe
+// for concurrent use.
+type Budget struct {
+	limit int64
+	used  atomic.Int64
+}
+
+// NewBudget returns a budget of so many bytes.
+func NewBudget(limit int64) *Budget { return &Budget{limit: limit} }
+
+func (b *Budget) take(n int) bool {
+	if b.used.Add(int64(n)) <= b.limit {
+		return true
+	}
+	b.used.Add(-int64(n))
+	return false
+}
+
+func (b *Budget) give(n int) { b.used.Add(-int64(n)) }
+
+// read finds out what a request asks for. A body of JSON-RPC is read whole, and
+// put back; anything else is left to stream. The CancelFunc gives back what the
+// body takes of the budget. The error is a *operation.Refusal, or a denial.
+func (x *exchange) read(w http.ResponseWriter, r *http.Request, below string) (release func(), err error) {
+	nothing := func() {}
+	proto := x.g.Route.Protocol
+	if upgrade(r.Header) {
+		if !x.g.Route.AllowUpgrade {
+			return nil, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "upgrades are not accepted"}
+		}
+		x.op = x.g.ByPath(r.Method, r.URL, below, r.Header)
+		return nothing, nil
+	}
+	switch proto {
+	case config.HTTP:
+		x.op = x.g.ByPath(r.Method, r.URL, below, r.Header)
+		return nothing, nil
+	case config.MCP:
+		switch r.Method {
+		case http.MethodPost:
+		case http.MethodGet, http.MethodDelete:
+			return nothing, x.op.MatchHeaders(r.Header)
+		default:
+			return nil, &operation.Refusal{Status: http.StatusMethodNotAllowed, Code: codeInvalid, Why: "the method is not one of MCP"}
+		}
+	case config.A2A:
+		_, rest := operation.REST(r.Method, below)
+		if r.Method != http.MethodPost || rest || operation.GRPC(r.Header) {
+			x.op = x.g.ByPath(r.Method, r.URL, below, r.Header)
+			return nothing, nil
+		}
+	}
+	return x.readJSON(w, r, x.g.Route.MaxBody, x.p.opts.Config.Proxy.BodyTimeout)
+}
+
+// readJSON reads a message of at most limit bytes. It has to come within timeout,
+// unless that is zero and the reader has a deadline already.
+func (x *exchange) readJSON(w http.ResponseWriter, r *http.Request, limit int, timeout time.Duration) (release func(), err error) {
+	isJSON, err := operation.JSONBody(r.Header)
+	if err != nil {
+		return nil, err
+	}
+	if !isJSON {
+		return nil, &operation.Refusal{Status: http.StatusUnsupportedMediaType, Code: codeInvalid, Why: "the body is not declared to be JSON"}
+	}
+	if r.ContentLength > int64(limit) {
+		return nil, tooLong
+	}
+	rc := http.NewResponseController(w)
+	if timeout > 0 {
+		if err := rc.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+			return nil, err
+		}
+	}
+	body, taken, err := x.p.opts.Budget.readAll(r.Body, limit, r.ContentLength)
+	release = func() { x.p.opts.Budget.give(taken) }
+	if err == nil && timeout > 0 {
+		err = rc.SetReadDeadline(time.Time{})
+	}
+	if err == nil {
+		x.op, err = operation.Parse(body, x.g.Route.Protocol)
+	}
+	if err == nil && x.g.Route.Protocol == config.MCP {
+		err = x.op.MatchHeaders(r.Header)
+	}
+	if err != nil {
+		release()
+		return nil, err
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	if r.Trailer == nil {
+		r.ContentLength = int64(len(body))
+	}
+	return release, nil
+}
+
+var tooLong = &operation.Refusal{Status: http.StatusRequestEntityTooLarge, Code: codeInvalid, Why: "the message is too long"}
+
+// firstRead is what is set aside for a body before anything of it has come.
+const firstRead = 4 << 10
+
+// readAll reads a body of at most limit bytes. What it takes of the budget, which
+// the caller is to give back, is never more than twice of what has come.
+func (b *Budget) readAll(r io.Reader, limit int, length int64) (body []byte, taken int, err error) {
+	size := firstRead
+	if length >= 0 && length < firstRead {
+		size = int(length) + 1 // one more, to see the end
+	}
+	if !b.take(size) {
+		return nil, 0, &session.DeniedError{Err: session.ErrOverloaded, Detail: "too many requests are being read"}
+	}
+	buf, taken := make([]byte, 0, size), size
+	for {
+		n, err := r.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		switch {
+		case len(buf) > limit:
+			return nil, taken, tooLong
+		case errors.Is(err, io.EOF):
+			return buf, taken, nil
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, taken, &operation.Refusal{Status: http.StatusRequestTimeout, Code: codeInvalid, Why: "the message did not come in time"}
+		case err != nil:
+			return nil, taken, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "the message broke off"}
+		}
+		if len(buf) == cap(buf) {
+			grow := min(cap(buf), limit+1-cap(buf))
+			if !b.take(grow) {
+				return nil, taken, &session.DeniedError{Err: session.ErrOverloaded, Detail: "too many requests are being read"}
+			}
+			taken += grow
+			buf = append(make([]byte, 0, cap(buf)+grow), buf...)
+		}
+	}
+}
+
+// upgrade reports whether a request asks for another protocol.
+func upgrade(h http.Header) bool {
+	if h.Get("Upgrade") != "" {
+		return true
+	}
+	for _, v := range h.Values("Connection") {
+		for t := range strings.SplitSeq(v, ",") {
+			if strings.EqualFold(strings.TrimSpace(t), "upgrade") {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,186 @@
+package proxy
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"strings"
+
+	"github.com/interlock-fabric/interlock/internal/gateway/config"
+	"github.com/interlock-fabric/interlock/internal/gateway/operation"
+	"github.com/interlock-fabric/interlock/internal/gateway/route"
+	"github.com/interlock-fabric/interlock/pkg/denial"
+)
+
+const (
+	headerSession = "Mcp-Session-Id"
+	headerVersion = "Mcp-Protocol-Version"
+)
+
+// answered sees the beginning of an upstream's answer.
+func (p *Proxy) answered(res *http.Response) error {
+	x := exchangeOf(res.Request.Context())
+	if d := route.Denied(x.bound); d != nil {
+		return d
+	}
+	if x.g.Route.Protocol == config.MCP {
+		if err := p.opts.Sessions.answered(x, res); err != nil {
+			return err
+		}
+	}
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		return nil // both directions end with the context
+	}
+	b := &body{ReadCloser: res.Body, x: x, res: res}
+	mt, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type"))
+	switch {
+	case mt == "text/event-stream" && res.Header.Get("Content-Encoding") == "":
+		b.form = events
+	case operation.GRPC(res.Header):
+		b.form = grpc
+	}
+	res.Body = b
+	return nil
+}
+
+// form is how an answer that has begun can be ended in order.
+type form uint8
+
+const (
+	opaque form = iota // not at all
+	events
+	grpc
+)
+
+// body is an upstream's body until the caller must stop, and then the last words.
+type body struct {
+	io.ReadCloser
+	x    *exchange
+	res  *http.Response
+	form form
+	// tail is what is left of the last words; nil while there are none.
+	tail *bytes.Reader
+	// last are the last two bytes of an event stream, carriage returns left out.
+	last [2]byte
+	any  bool
+}
+
+var errCut = errors.New("cut")
+
+func (b *body) Read(buf []byte) (int, error) {
+	if b.tail != nil {
+		return b.tail.Read(buf)
+	}
+	n, err := b.ReadCloser.Read(buf)
+	d := route.Denied(b.x.bound)
+	if d == nil || errors.Is(err, io.EOF) && n == 0 {
+		if b.form == events {
+			b.follow(buf[:n])
+		}
+		return n, err
+	}
+	// Whatever has come since is not the caller's any more.
+	b.x.noteCut(d)
+	a := b.x.g.Resource.Answer(d)
+	switch b.form {
+	case events:
+		b.tail = bytes.NewReader(b.event(&a))
+		return b.tail.Read(buf)
+	case grpc:
+		b.res.Trailer = http.Header{}
+		setGRPC(b.res.Trailer, &a)
+		b.tail = bytes.NewReader(nil)
+		return 0, io.EOF
+	}
+	// An answer that looks complete must be complete: the connection ends.
+	return 0, errCut
+}
+
+func (b *body) follow(p []byte) {
+	for _, c := range p[max(0, len(p)-4):] {
+		if c == '\r' {
+			continue
+		}
+		b.last[0], b.last[1], b.any = b.last[1], c, true
+	}
+}
+
+// event is the last event of a stream: the answer to the call that opened it, or,
+// on a stream that answers none, a message that says why.
+func (b *body) event(a *denial.Answer) []byte {
+	var out []byte
+	if b.any && b.last != [2]byte{'\n', '\n'} {
+		// In the middle of an event, which thereby becomes one of a type that no
+		// client acts on.
+		out = append(out, "\nevent: interrupted\n\n"...)
+	}
+	var data []byte
+	var err error
+	x := b.x
+	switch {
+	case x.op.ID != nil:
+		data = a.Response(x.op.ID)
+	case x.g.Route.Protocol == config.MCP:
+		data, err = json.Marshal(map[string]any{
+			"jsonrpc": "2.0", "method": "notifications/message",
+			"params": map[string]any{"level": "error", "logger": "interlock", "data": a.Data},
+		})
+	default:
+		data, err = json.Marshal(map[string]any{"error": map[string]any{
+			"code": a.Status, "status": statusWord(a.Status), "message": a.Message,
+			"details": []any{map[string]any{
+				"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": strings.ToUpper(a.Data.Error), "domain": "interlock",
+			}},
+		}})
+	}
+	if err != nil { // strings and numbers
+		return out
+	}
+	return fmt.Appendf(out, "event: message\ndata: %s\n\n", data)
+}
+
+func statusWord(status int) string {
+	switch status {
+	case http.StatusUnauthorized:
+		return "UNAUTHENTICATED"
+	case http.StatusForbidden:
+		return "PERMISSION_DENIED"
+	}
+	return "UNAVAILABLE"
+}
+
+// setGRPC sets the trailers that end a call of gRPC.
+func setGRPC(h http.Header, a *denial.Answer) {
+	code := map[int]string{http.StatusUnauthorized: "16", http.StatusForbidden: "7"}[a.Status]
+	if code == "" {
+		code = "14" // UNAVAILABLE
+	}
+	h.Set("Grpc-Status", code)
+	h.Set("Grpc-Message", percent(a.Message))
+}
+
+// percent encodes a status message as gRPC over HTTP/2 asks.
+func percent(s string) string {
+	var b strings.Builder
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '%' {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}
+
+// denyGRPC answers with trailers alone.
+func denyGRPC(w http.ResponseWriter, r *http.Request, a *denial.Answer) {
+	h := w.Header()
+	a.Header(h, r.Header.Get("Authorization") != "")
+	h.Set("Content-Type", "application/grpc")
+	setGRPC(h, a)
+	w.WriteHeader(http.StatusOK)
+}

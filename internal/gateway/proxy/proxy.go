@@ -1,0 +1,365 @@
+// Package proxy is a reverse proxy that enforces: each request is checked before
+// anything of it reaches the upstream, and what is running is cut when its caller
+// must stop, with a cause that the client can read.
+//
+// What is allowed passes byte for byte, in both directions, but for hop-by-hop
+// headers, the caller's credentials and the headers that name the caller.
+package proxy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httputil"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/interlock-fabric/interlock/internal/gateway/config"
+	"github.com/interlock-fabric/interlock/internal/gateway/operation"
+	"github.com/interlock-fabric/interlock/internal/gateway/route"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Options configures a Proxy.
+type Options struct {
+	Table  *route.Table
+	Config *config.Config
+	// Sessions outlive the proxy when the configuration is read again.
+	Sessions *Sessions
+	// Budget is what JSON-RPC requests that are being read may take together.
+	Budget *Budget
+	Logger *slog.Logger
+}
+
+// Proxy is the handler. It is made by New and is immutable.
+type Proxy struct {
+	opts      Options
+	upstreams map[*route.Guard]*upstream
+	metadata  map[string]*route.Guard
+	reverse   *httputil.ReverseProxy
+}
+
+// New makes a proxy. It reads the files that the upstreams name.
+func New(o Options) (*Proxy, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	p := &Proxy{opts: o, upstreams: make(map[*route.Guard]*upstream), metadata: make(map[string]*route.Guard)}
+	for _, g := range o.Table.All() {
+		u, err := newUpstream(g.Route)
+		if err != nil {
+			p.Close()
+			return nil, err
+		}
+		p.upstreams[g] = u
+		if path := metadataPath(g.Route); path != "" {
+			p.metadata[path] = g
+		}
+	}
+	p.reverse = &httputil.ReverseProxy{
+		Rewrite:        p.rewrite,
+		Transport:      router{},
+		ModifyResponse: p.answered,
+		ErrorHandler:   p.failed,
+		BufferPool:     &buffers{},
+		ErrorLog:       slog.NewLogLogger(o.Logger.Handler(), slog.LevelDebug),
+		// Event streams, and answers whose length is not known, are flushed at
+		// every write in any case.
+	}
+	return p, nil
+}
+
+// Close closes the connections to the upstreams that are idle.
+func (p *Proxy) Close() {
+	for _, u := range p.upstreams {
+		u.transport.CloseIdleConnections()
+	}
+}
+
+// exchange is one request on its way through.
+type exchange struct {
+	p       *Proxy
+	g       *route.Guard
+	up      *upstream
+	caller  *session.Prepared
+	op      operation.Operation
+	call    session.Call
+	below   string // of the path, escaped
+	session *tracked
+	// bound ends when the caller must stop.
+	bound context.Context
+	cut   atomic.Bool // noted
+
+	mu   sync.Mutex
+	over bool // the client's connection is not ours any more
+}
+
+type exchangeKey struct{}
+
+func exchangeOf(ctx context.Context) *exchange {
+	x, _ := ctx.Value(exchangeKey{}).(*exchange)
+	return x
+}
+
+// ServeHTTP serves one request.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method == http.MethodConnect || r.Method == http.MethodTrace {
+		refuse(w, r, &operation.Refusal{Status: http.StatusMethodNotAllowed, Code: codeInvalid, Why: "the method is not accepted"})
+		return
+	}
+	if err := route.CheckPath(r.URL); err != nil {
+		refuse(w, r, err)
+		return
+	}
+	if g := p.metadata[r.URL.Path]; g != nil && r.Method == http.MethodGet {
+		p.serveMetadata(w, g)
+		return
+	}
+	g, below := p.opts.Table.Find(r.Host, r.URL.Path)
+	if g == nil {
+		refuse(w, r, &operation.Refusal{Status: http.StatusNotFound, Code: codeInvalid, Why: "no such resource"})
+		return
+	}
+	x := &exchange{p: p, g: g, up: p.upstreams[g]}
+	var ok bool
+	if x.below, ok = strings.CutPrefix(r.URL.EscapedPath(), strings.TrimSuffix(g.Route.Path, "/")); !ok {
+		refuse(w, r, route.ErrPath)
+		return
+	}
+	began := time.Now()
+	caller, known, err := g.Identify(r)
+	if err != nil {
+		p.deny(w, r, x, err, known, began)
+		return
+	}
+	x.caller = caller
+	release, err := x.read(w, r, below)
+	if err != nil {
+		refuse(w, r, err)
+		return
+	}
+	defer release()
+	if g.Route.Protocol == config.MCP {
+		defer x.leave()
+		if x.session, err = p.opts.Sessions.use(x, r.Header.Get(headerSession)); err != nil {
+			p.deny(w, r, x, err, true, began)
+			return
+		}
+	}
+	x.call = g.Call(&x.op)
+	bound, unbind, err := g.Enforcer.Bind(r.Context(), caller, x.call)
+	if err != nil {
+		p.deny(w, r, x, err, true, began)
+		return
+	}
+	defer unbind()
+	x.bound = bound
+	g.Note(route.Decision{Caller: caller, Call: x.call, Operation: &x.op, Traceparent: r.Header.Get("Traceparent"), Took: time.Since(began)})
+
+	// A client that does not read must not hold up the end of its stream.
+	rc := http.NewResponseController(w)
+	stop := context.AfterFunc(bound, func() {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		if !x.over && route.Denied(bound) != nil {
+			_ = rc.SetWriteDeadline(time.Now().Add(p.opts.Config.Proxy.FlushTimeout))
+		}
+	})
+	defer func() {
+		stop()
+		x.mu.Lock()
+		x.over = true
+		x.mu.Unlock()
+	}()
+	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(bound, exchangeKey{}, x)))
+	if route.Denied(bound) != nil {
+		// The connection may serve others after this.
+		_ = rc.Flush()
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.over = true
+		_ = rc.SetWriteDeadline(time.Time{})
+	}
+}
+
+// noteCut tells the observer once that the exchange was cut.
+func (x *exchange) noteCut(d *session.DeniedError) {
+	if x.cut.CompareAndSwap(false, true) {
+		x.g.Note(route.Decision{Caller: x.caller, Call: x.call, Operation: &x.op, Err: d, Cut: true})
+	}
+}
+
+// leave ends the exchange's part in its session. A legacy MCP server does not
+// take the end of a request for its cancellation, so it is told.
+func (x *exchange) leave() {
+	t := x.session
+	if x.bound != nil && x.op.ID != nil && route.Denied(x.bound) != nil {
+		x.p.opts.Sessions.cancelled(t, x.op.ID)
+		return
+	}
+	x.p.opts.Sessions.done(t)
+}
+
+// deny answers a denial that came before the upstream was asked.
+func (p *Proxy) deny(w http.ResponseWriter, r *http.Request, x *exchange, err error, known bool, began time.Time) {
+	var refusal *operation.Refusal
+	if errors.As(err, &refusal) {
+		refuse(w, r, err)
+		return
+	}
+	x.g.Note(route.Decision{Caller: x.caller, Call: x.call, Operation: &x.op, Traceparent: r.Header.Get("Traceparent"), Err: err, Took: time.Since(began)})
+	a := x.g.Resource.Answer(err)
+	if operation.GRPC(r.Header) {
+		denyGRPC(w, r, &a)
+		return
+	}
+	a.Write(w, r, func() json.RawMessage {
+		if x.op.ID == nil && known && r.Method == http.MethodPost {
+			// So that its client can tell which call the answer is to.
+			if release, err := x.readJSON(w, r, maxDeniedBody, 0); err == nil {
+				release()
+			}
+		}
+		return x.op.ID
+	})
+}
+
+// maxDeniedBody bounds what is read of a request that is denied already.
+const maxDeniedBody = 64 << 10
+
+const codeInvalid = -32600
+
+// refuse answers a request that nobody may send.
+func refuse(w http.ResponseWriter, r *http.Request, err error) {
+	x := &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "the request cannot be read"}
+	_ = errors.As(err, &x)
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Cache-Control", "no-store")
+	// What is left of its body is not waited for.
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedReadTime))
+	if r.ProtoMajor == 1 {
+		h.Set("Connection", "close")
+	}
+	w.WriteHeader(x.Status)
+	_, _ = w.Write(append(errorResponse(x.ID, x.Code, x.Why), '\n')) // a client that has gone needs no answer
+}
+
+const refusedReadTime = 500 * time.Millisecond
+
+func errorResponse(id json.RawMessage, code int64, message string) []byte {
+	type object struct {
+		Code    int64  `json:"code"`
+		Message string `json:"message"`
+	}
+	b, err := json.Marshal(struct {
+		Version string          `json:"jsonrpc"`
+		ID      json.RawMessage `json:"id,omitempty"`
+		Error   object          `json:"error"`
+	}{"2.0", id, object{code, message}})
+	if err != nil {
+		return errorResponse(nil, code, message)
+	}
+	return b
+}
+
+// failed answers a request to which the upstream did not.
+func (p *Proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
+	x := exchangeOf(r.Context())
+	if d := route.Denied(x.bound); d != nil {
+		x.noteCut(d)
+		a := x.g.Resource.Answer(d)
+		if operation.GRPC(r.Header) {
+			denyGRPC(w, r, &a)
+			return
+		}
+		a.Write(w, r, func() json.RawMessage { return x.op.ID })
+		return
+	}
+	if r.Context().Err() != nil {
+		// The client has gone.
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	var refusal *operation.Refusal
+	var denied *session.DeniedError
+	switch {
+	case errors.As(err, &refusal):
+	case errors.As(err, &denied):
+		a := x.g.Resource.Answer(denied)
+		a.Write(w, r, func() json.RawMessage { return x.op.ID })
+		return
+	default:
+		// What the error says is not for the caller.
+		p.opts.Logger.Warn("upstream", "route", x.g.Route.Name, "error", err)
+		refusal = &operation.Refusal{Status: http.StatusBadGateway, Code: -31502, Why: "the upstream did not answer"}
+		var timeout interface{ Timeout() bool }
+		if errors.As(err, &timeout) && timeout.Timeout() {
+			refusal = &operation.Refusal{Status: http.StatusGatewayTimeout, Code: -31504, Why: "the upstream did not answer in time"}
+		}
+	}
+	refusal.ID = x.op.ID
+	refuse(w, r, refusal)
+}
+
+// rewrite makes the upstream's request from the client's.
+func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
+	x := exchangeOf(pr.In.Context())
+	out := pr.Out
+	x.up.address(out.URL, x.below)
+	out.URL.RawQuery = pr.In.URL.RawQuery
+	out.Host = ""
+	// It is filled in as the body is read.
+	out.Trailer = pr.In.Trailer
+	pr.SetXForwarded()
+	h := out.Header
+	for name := range h {
+		if route.Spoofed(name) {
+			delete(h, name)
+		}
+	}
+	for _, name := range untrusted {
+		h.Del(name)
+	}
+	up := &x.g.Route.Upstream
+	if !up.ForwardToken {
+		h.Del("Authorization")
+		h.Del("DPoP")
+	}
+	if !up.NoIdentityHeaders {
+		for _, kv := range route.Identity(x.caller) {
+			h.Set(kv[0], kv[1])
+		}
+	}
+}
+
+// untrusted are headers that say something which only a proxy may say, or by which
+// an upstream would do something else than was checked.
+var untrusted = []string{
+	"X-Forwarded-Client-Cert", "X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X-Original-URL", "X-Original-URI", "X-Rewrite-URL",
+}
+
+// router sends each request by the transport of its route.
+type router struct{}
+
+func (router) RoundTrip(r *http.Request) (*http.Response, error) {
+	return exchangeOf(r.Context()).up.transport.RoundTrip(r)
+}
+
+// buffers are for copying bodies.
+type buffers struct{ pool sync.Pool }
+
+const bufferLen = 32 << 10
+
+func (b *buffers) Get() []byte {
+	if v, ok := b.pool.Get().(*[bufferLen]byte); ok {
+		return v[:]
+	}
+	return new([bufferLen]byte)[:]
+}
+
+func (b *buffers) Put(v []byte) { b.pool.Put((*[bufferLen]byte)(v)) }

@@ -1,0 +1,234 @@
+// Package route decides on the requests of one route: who calls, what is asked
+// for, and what the enforcer says. The proxy and the authorization servers share
+// it.
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/gateway/config"
+	"github.com/interlock-fabric/interlock/internal/gateway/operation"
+	"github.com/interlock-fabric/interlock/pkg/denial"
+	"github.com/interlock-fabric/interlock/pkg/guard"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Decision is one decision, for whoever keeps a trail of them.
+type Decision struct {
+	Route string
+	// Caller is nil where it could not be found out.
+	Caller *session.Prepared
+	Call   session.Call
+	// Operation is valid only until the observer returns.
+	Operation *operation.Operation
+	// Traceparent is the request's header of that name (W3C Trace Context).
+	Traceparent string
+	// Err is nil for what was allowed, and else what the caller was told.
+	Err error
+	// Cut is set where Err ended work that was running.
+	Cut bool
+	// Took is how long it took to decide; zero for what was cut.
+	Took time.Duration
+}
+
+// Observer hears of every decision, on the goroutine of the request: it must be
+// quick, wait for nothing, and be safe for concurrent use.
+type Observer func(*Decision)
+
+// Guard decides for one route. It is immutable.
+type Guard struct {
+	Route    *config.Route
+	Resource denial.Resource
+	Enforcer guard.Enforcer
+	Verifier guard.Verifier
+	// Observe may be nil.
+	Observe Observer
+
+	calls map[string]session.Call
+}
+
+// New makes the guard of a route.
+func New(r *config.Route, e guard.Enforcer, v guard.Verifier, o Observer) *Guard {
+	g := &Guard{
+		Route: r, Enforcer: e, Verifier: v, Observe: o,
+		Resource: denial.Resource{Metadata: r.ResourceMetadata, Scopes: r.Scopes},
+		calls:    make(map[string]session.Call),
+	}
+	for _, name := range r.LowRisk {
+		g.calls[name] = session.Call{LowRisk: true}
+	}
+	for name, op := range r.Operations {
+		g.calls[name] = session.Call{LowRisk: op.LowRisk || g.calls[name].LowRisk, MaxStale: op.MaxStale, Strict: op.Strict}
+	}
+	return g
+}
+
+// Call is what an operation asks of the enforcer. nil is to talk at all.
+func (g *Guard) Call(o *operation.Operation) session.Call {
+	if o == nil || o.Method == "" {
+		return session.Call{Audience: g.Route.Resource, LowRisk: true}
+	}
+	call := g.calls[o.Label(g.Route.Protocol)]
+	call.Audience, call.Tool = g.Route.Resource, o.Tool(g.Route.Protocol)
+	if g.Route.Protocol == config.MCP && mcpguard.LowRisk(o.Method) {
+		call.LowRisk = true
+	}
+	return call
+}
+
+// Identify finds out who calls and whether it may talk at all, before anything of
+// its request is read; see guard.Admit.
+func (g *Guard) Identify(r *http.Request) (p *session.Prepared, known bool, err error) {
+	return guard.Admit(g.Enforcer, g.Verifier, r, g.Call(nil), g.Route.Scopes)
+}
+
+// Note tells the observer.
+func (g *Guard) Note(d Decision) {
+	if g.Observe != nil {
+		d.Route = g.Route.Name
+		g.Observe(&d)
+	}
+}
+
+// Denied returns the denial that a bound context was cut with, or nil when it
+// ended for another reason, or not at all.
+func Denied(ctx context.Context) *session.DeniedError {
+	var d *session.DeniedError
+	if ctx.Err() != nil && errors.As(context.Cause(ctx), &d) {
+		return d
+	}
+	return nil
+}
+
+// Table finds the guard of a request.
+type Table struct{ guards []*Guard }
+
+// NewTable makes a table. Of the routes that match, the one with the longest path
+// counts, and then one that names the host.
+func NewTable(guards []*Guard) *Table {
+	t := &Table{guards: slices.Clone(guards)}
+	slices.SortStableFunc(t.guards, func(a, b *Guard) int {
+		if n := len(prefix(b)) - len(prefix(a)); n != 0 {
+			return n
+		}
+		return min(1, len(b.Route.Hosts)) - min(1, len(a.Route.Hosts))
+	})
+	return t
+}
+
+// All returns the guards.
+func (t *Table) All() []*Guard { return t.guards }
+
+func prefix(g *Guard) string { return strings.TrimSuffix(g.Route.Path, "/") }
+
+// Find returns the guard of a host, whose port does not count, and of a decoded
+// path, and what of the path is below the route's; nil when there is none.
+func (t *Table) Find(host, path string) (g *Guard, below string) {
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.HasSuffix(host, "]") {
+		host = host[:i]
+	}
+	for _, g := range t.guards {
+		if len(g.Route.Hosts) > 0 && !slices.ContainsFunc(g.Route.Hosts, func(h string) bool { return strings.EqualFold(h, host) }) {
+			continue
+		}
+		if below, ok := strings.CutPrefix(path, prefix(g)); ok && (below == "" || below[0] == '/') {
+			return g, below
+		}
+	}
+	return nil, ""
+}
+
+// ErrPath is the refusal of a path that two servers could read differently.
+var ErrPath = &operation.Refusal{Status: http.StatusBadRequest, Code: -32600, Why: "the path is ambiguous: no dot segments, backslashes or encoded slashes"}
+
+// CheckPath refuses a path that two servers could read differently: one of them
+// would see another route or operation.
+func CheckPath(u *url.URL) error {
+	if !config.CleanPath(u.Path) {
+		return ErrPath
+	}
+	if raw := u.RawPath; raw != "" {
+		for i := 0; i+2 < len(raw); i++ {
+			if raw[i] == '%' && (strings.EqualFold(raw[i:i+3], "%2f") || strings.EqualFold(raw[i:i+3], "%5c")) {
+				return ErrPath
+			}
+		}
+	}
+	return nil
+}
+
+// ByPath is the operation of a request whose body is not read: for A2A over REST
+// or gRPC its method, and else the HTTP method and the path as it was sent.
+func (g *Guard) ByPath(method string, u *url.URL, below string, h http.Header) operation.Operation {
+	if g.Route.Protocol == config.A2A {
+		if operation.GRPC(h) {
+			return operation.Operation{Method: u.Path[strings.LastIndexByte(u.Path, '/')+1:]}
+		}
+		if name, ok := operation.REST(method, below); ok {
+			return operation.Operation{Method: name}
+		}
+	}
+	return operation.Operation{Method: method + " " + u.EscapedPath()}
+}
+
+// Identity headers name the caller to an upstream. Requests that carry any lose
+// them first.
+const headerPrefix = "Interlock-"
+
+// IdentityHeaders are those that SetIdentity may set.
+var identityHeaders = []string{"Tenant", "Issuer", "Subject", "Session", "Client", "Actors"}
+
+// IdentityHeaders returns the names of the headers that name a caller.
+func IdentityHeaders() []string {
+	out := make([]string, len(identityHeaders))
+	for i, n := range identityHeaders {
+		out[i] = headerPrefix + n
+	}
+	return out
+}
+
+// Spoofed reports whether a header could be taken for one that names the caller:
+// by its name, or by one that is the same to a server that does not tell - from _.
+func Spoofed(name string) bool {
+	return len(name) >= len(headerPrefix) && strings.EqualFold(strings.ReplaceAll(name[:len(headerPrefix)], "_", "-"), headerPrefix)
+}
+
+// Identity returns the headers that name a caller, as name and value. Whatever is
+// not visible ASCII in a value is percent-encoded, and so are "%" and ",".
+func Identity(p *session.Prepared) [][2]string {
+	id := p.Identity()
+	var chain []string
+	for _, a := range id.Actors {
+		chain = append(chain, encode(a.ID))
+	}
+	var out [][2]string
+	for i, v := range []string{encode(id.Tenant), encode(id.Issuer), encode(id.User), encode(id.Session.ID), encode(id.Client), strings.Join(chain, ", ")} {
+		if v != "" {
+			out = append(out, [2]string{headerPrefix + identityHeaders[i], v})
+		}
+	}
+	return out
+}
+
+func encode(s string) string {
+	if !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '%' || r == ',' }) {
+		return s
+	}
+	var b strings.Builder
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c > '~' || c == '%' || c == ',' {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}
