@@ -344,7 +344,7 @@ func (r *report) meanwhile(n int, s *filter.Set, dir string, ps []*session.Prepa
 	var err error
 	wg.Go(func() {
 		defer close(merged)
-		_, err = now.Load().Seal(filepath.Join(dir, "merged"), filter.Mark{})
+		_, err = now.Load().SealBeside(context.Background(), filepath.Join(dir, "merged"), filter.Mark{})
 	})
 	l = sample(1<<25, merged, check(now.Load()))
 	wg.Wait()
