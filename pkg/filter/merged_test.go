@@ -151,6 +151,7 @@ type people struct {
 	callers []*session.Prepared
 	calls   []session.Call
 	keys    []session.Key
+	theirs  int // the first so many of them are callers' keys
 }
 
 func newPeople(tb testing.TB) *people {
@@ -193,6 +194,7 @@ func newPeople(tb testing.TB) *people {
 			}
 		}
 	}
+	w.theirs = len(w.keys)
 	// The keys of nobody are most of what a real state holds.
 	for i := range 400 {
 		k := session.Key{Tenant: 1 + session.TenantID(i%3), Shape: session.Shape(session.KindToken)}
@@ -207,7 +209,8 @@ func (w *people) entry(draw func(n int) int, horizon session.Instant) session.En
 	for {
 		e := session.Entry{
 			Op: session.OpSet, Effect: session.Effect(1 + draw(4)), Reason: session.Reason(draw(4)),
-			Key: w.keys[draw(len(w.keys))],
+			// Most often one that was decided about before, or soon will be again.
+			Key: w.keys[draw([]int{24, 24, w.theirs, len(w.keys)}[draw(4)])],
 		}
 		if draw(3) == 0 {
 			e.Op = session.OpLift

@@ -309,6 +309,51 @@ func TestDecideAllocatesNothing(t *testing.T) {
 	}
 }
 
+// TestTheDeltaHidesTheSegment: what was lifted, and what the horizon has ended, is
+// not found again in the segment below; one who was revoked there still is.
+func TestTheDeltaHidesTheSegment(t *testing.T) {
+	w := newWorld(t)
+	p := w.prepare(t, w.callers[2])
+	user, sess, ended := p.Keys()[0], p.Keys()[2], p.Keys()[1]
+	until := put(session.EffectRevoked, ended)
+	until.Expires = 5000
+	set := (*Set)(nil).Apply(batch(1, put(session.EffectSuspended, user), put(session.EffectReduced, sess), until), nil)
+	for _, path := range []string{"", filepath.Join(t.TempDir(), "segment")} {
+		g, err := set.Seal(path, Mark{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		says := func(s *Set, want session.Effect) {
+			t.Helper()
+			m, err := s.Decide(p, &session.Call{}, session.Moment{})
+			var got session.Effect
+			if m.Record != nil {
+				got = m.Record.Effect
+			}
+			if err != nil || got != want {
+				t.Errorf("%v, want %v: %v", got, want, err)
+			}
+		}
+		s := g.Set()
+		says(s, session.EffectRevoked)
+		b := batch(2)
+		b.Horizon = 4999
+		s = s.Apply(b, nil)
+		says(s, session.EffectRevoked)
+		b = batch(3)
+		b.Horizon = 5000
+		s = s.Apply(b, nil)
+		says(s, session.EffectSuspended)
+		s = s.Apply(batch(4, lift(session.EffectSuspended, user)), nil)
+		says(s, session.EffectReduced)
+		s = s.Apply(batch(5, lift(session.EffectReduced, sess)), nil)
+		says(s, 0)
+		if s.Len() != 0 || s.Digest() != (session.StateDigest{}) {
+			t.Errorf("%d records left", s.Len())
+		}
+	}
+}
+
 // TestARevokedCallerCostsTheRecord: a denial from a file allocates what it tells,
 // the record and its incident, and nothing else.
 func TestARevokedCallerCostsTheRecord(t *testing.T) {
