@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"encoding/hex"
 	"errors"
@@ -93,14 +94,12 @@ func keySetOf(s *trust.Store) keySet {
 			current = session.KeyIDOf(pub)
 		}
 	}
+	sealing, _ := ks.AuditKey()
 	for _, k := range ks.Keys {
-		use := "writer"
-		if k.Use == session.UseEmergency {
-			use = "emergency"
-		}
+		use := map[session.KeyUse]string{session.UseWriter: "writer", session.UseEmergency: "emergency", session.UseAudit: "audit"}[k.Use]
 		id := session.KeyIDOf(k.Public)
 		out.Keys = append(out.Keys, keyInfo{
-			ID: id.String(), Use: use, Current: id == current,
+			ID: id.String(), Use: use, Current: id == current || bytes.Equal(k.Public, sealing),
 			Withdrawn: k.Withdrawn, LastEpoch: k.LastEpoch, LastNumber: k.LastNumber,
 		})
 	}
@@ -193,16 +192,29 @@ new key set at once; enforcers take it without a restart.`,
 		},
 	}
 
+	var audit bool
 	rotate := &cobra.Command{
 		Use: "rotate", Short: "Add a signing key and sign with it from now on", Args: noArgs,
-		Long: "Adds a signing key, which is used from now on. The old one stays trusted until it\nis withdrawn.",
+		Long: `Adds a signing key, which is used from now on. The old one stays trusted until it
+is withdrawn.
+
+With --audit it is a key to which enforcers seal their reports. Other authorities
+need a copy of keys/audit-*.key to read them.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if audit {
+				return change(cmd, g, root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
+					id, err := s.RotateAudit(r, now)
+					return "rotated: reports are sealed to " + id.String(), err
+				})
+			}
 			return change(cmd, g, root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
 				id, err := s.Rotate(r, now)
 				return "rotated: signing with " + id.String(), err
 			})
 		},
 	}
+
+	rotate.Flags().BoolVar(&audit, "audit", false, "the key to which enforcers seal their reports")
 
 	var validity time.Duration
 	renew := &cobra.Command{

@@ -177,7 +177,7 @@ running.
 		}
 	}
 	add("respond", newDecisionCommands(g)...)
-	add("look", newStatusCommand(g), newWatchCommand(g), newExplainCommand(g), newEnforcersCommand(g))
+	add("look", newStatusCommand(g), newWatchCommand(g), newExplainCommand(g), newTrailCommand(g), newAgentsCommand(g), newEnforcersCommand(g))
 	add("run", newDemoCommand(), newServeCommand(g), newInitCommand(g), newKeysCommand(g), newEpochCommand(g), newEnrollCommand(g), newRetireCommand(g), newVersionCommand(g))
 	root.AddCommand(
 		&cobra.Command{Use: "targets", Short: "What a decision can name", Long: helpTargets},

@@ -68,6 +68,9 @@ type Service interface {
 	BusConfig(ctx context.Context) (string, error)
 	KeySet(ctx context.Context) ([]byte, error)
 	PublishKeySet(ctx context.Context, frame []byte) error
+	// Trail and Seen tell what enforcers reported.
+	Trail(ctx context.Context, q authority.TrailQuery) (*authority.Trail, error)
+	Seen(ctx context.Context, q authority.TrailQuery) (*authority.Sightings, error)
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
 	// soon after, and never calls fn concurrently.
 	Watch(ctx context.Context, fn func(authority.Event) error) error
@@ -283,6 +286,8 @@ func (s *Server) routes() http.Handler {
 		"GET /v1/enforcers":                           s.enforcers,
 		"POST /v1/enforcers":                          s.enroll,
 		"DELETE /v1/enforcers/{name}":                 s.retire,
+		"GET /v1/trail":                               s.trail,
+		"GET /v1/seen":                                s.seen,
 		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,
@@ -476,6 +481,32 @@ func (s *Server) enroll(w http.ResponseWriter, r *http.Request) error {
 		return fmt.Errorf("enrolment: %w", err)
 	}
 	writeJSON(w, http.StatusCreated, json.RawMessage(secret))
+	return nil
+}
+
+func (s *Server) trail(w http.ResponseWriter, r *http.Request) error {
+	q, err := authority.ParseTrailQuery(r.URL.Query())
+	if err != nil {
+		return err
+	}
+	t, err := s.svc.Trail(r.Context(), q)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, t)
+	return nil
+}
+
+func (s *Server) seen(w http.ResponseWriter, r *http.Request) error {
+	q, err := authority.ParseTrailQuery(r.URL.Query())
+	if err != nil {
+		return err
+	}
+	t, err := s.svc.Seen(r.Context(), q)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, t)
 	return nil
 }
 

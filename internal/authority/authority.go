@@ -9,6 +9,7 @@ package authority
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -32,6 +33,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/api"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/flock"
+	"github.com/interlock-fabric/interlock/internal/report"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/internal/trust"
@@ -133,6 +135,7 @@ type Authority struct {
 	seq     *sequencer.Sequencer
 	roster  *roster.Roster
 	tracker *roster.Tracker
+	reports *report.Reader
 	hub     *hub
 	server  *api.Server
 	cancel  context.CancelFunc
@@ -217,6 +220,14 @@ func (a *Authority) open(ctx context.Context) error {
 	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err
 	}
+	js, err := jetstream.New(a.nc)
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	a.reports = report.NewReader(report.Options{
+		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Logger: a.log,
+	})
+	a.done.Go(func() { a.reports.Follow(run) })
 	a.done.Go(func() { a.hub.run(run) })
 	if a.broker != nil {
 		a.done.Go(func() { a.tendStore(run) })
@@ -493,6 +504,12 @@ func (a *Authority) openReceipts(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	return nil
+}
+
+// receiptKey finds the key of an enforcer that is enrolled, or was.
+func (a *Authority) receiptKey(name string) (ed25519.PublicKey, bool) {
+	e, ok := a.roster.Find(name)
+	return e.ReceiptKey, ok
 }
 
 // onBatch hears the log's own subject. What no writer signed is none of its

@@ -121,7 +121,7 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		Segment: st.Segment, SegmentTime: st.SegmentAt, LogFrom: st.LogFrom,
 	}
 	for _, k := range ks.Keys {
-		if !k.Withdrawn {
+		if !k.Withdrawn && k.Use != session.UseAudit {
 			s.KeySet.Keys = append(s.KeySet.Keys, session.KeyIDOf(k.Public).String())
 		}
 	}
@@ -151,6 +151,21 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	}
 	if n := a.tracker.Strangers(); n > 0 {
 		warn("%d receipts came in the name of enforcers that are not enrolled", n)
+	}
+	trails, strange := a.reports.Enforcers()
+	for _, e := range trails {
+		if e.Refused > 0 {
+			warn("%d reports in the name of %s were refused", e.Refused, e.Name)
+		}
+		if e.Missing > 0 {
+			warn("%d reports of %s are missing: its trail has gaps", e.Missing, e.Name)
+		}
+	}
+	if strange > 0 {
+		warn("%d reports came in the name of enforcers that are not enrolled", strange)
+	}
+	if _, ok := ks.AuditKey(); !ok {
+		warn("enforcers have no key to seal reports to: session-authority keys rotate --audit")
 	}
 	list := a.enforcers()
 	// Read after the receipts: none that is honest can be ahead of it.
@@ -230,6 +245,31 @@ func (a *Authority) enforcers() []authority.Enforcer {
 		}
 	}
 	return list
+}
+
+// Trail returns what enforcers recorded; it is the API's.
+func (a *Authority) Trail(ctx context.Context, q authority.TrailQuery) (*authority.Trail, error) {
+	t, err := a.reports.Records(ctx, q)
+	if err != nil {
+		return nil, reportProblem(err)
+	}
+	return t, nil
+}
+
+// Seen returns whom enforcers saw; it is the API's.
+func (a *Authority) Seen(ctx context.Context, q authority.TrailQuery) (*authority.Sightings, error) {
+	t, err := a.reports.Seen(ctx, q)
+	if err != nil {
+		return nil, reportProblem(err)
+	}
+	return t, nil
+}
+
+func reportProblem(err error) error {
+	if transient(err) {
+		return authority.NewProblem(authority.ProblemUnavailable, "the store of the reports does not answer", "try again in a moment")
+	}
+	return err
 }
 
 // Enroll makes an enforcer's identity and enters it in the roster; it is the

@@ -180,11 +180,14 @@ func TestEnforcerMayDoThisAndNothingElse(t *testing.T) {
 		publish, ok   bool
 	}{
 		{"own receipt", natsfeed.ReceiptSubject("a"), true, true},
+		{"own report", natsfeed.ReportSubject("a"), true, true},
 		{"own clock request", natsfeed.ClockSubject("a"), true, true},
 		{"read of the log", "$JS.API.DIRECT.GET.INTERLOCK_LOG", true, true},
 		{"read of the key sets", "$JS.API.DIRECT.GET.INTERLOCK_TRUST", true, true},
 
 		{"another's receipt", natsfeed.ReceiptSubject("b"), true, false},
+		{"another's report", natsfeed.ReportSubject("b"), true, false},
+		{"read of the reports", "$JS.API.DIRECT.GET.INTERLOCK_REPORTS", true, false},
 		{"another's clock request", natsfeed.ClockSubject("b"), true, false},
 		{"the log", natsfeed.LogSubject, true, false},
 		{"heartbeats", natsfeed.BeatSubject, true, false},
@@ -226,6 +229,8 @@ func TestEnforcerMayDoThisAndNothingElse(t *testing.T) {
 		{"hear the fabric", "interlock.v1.>", false, false},
 		{"hear others' receipts", natsfeed.ReceiptSubjects, false, false},
 		{"hear own receipts", natsfeed.ReceiptSubject("a"), false, false},
+		{"hear others' reports", natsfeed.ReportSubjects, false, false},
+		{"hear own reports", natsfeed.ReportSubject("a"), false, false},
 		{"hear clock requests", natsfeed.ClockSubject("b"), false, false},
 		{"hear forwarded decisions", natsfeed.ForwardSubject, false, false},
 		{"hear another's inbox", "_INBOX_b.>", false, false},
@@ -276,7 +281,7 @@ func TestReplySubjectLeadsNowhere(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all := []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.ReceiptStream, "KV_" + natsfeed.LeaseBucket}
+	all := []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.ReceiptStream, natsfeed.ReportStream, "KV_" + natsfeed.LeaseBucket}
 	before := map[string]jetstream.StreamState{}
 	for _, s := range all {
 		before[s] = f.state(t, s)

@@ -33,6 +33,7 @@ func EnforcerPermissions(name string) Permissions {
 	return Permissions{
 		Publish: []string{
 			natsfeed.ReceiptSubject(name),
+			natsfeed.ReportSubject(name),
 			natsfeed.ClockSubject(name),
 			directGet + natsfeed.LogStream,
 			directGet + natsfeed.TrustStream,
@@ -58,7 +59,7 @@ const directGet = "$JS.API.DIRECT.GET."
 func AuthorityPermissions() Permissions {
 	own := []string{
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
-		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ClockSubjects,
+		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ReportSubjects, natsfeed.ClockSubjects,
 		natsfeed.SegmentSubject, natsfeed.SegmentChunks,
 	}
 	return Permissions{
@@ -92,7 +93,7 @@ func accountsConfig(authority string, list []Enforcer) string {
 	for _, s := range []string{natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject} {
 		line("      {stream: %q}", s)
 	}
-	for _, s := range []string{natsfeed.ReceiptSubjects, natsfeed.ClockSubjects} {
+	for _, s := range []string{natsfeed.ReceiptSubjects, natsfeed.ReportSubjects, natsfeed.ClockSubjects} {
 		line("      {service: %q, response_type: singleton, response_threshold: %q}", s, responseThreshold)
 	}
 	for _, s := range []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.SegmentStream} {

@@ -25,6 +25,11 @@ const (
 	MaxReceiptLen = 64 << 10
 	MaxReceipts   = 64
 	maxReceiptAll = 128 << 20
+	// MaxReports bounds the reports of one enforcer that are stored, 8 MiB of
+	// them; the oldest of its own give way. Only when 16 enforcers at once fill
+	// theirs to the last byte, those of others do: maxReportAll.
+	MaxReports   = 256
+	maxReportAll = 128 << 20
 	// duplicates is the window in which the server remembers message ids. The
 	// fence is the expected-last-sequence, not this: it is short because its
 	// memory grows with the rate.
@@ -51,7 +56,7 @@ func streams(replicas int) []jetstream.StreamConfig {
 		Replicas: replicas, Duplicates: duplicates,
 		MaxConsumers: -1, MaxMsgs: -1, MaxBytes: -1, MaxMsgsPerSubject: -1,
 	}
-	log, trust, receipts, segments := base, base, base, base
+	log, trust, receipts, reports, segments := base, base, base, base, base
 
 	log.Name, log.Subjects = natsfeed.LogStream, []string{natsfeed.LogSubject}
 	log.Description = "signed batches; read by batched direct gets"
@@ -77,12 +82,22 @@ func streams(replicas int) []jetstream.StreamConfig {
 	receipts.MaxMsgSize = MaxReceiptLen
 	receipts.MaxBytes = maxReceiptAll
 
+	reports.Name, reports.Subjects = natsfeed.ReportStream, []string{natsfeed.ReportSubjects}
+	reports.Description = "sealed reports of enforcers; read by sequence"
+	reports.Discard = jetstream.DiscardOld
+	reports.AllowDirect = true
+	reports.NoAck = true // for the receipts' reason
+	reports.MaxMsgsPerSubject = MaxReports
+	// No header that an honest one sends; what is longer is no report.
+	reports.MaxMsgSize = session.MaxReportLen
+	reports.MaxBytes = maxReportAll
+
 	segments.Name, segments.Subjects = natsfeed.SegmentStream, []string{natsfeed.SegmentSubject, natsfeed.SegmentChunks}
 	segments.Description = "published segments; the writer purges old ones"
 	segments.Discard = jetstream.DiscardNew
 	segments.AllowDirect, segments.DenyDelete = true, true
 	segments.MaxMsgSize = session.MaxFrameLen + maxHeader
-	return []jetstream.StreamConfig{log, trust, receipts, segments}
+	return []jetstream.StreamConfig{log, trust, receipts, reports, segments}
 }
 
 // EnsureStreams makes the streams and the lease bucket, with the given number of

@@ -21,6 +21,7 @@ func TestStreamsAreAsTheContractSays(t *testing.T) {
 		return s.CachedInfo().Config
 	}
 	log, trust, receipts, lease := get(natsfeed.LogStream), get(natsfeed.TrustStream), get(natsfeed.ReceiptStream), get("KV_"+natsfeed.LeaseBucket)
+	reports := get(natsfeed.ReportStream)
 	for what, ok := range map[string]bool{
 		"the log refuses when full":      log.Discard == jetstream.DiscardNew && log.MaxMsgs == -1 && log.MaxAge == 0,
 		"the log keeps what it has":      log.DenyDelete && !log.DenyPurge && !log.AllowRollup && !log.AllowMsgTTL,
@@ -30,6 +31,8 @@ func TestStreamsAreAsTheContractSays(t *testing.T) {
 		"short memory of message ids":    log.Duplicates == duplicates,
 		"64 key sets":                    trust.MaxMsgs == MaxKeySets && trust.Discard == jetstream.DiscardOld,
 		"receipts are bounded":           receipts.MaxMsgsPerSubject == MaxReceipts && receipts.MaxBytes > 0 && receipts.MaxMsgSize == MaxReceiptLen,
+		"reports are bounded":            reports.MaxMsgsPerSubject == MaxReports && reports.MaxBytes > 0 && reports.MaxMsgSize == session.MaxReportLen,
+		"reports are not answered":       reports.NoAck && reports.Discard == jetstream.DiscardOld,
 		"receipts are not answered":      receipts.NoAck && !log.NoAck && !trust.NoAck,
 		"the lease has its newest value": lease.MaxMsgsPerSubject == 1 && lease.Storage == jetstream.FileStorage,
 	} {

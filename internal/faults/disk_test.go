@@ -24,7 +24,7 @@ func TestDiskFull(t *testing.T) {
 	f := &fabric{t: t, ctx: t.Context(), dir: filepath.Join(dir, "mount"), listen: freeAddr(t)}
 	must(t, os.MkdirAll(f.dir, 0o700))
 	socket := filepath.Join(dir, "api.sock")
-	config := childConfig{DataDir: f.dir, Socket: socket, NATSListen: f.listen, Tmpfs: "192m", AckWait: 200 * time.Millisecond}
+	config := childConfig{DataDir: f.dir, Socket: socket, NATSListen: f.listen, Tmpfs: "384m", AckWait: 200 * time.Millisecond}
 	p := spawn(t, config)
 	fill, empty := func() { p.ask(fillDisk) }, func() { p.ask(emptyDisk) }
 	if p.addr == noMount {

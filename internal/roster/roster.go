@@ -171,6 +171,19 @@ func (r *Roster) Close() error {
 // Enforcers returns those that are in, by name. The slice must not be changed.
 func (r *Roster) Enforcers() []Enforcer { return *r.list.Load() }
 
+// Find returns the enforcer of that name that is in, or else the one that was
+// last.
+func (r *Roster) Find(name string) (Enforcer, bool) {
+	list := r.Enforcers()
+	if i, ok := slices.BinarySearchFunc(list, name, func(e Enforcer, name string) int { return strings.Compare(e.Name, name) }); ok {
+		return list[i], true
+	}
+	r.mu.Lock() // for as long as a load takes; this one is rarely asked for
+	defer r.mu.Unlock()
+	e, ok := r.all[name]
+	return e.Enforcer, ok
+}
+
 // Enroll enters an enforcer and returns when the store has it and OnChange has
 // been told. A name whose bearer was retired can be used again. Errors wrap
 // ErrExists or ErrFull where those are the reason.

@@ -8,6 +8,8 @@
 //	root.pub          its public half, PKIX in PEM
 //	keyset            the newest root-signed key set, a frame
 //	sign-<keyid>.key  signing keys, PKCS #8 in PEM
+//	audit-<keyid>.key sealing keys (X25519), PKCS #8 in PEM: with them reports
+//	                  of enforcers can be read
 //	tenants.json      the tenants' digest keys
 //	authority.nk      the authority's NKey seed
 //

@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/pem"
@@ -96,7 +97,8 @@ const (
 	publicBlock  = "PUBLIC KEY"
 )
 
-func writePrivate(path string, key ed25519.PrivateKey) error {
+// writePrivate writes an ed25519.PrivateKey, or an X25519 *ecdh.PrivateKey.
+func writePrivate(path string, key any) error {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return errors.New("trust: key cannot be encoded") // the cause could show the key
@@ -106,6 +108,29 @@ func writePrivate(path string, key ed25519.PrivateKey) error {
 
 // readPrivate never puts what it read into an error.
 func readPrivate(path string) (ed25519.PrivateKey, error) {
+	key, err := readPKCS8(path)
+	if err != nil {
+		return nil, err
+	}
+	if k, ok := key.(ed25519.PrivateKey); ok {
+		return k, nil
+	}
+	return nil, fmt.Errorf("%w: %s is not an Ed25519 key in PKCS #8", ErrCorrupt, path)
+}
+
+// readSealing reads an X25519 key, and is as silent.
+func readSealing(path string) (*ecdh.PrivateKey, error) {
+	key, err := readPKCS8(path)
+	if err != nil {
+		return nil, err
+	}
+	if k, ok := key.(*ecdh.PrivateKey); ok && k.Curve() == ecdh.X25519() {
+		return k, nil
+	}
+	return nil, fmt.Errorf("%w: %s is not an X25519 key in PKCS #8", ErrCorrupt, path)
+}
+
+func readPKCS8(path string) (any, error) {
 	b, err := readFile(path, true)
 	if err != nil {
 		return nil, err
@@ -115,10 +140,10 @@ func readPrivate(path string) (ed25519.PrivateKey, error) {
 		return nil, fmt.Errorf("%w: %s is not a private key in PEM", ErrCorrupt, path)
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if k, ok := key.(ed25519.PrivateKey); ok && err == nil {
-		return k, nil
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s is not a key in PKCS #8", ErrCorrupt, path)
 	}
-	return nil, fmt.Errorf("%w: %s is not an Ed25519 key in PKCS #8", ErrCorrupt, path)
+	return key, nil
 }
 
 func writePublic(path string, pub ed25519.PublicKey) error {

@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
@@ -83,6 +84,30 @@ func (s *Store) Rotate(r *Root, now session.Instant) (session.KeyID, error) {
 		}
 		s.keys[id] = key
 		ks.Keys = append(ks.Keys, session.SigningKey{Public: pub, Use: session.UseWriter})
+		return nil
+	})
+	return id, err
+}
+
+// RotateAudit adds a new sealing key, to which enforcers seal from now on. What
+// was sealed to the old ones stays readable where their private halves are.
+func (s *Store) RotateAudit(r *Root, now session.Instant) (session.KeyID, error) {
+	var id session.KeyID
+	err := s.change(r, now, func(ks *session.KeySet) error {
+		if len(ks.Keys) >= session.MaxKeys {
+			return fmt.Errorf("the key set holds %d keys: open a new epoch on a new deployment", len(ks.Keys))
+		}
+		key, err := ecdh.X25519().GenerateKey(rand.Reader)
+		if err != nil {
+			return err
+		}
+		pub := key.PublicKey().Bytes()
+		id = session.KeyIDOf(pub)
+		if err := writePrivate(s.auditPath(id), key); err != nil {
+			return err
+		}
+		s.sealing[id] = key
+		ks.Keys = append(ks.Keys, session.SigningKey{Public: pub, Use: session.UseAudit})
 		return nil
 	})
 	return id, err

@@ -2,6 +2,7 @@ package trust
 
 import (
 	"bytes"
+	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
@@ -60,8 +61,8 @@ type InitOptions struct {
 	Validity time.Duration
 }
 
-// Init makes a deployment's keys: root, first signing key, tenants, the
-// authority's NKey, and key set 1 of epoch 1. It fails with ErrExists when any of
+// Init makes a deployment's keys: root, first signing key, first sealing key,
+// tenants, the authority's NKey, and key set 1 of epoch 1. It fails with ErrExists when any of
 // the files is there.
 func Init(o InitOptions, now session.Instant) (*Store, error) {
 	switch {
@@ -79,7 +80,7 @@ func Init(o InitOptions, now session.Instant) (*Store, error) {
 		o.Tenants = []string{"default"}
 	}
 	ks := &session.KeySet{Version: 1, Epoch: 1, Issued: now, NotAfter: now.Add(o.Validity)}
-	s := &Store{dir: o.Dir, keys: map[session.KeyID]ed25519.PrivateKey{}}
+	s := &Store{dir: o.Dir, keys: map[session.KeyID]ed25519.PrivateKey{}, sealing: map[session.KeyID]*ecdh.PrivateKey{}}
 	for i, name := range o.Tenants {
 		t, err := newTenant(session.TenantID(i+1), name)
 		if err != nil {
@@ -99,7 +100,14 @@ func Init(o InitOptions, now session.Instant) (*Store, error) {
 	if _, err := rand.Read(ks.Salt[:]); err != nil {
 		return nil, err
 	}
-	ks.Keys = []session.SigningKey{{Public: pub, Use: session.UseWriter}}
+	audit, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	ks.Keys = []session.SigningKey{
+		{Public: pub, Use: session.UseWriter},
+		{Public: audit.PublicKey().Bytes(), Use: session.UseAudit},
+	}
 	frame, err := root.SignKeySet(ks) // refuses bad tenant names before anything is written
 	if err != nil {
 		return nil, fmt.Errorf("trust: %w", err)
@@ -132,6 +140,7 @@ func Init(o InitOptions, now session.Instant) (*Store, error) {
 			func() error { return writePrivate(o.RootPath, root.key) },
 			func() error { return writePublic(s.path(PublicFile), root.Public()) },
 			func() error { return writePrivate(s.signPath(id), key) },
+			func() error { return writePrivate(s.auditPath(session.KeyIDOf(ks.Keys[1].Public)), audit) },
 			func() error { return writeFile(s.path(authorityFile), append(seed, '\n'), true) },
 			func() error { return s.writeTenants(true) },
 			func() error { return writeFile(s.path(keySetFile), frame, true) },
@@ -157,6 +166,7 @@ type Store struct {
 	trust   *session.Trust
 	frame   []byte
 	keys    map[session.KeyID]ed25519.PrivateKey
+	sealing map[session.KeyID]*ecdh.PrivateKey
 	tenants []tenant
 	seed    string
 }
@@ -202,6 +212,10 @@ func (s *Store) signPath(id session.KeyID) string {
 	return s.path("sign-" + id.String() + ".key")
 }
 
+func (s *Store) auditPath(id session.KeyID) string {
+	return s.path("audit-" + id.String() + ".key")
+}
+
 // locked runs f under the lock of the directory, which others hold for
 // milliseconds only.
 func (s *Store) locked(f func() error) error {
@@ -243,9 +257,22 @@ func (s *Store) load() error {
 		return fmt.Errorf("trust: %w: %s: %w", ErrCorrupt, s.path(keySetFile), err)
 	}
 	ks := tr.KeySet()
-	keys := map[session.KeyID]ed25519.PrivateKey{}
+	keys, sealing := map[session.KeyID]ed25519.PrivateKey{}, map[session.KeyID]*ecdh.PrivateKey{}
 	for _, k := range ks.Keys {
 		id := session.KeyIDOf(k.Public)
+		if k.Use == session.UseAudit {
+			key, err := readSealing(s.auditPath(id))
+			switch {
+			case errors.Is(err, fs.ErrNotExist): // another authority's
+			case err != nil:
+				return wrap(err)
+			case !bytes.Equal(key.PublicKey().Bytes(), k.Public):
+				return fmt.Errorf("trust: %w: %s is another key than its name says", ErrCorrupt, s.auditPath(id))
+			default:
+				sealing[id] = key
+			}
+			continue
+		}
 		key, err := readPrivate(s.signPath(id))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // another authority's
@@ -277,7 +304,7 @@ func (s *Store) load() error {
 	} else if _, err := s.trust.Update(frame, issued); err != nil {
 		return wrap(err)
 	}
-	s.frame, s.keys, s.tenants, s.seed = frame, keys, tenants, string(seed)
+	s.frame, s.keys, s.sealing, s.tenants, s.seed = frame, keys, sealing, tenants, string(seed)
 	return nil
 }
 
@@ -414,6 +441,15 @@ func (s *Store) Signer(now session.Instant) (ed25519.PrivateKey, error) {
 		}
 	}
 	return nil, fmt.Errorf("%w: rotate with the root key", ErrNoSigner)
+}
+
+// Sealing returns the private half of a sealing key, withdrawn ones included:
+// what was sealed to them is there to be read still.
+func (s *Store) Sealing(id session.KeyID) (*ecdh.PrivateKey, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k, ok := s.sealing[id]
+	return k, ok
 }
 
 // Secrets returns the digest keys of the key set's tenants, in order of number.

@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/hex"
@@ -61,7 +62,7 @@ func TestInitMakesPrivateFilesAndOverwritesNothing(t *testing.T) {
 	}
 	files, err := os.ReadDir(s.dir)
 	must(t, err)
-	if len(files) != 7 { // the six of the doc comment and the lock
+	if len(files) != 8 { // the seven of the doc comment and the lock
 		t.Errorf("%d files: %v", len(files), files)
 	}
 	for _, f := range files {
@@ -348,7 +349,7 @@ func TestAcceptTakesOnlyNewerOnesOfTheRoot(t *testing.T) {
 	for _, f := range []string{keySetFile, tenantsFile, authorityFile, PublicFile, RootFile} {
 		must(t, os.Chmod(filepath.Join(dir, f), 0o600))
 	}
-	keys, err := filepath.Glob(filepath.Join(dir, "sign-*"))
+	keys, err := filepath.Glob(filepath.Join(dir, "*-*.key"))
 	must(t, err)
 	for _, k := range keys {
 		must(t, os.Chmod(k, 0o600))
@@ -415,7 +416,7 @@ func TestChangesOfTwoProcessesExclude(t *testing.T) {
 	if _, err := s.Reload(); err != nil {
 		t.Fatal(err)
 	}
-	if ks := s.KeySet(); ks.Version != 1+stores*each || len(ks.Keys) != 1+stores*each {
+	if ks := s.KeySet(); ks.Version != 1+stores*each || len(ks.Keys) != 2+stores*each {
 		t.Errorf("version %d with %d keys: a change was lost", ks.Version, len(ks.Keys))
 	}
 }
@@ -459,5 +460,59 @@ func TestEnroll(t *testing.T) {
 		if err := f(); !errors.Is(err, session.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestSealingKeys: enforcers seal to the newest; what was sealed to the others is
+// read as long as their private halves are here.
+func TestSealingKeys(t *testing.T) {
+	s, r := initStore(t)
+	first, ok := s.KeySet().AuditKey()
+	if !ok {
+		t.Fatal("Init makes none")
+	}
+	id, err := s.RotateAudit(r, t0+1)
+	must(t, err)
+	if k, ok := s.KeySet().AuditKey(); !ok || session.KeyIDOf(k) != id || bytes.Equal(k, first) {
+		t.Errorf("sealed to %x, want the new one", k)
+	}
+	if _, err := s.Signer(t0 + 1); err != nil {
+		t.Errorf("Signer: %v", err)
+	}
+	must(t, s.Withdraw(r, session.KeyIDOf(first), 1, 0, t0+1))
+	again, err := Open(s.dir)
+	must(t, err)
+	for _, k := range [][]byte{first, id[:]} {
+		want := session.KeyID(k[:8])
+		if len(k) > 8 {
+			want = session.KeyIDOf(k)
+		}
+		if key, ok := again.Sealing(want); !ok || session.KeyIDOf(key.PublicKey().Bytes()) != want {
+			t.Errorf("the private half of %s is not here", want)
+		}
+	}
+	// A key that signs opens nothing, and the other way round.
+	if _, ok := again.Sealing(session.KeyIDOf(again.KeySet().Keys[0].Public)); ok {
+		t.Error("a signing key opens reports")
+	}
+	// One file in the place of another is noticed.
+	raw, err := os.ReadFile(s.auditPath(id))
+	must(t, err)
+	must(t, os.WriteFile(s.auditPath(session.KeyIDOf(first)), raw, 0o600))
+	if _, err := Open(s.dir); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("another key's file: %v", err)
+	}
+	raw, err = os.ReadFile(s.signPath(session.KeyIDOf(s.KeySet().Keys[0].Public)))
+	must(t, err)
+	must(t, os.WriteFile(s.auditPath(session.KeyIDOf(first)), raw, 0o600))
+	if _, err := Open(s.dir); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a signing key's file: %v", err)
+	}
+	// Without it, the reports are another authority's to read.
+	must(t, os.Remove(s.auditPath(session.KeyIDOf(first))))
+	again, err = Open(s.dir)
+	must(t, err)
+	if _, ok := again.Sealing(session.KeyIDOf(first)); ok {
+		t.Error("a key that is not here")
 	}
 }

@@ -2,7 +2,8 @@
 // every host: the status, the challenge, and the error object.
 //
 //	no credentials                401  Bearer resource_metadata, scope
-//	invalid, expired, revoked     401  Bearer error="invalid_token"
+//	invalid, expired, revoked,
+//	or not registered             401  Bearer error="invalid_token"
 //	step-up                       401  Bearer error="insufficient_user_authentication" (RFC 9470)
 //	scope missing, reduced rights 403  Bearer error="insufficient_scope"
 //	suspended                     403  Retry-After
@@ -45,7 +46,7 @@ var ErrScope = fmt.Errorf("%w: insufficient scope", session.ErrDenied)
 // Data is what a caller learns of a denial, as the data of the JSON-RPC error.
 type Data struct {
 	// Error is "revoked", "suspended", "step_up", "reduced", "stale",
-	// "expired", "no_identity", "insufficient_scope", "overloaded", "closed" or
+	// "expired", "unregistered", "no_identity", "insufficient_scope", "overloaded", "closed" or
 	// "denied".
 	Error string `json:"error"`
 	// Reason, Incident and Seq are those of the decision, where one is the
@@ -141,6 +142,9 @@ func (r *Resource) Answer(err error) Answer {
 		set(http.StatusForbidden, "insufficient_scope", "insufficient_scope", 0)
 	case errors.Is(err, session.ErrExpired):
 		set(http.StatusUnauthorized, "expired", "invalid_token", 0)
+	case errors.Is(err, session.ErrUnregistered):
+		// A token of a session that is registered would do.
+		set(http.StatusUnauthorized, "unregistered", "invalid_token", 0)
 	case errors.Is(err, session.ErrNoIdentity):
 		set(http.StatusUnauthorized, "no_identity", "invalid_token", 0)
 	case errors.Is(err, session.ErrOverloaded):

@@ -43,6 +43,7 @@ func TestAnswer(t *testing.T) {
 		{"reduced", entry(session.EffectReduced, session.KindUser), 403, "reduced", `Bearer error="insufficient_scope"`, false},
 		{"scope", denial.ErrScope, 403, "insufficient_scope", `Bearer error="insufficient_scope"`, false},
 		{"expired", session.ErrExpired, 401, "expired", `Bearer error="invalid_token"`, false},
+		{"unregistered", session.ErrUnregistered, 401, "unregistered", `Bearer error="invalid_token"`, false},
 		{"no identity", session.ErrNoIdentity, 401, "no_identity", `Bearer error="invalid_token"`, false},
 		{"stale", session.ErrStale, 503, "stale", "", true},
 		{"stale and no identity", errors.Join(session.ErrNoIdentity, session.ErrStale), 503, "stale", "", true},

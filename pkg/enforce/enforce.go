@@ -59,6 +59,9 @@ type Options struct {
 	// MaxBound bounds the running work that may be bound at once; beyond it Bind
 	// denies. Zero is DefaultMaxBound.
 	MaxBound int
+	// Registry, when set, denies the sessions that it does not know, with
+	// session.ErrUnregistered. Nil admits every session.
+	Registry Registry
 	// Logger hears of what an operator should know; nil is silent. Nothing is
 	// logged per request.
 	Logger *slog.Logger
@@ -137,6 +140,7 @@ type Enforcer struct {
 	done   sync.WaitGroup
 	feed   Feed
 	boot   session.WriterID
+	trust  *session.Trust // as the follower's
 }
 
 // view is one immutable state of affairs.
@@ -414,6 +418,9 @@ func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now r
 		return verdict{denied: asDenied(err)}
 	case stale != "" && !exposed:
 		return e.tooOld(v, now, stale)
+	}
+	if r := e.opts.Registry; r != nil && !r.Registered(p) {
+		return refuse(session.ErrUnregistered)
 	}
 	return verdict{exposed: exposed, drill: match.Drill}
 }

@@ -139,6 +139,7 @@ func newFollower(e *Enforcer, f floor) (*follower, error) {
 	if err != nil {
 		return nil, err
 	}
+	e.trust = trust
 	return &follower{
 		keep: keeper{left: left},
 		e:    e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",

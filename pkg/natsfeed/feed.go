@@ -294,6 +294,23 @@ func (f *Feed) Receipt(ctx context.Context, frame []byte) error {
 	return f.publish(&nats.Msg{Subject: ReceiptSubject(f.name), Data: frame})
 }
 
+// Report publishes a report of at most session.MaxReportLen and returns when the
+// server has taken it, which is not yet when it is stored. After an error, of
+// which ErrDisconnected and ctx's are the usual ones, it may have it or not. It
+// makes a Feed a trail.Publisher.
+func (f *Feed) Report(ctx context.Context, frame []byte) error {
+	if len(frame) > session.MaxReportLen {
+		return fmt.Errorf("%w: report of %d bytes, at most %d", session.ErrInvalid, len(frame), session.MaxReportLen)
+	}
+	if err := f.publish(&nats.Msg{Subject: ReportSubject(f.name), Data: frame}); err != nil {
+		return err
+	}
+	if err := flush(ctx, f.nc); err != nil {
+		return fmt.Errorf("natsfeed: report: %w", err)
+	}
+	return nil
+}
+
 // publish sends at once or not at all.
 func (f *Feed) publish(m *nats.Msg) error {
 	select {

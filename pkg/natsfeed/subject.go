@@ -19,6 +19,11 @@ const (
 	ReceiptStream   = "INTERLOCK_RECEIPTS"
 	ReceiptSubjects = "interlock.v1.receipt.*"
 
+	// ReportStream holds the sealed reports, each enforcer's on a subject of its
+	// own.
+	ReportStream   = "INTERLOCK_REPORTS"
+	ReportSubjects = "interlock.v1.report.*"
+
 	// ClockSubjects are where the writer answers nonces, each enforcer's on a
 	// subject of its own.
 	ClockSubjects = "interlock.v1.clock.*"
@@ -33,6 +38,9 @@ const (
 
 // ReceiptSubject is where the enforcer of that name publishes receipts.
 func ReceiptSubject(enforcer string) string { return "interlock.v1.receipt." + enforcer }
+
+// ReportSubject is where the enforcer of that name publishes reports.
+func ReportSubject(enforcer string) string { return "interlock.v1.report." + enforcer }
 
 // ClockSubject is where the enforcer of that name asks for the writer's clock.
 func ClockSubject(enforcer string) string { return "interlock.v1.clock." + enforcer }

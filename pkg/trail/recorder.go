@@ -18,7 +18,7 @@ import (
 
 // Defaults of Options.
 const (
-	DefaultInterval   = 5 * time.Second
+	DefaultInterval   = 10 * time.Second
 	DefaultSightEvery = time.Minute
 	DefaultMaxSamples = 1024
 	DefaultMaxDenials = 1024

@@ -201,9 +201,10 @@ func TestRecordSaysWhatWasDecided(t *testing.T) {
 		f.Record(f.event(p, "read_repo", nil))
 		f.Record(&Event{Err: &session.DeniedError{Err: session.ErrNoIdentity}})
 		f.Record(&Event{Err: errors.New("an error of somebody's, with a secret")})
+		f.Record(&Event{Err: &session.DeniedError{Err: session.ErrExpired}, Method: "a\n" + strings.Repeat("m", 1000), Call: session.Call{Tool: "\xff"}})
 		must(t, f.Close())
 		got := f.records()
-		if len(got) != 4 {
+		if len(got) != 5 {
 			t.Fatalf("%d records", len(got))
 		}
 		by := map[string]session.TrailRecord{}
@@ -234,6 +235,9 @@ func TestRecordSaysWhatWasDecided(t *testing.T) {
 		if r := by["denied no_identity"]; r.Caller.Tenant != "" || r.Epoch != 0 {
 			t.Errorf("nobody: %+v", r)
 		}
+		if r := by["denied expired"]; len(r.Method) > session.MaxReportText || !strings.HasPrefix(r.Method, "a\uFFFDmmm") || r.Tool != "\uFFFD" {
+			t.Errorf("a long method: %+v", r)
+		}
 		if r := by["denied denied"]; r.Detail != "" {
 			t.Errorf("an unknown error's text is kept: %+v", r)
 		}
@@ -245,7 +249,7 @@ func TestRecordSaysWhatWasDecided(t *testing.T) {
 			}
 		}
 		sum := f.Stats()
-		if sum.Calls != 4 || sum.Denied != 3 || sum.Sampled != 1 || sum.Dropped != 0 || sum.Folded != 0 {
+		if sum.Calls != 5 || sum.Denied != 4 || sum.Sampled != 1 || sum.Dropped != 0 || sum.Folded != 0 {
 			t.Errorf("%+v", sum)
 		}
 		if c := f.open(); c[len(c)-1].Totals != sum.TrailTotals {
@@ -396,7 +400,7 @@ func TestOneCallerCannotDisplaceOthers(t *testing.T) {
 		// What was reported gives way to what is new.
 		for i := range 1000 {
 			f.Record(f.event(f.caller(fmt.Sprint("late-", i)), "x", revoked(6)))
-			time.Sleep(tick)
+			time.Sleep(tick / 4)
 		}
 		synctest.Wait()
 		if s := f.Stats(); s.Folded != flood-10 {
