@@ -88,9 +88,9 @@ func parseStored(m *nats.Msg) (*stored, error) {
 	return a.Message, nil
 }
 
-// msgGet is the request that only a stream's leader answers. A direct get is
-// answered by any replica, and one that lags would hide the log's end.
 const (
+	// msgGet is the request that only a stream's leader answers. A direct get is
+	// answered by any replica, and one that lags would hide the log's end.
 	msgGet    = "$JS.API.STREAM.MSG.GET."
 	directGet = "$JS.API.DIRECT.GET."
 )
