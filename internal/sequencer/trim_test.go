@@ -1,6 +1,7 @@
 package sequencer
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -255,6 +256,7 @@ func TestRefusedSegments(t *testing.T) {
 	refs := s.refs(q)
 	newest := refs[len(refs)-1].SegmentRef
 	q.Close()
+	reader := &Sequencer{nc: s.conn()}
 	js, err := jetstream.New(s.conn())
 	must(t, err)
 	describe := func(key ed25519.PrivateKey, typ session.FrameType, change func(*session.SegmentRef)) {
@@ -292,8 +294,18 @@ func TestRefusedSegments(t *testing.T) {
 		}},
 		{"of bytes that are not there", func() { describe(s.key, session.TypeSegment, func(r *session.SegmentRef) { r.Sum[0] ^= 1 }) }},
 		{"of an epoch to come", func() { describe(s.key, session.TypeSegment, func(r *session.SegmentRef) { r.Epoch++ }) }},
-		{"the newest is gone", func() {
-			must(t, s.stream(natsfeed.SegmentStream).Purge(context.Background(), jetstream.WithPurgeSubject(natsfeed.SegmentChunkSubject(newest.Sum))))
+		{"the newest has other decisions beside it", func() {
+			var b bytes.Buffer
+			must(t, reader.readObject(context.Background(), newest.ResumeSum, newest.ResumeSize, &b))
+			subject := natsfeed.SegmentChunkSubject(newest.ResumeSum)
+			must(t, s.stream(natsfeed.SegmentStream).Purge(context.Background(), jetstream.WithPurgeSubject(subject)))
+			b.Bytes()[b.Len()-1] ^= 1
+			_, err := js.Publish(context.Background(), subject, b.Bytes())
+			must(t, err)
+		}},
+		{"the one before it is gone", func() {
+			before := refs[len(refs)-2]
+			must(t, s.stream(natsfeed.SegmentStream).Purge(context.Background(), jetstream.WithPurgeSubject(natsfeed.SegmentChunkSubject(before.Sum))))
 		}},
 	}
 	for i, x := range steps {
@@ -308,8 +320,8 @@ func TestRefusedSegments(t *testing.T) {
 		again.Close()
 	}
 	again := s.open(byHand)
-	if st := again.Status(); st.Segment != refs[len(refs)-2].Number {
-		t.Fatalf("started from %d, not %d", st.Segment, refs[len(refs)-2].Number)
+	if st := again.Status(); st.Segment != refs[len(refs)-3].Number {
+		t.Fatalf("started from %d, not %d", st.Segment, refs[len(refs)-3].Number)
 	}
 	// Garbage does not push out what is needed, and goes with the next ones.
 	n := 200
@@ -328,19 +340,30 @@ func TestRefusedSegments(t *testing.T) {
 // Nothing is trimmed while the store does not have, whole, what the log would be
 // trimmed behind: its state, what a writer needs beside it, or its batch.
 func TestNothingIsTrimmedBehindWhatIsLost(t *testing.T) {
-	for _, lost := range []string{"state", "resume"} {
+	for _, lost := range []string{"state", "resume", "a chunk"} {
 		t.Run(lost, func(t *testing.T) {
 			s := newStore(t)
 			q := s.open(byHand)
+			for n := range 10 { // enough for two chunks
+				d := Decision{ID: id(1000 + n)}
+				for i := range session.MaxBatchEntries {
+					d.Entries = append(d.Entries, revoke(10_000+n*session.MaxBatchEntries+i).Entries...)
+				}
+				_, err := q.Decide(context.Background(), d)
+				must(t, err)
+			}
 			for n := range KeepSegments - 1 {
 				publish(t, q, n)
 			}
 			oldest := s.refs(q)[0]
-			sum := oldest.Sum
-			if lost == "resume" {
-				sum = oldest.ResumeSum
+			purge := []jetstream.StreamPurgeOpt{jetstream.WithPurgeSubject(natsfeed.SegmentChunkSubject(oldest.Sum))}
+			switch lost {
+			case "resume":
+				purge[0] = jetstream.WithPurgeSubject(natsfeed.SegmentChunkSubject(oldest.ResumeSum))
+			case "a chunk":
+				purge = append(purge, jetstream.WithPurgeKeep(1))
 			}
-			must(t, s.stream(natsfeed.SegmentStream).Purge(context.Background(), jetstream.WithPurgeSubject(natsfeed.SegmentChunkSubject(sum))))
+			must(t, s.stream(natsfeed.SegmentStream).Purge(context.Background(), purge...))
 			must(t, decideDurable(q, 10))
 			if err := q.publishSegment(); !errors.Is(err, errMissing) {
 				t.Fatalf("trimmed behind what is lost: %v", err)
@@ -424,27 +447,34 @@ func TestWithdrawalBehindTheTrimmedLog(t *testing.T) {
 	for _, deep := range []bool{false, true} {
 		t.Run(fmt.Sprint("deep=", deep), func(t *testing.T) {
 			s := newStore(t)
+			second := newKey(t)
+			s.set = s.keySet(t, 1, writerKey(s.key), writerKey(second))
 			k := s.keys(t, s.key, s.set)
 			q := s.open(byHand, func(o *Options) { o.Keys = k })
 			for n := range 2 * KeepSegments {
 				publish(t, q, n)
 			}
 			must(t, decideDurable(q, 10))
-			must(t, decideDurable(q, 11))
-			n := q.State().Len()
-			last := s.refs(q)[1].Number
+			last := s.refs(q)[2].Number
 			if deep {
 				last = 2
 			}
-			second := newKey(t)
+			// These are described by a key that is not withdrawn: what they are of
+			// was signed by the one that is.
+			k.use(second)
+			publish(t, q, 11)
+			if deep {
+				publish(t, q, 12)
+				publish(t, q, 13)
+			}
+			n := q.State().Len()
 			old := writerKey(s.key)
 			old.Withdrawn, old.LastEpoch, old.LastNumber = true, 1, last
-			k.use(second)
 			set := s.keySet(t, 1, old, writerKey(second))
 			must(t, q.PublishKeySet(context.Background(), set))
 			if !deep {
 				eventually(t, "all is decided again", func() bool { return q.State().Len() == n && q.IsWriter() })
-				must(t, decideDurable(q, 12))
+				must(t, decideDurable(q, 20))
 				if r := s.open(byHand, func(o *Options) { o.Keys = s.keys(t, second, set) }); r.State().Digest() != q.State().Digest() {
 					t.Fatal("another state after a restart")
 				}
