@@ -19,15 +19,15 @@ func TestAwayAcrossATrim(t *testing.T) {
 	f.segments = 50 * time.Millisecond
 	f.open()
 	c := newCrowd(100, 4000)
-	running := f.guard("running", "", c, guardOptions{maxStale: bound, steady: true})
+	running := f.guard("running", "", c, guardOptions{})
 	stateDir := filepath.Join(t.TempDir(), "state")
 	kept := f.enrol("kept", "")
-	away := open(t, kept, c, guardOptions{maxStale: bound, stateDir: stateDir})
+	away := open(t, kept, c, guardOptions{stateDir: stateDir})
 	var gone []*caller
 	revoke := func() {
 		t.Helper()
 		v := c.victim(t)
-		if d, err := v.revoke(f.ctx, f.client); err != nil || !d.Durable {
+		if d, err := v.insist(f.ctx, f.client); err != nil || !d.Durable {
 			t.Fatalf("%+v, %v", d, err)
 		}
 		gone = append(gone, v)
@@ -42,11 +42,10 @@ func TestAwayAcrossATrim(t *testing.T) {
 		must(t, err)
 		return st.LogFrom > reached+1 && st.Segment > st.LogFrom
 	})
-	back := open(t, kept, c, guardOptions{maxStale: bound, stateDir: stateDir})
-	cold := f.guard("cold", "", c, guardOptions{maxStale: bound})
+	back := open(t, kept, c, guardOptions{stateDir: stateDir})
+	cold := f.guard("cold", "", c, guardOptions{})
 	all := []*guard{running, back, cold}
 	f.allAgree(all)
-	running.steady.Store(false) // the authority is away for a moment
 	f.close()
 	f.open()
 	for range 3 {
