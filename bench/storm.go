@@ -28,7 +28,7 @@ const (
 func storm(b *bench, n int) error {
 	for _, on := range []int{1, 10} {
 		if err := b.stormOn(n, on); err != nil {
-			return fmt.Errorf("%d enforcers: %w", on, err)
+			return fmt.Errorf("on %d: %w", on, err)
 		}
 	}
 	return nil
