@@ -155,3 +155,46 @@ func BenchmarkCut(b *testing.B) {
 	}
 	b.ReportMetric(float64(slowest)/1e3, "µs-slowest")
 }
+
+// BenchmarkWarmStart is from Start to the first allowed request, with the state of
+// the last run in the state directory and a heartbeat every 10 ms.
+func BenchmarkWarmStart(b *testing.B) {
+	const n = 1_000_000
+	bus, e := opened(b, n)
+	set := e.view.Load().set
+	quit := make(chan struct{})
+	defer close(quit)
+	bus.done.Go(func() {
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+				bus.beat()
+			}
+		}
+	})
+	dir := b.TempDir()
+	keep := func(o *Options) { o.StateDir = dir }
+	first, _ := bus.open(keep)
+	if err := first.Close(); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		e, _ := bus.open(keep)
+		p := prepare(b, e, caller("ok"))
+		if err := e.Check(p, session.Call{}); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if s := e.Status(); s.Entries != set.Len() || e.view.Load().set.Segment() == nil {
+			b.Fatalf("%+v", s)
+		}
+		if err := e.Close(); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}

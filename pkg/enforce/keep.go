@@ -38,9 +38,12 @@ type keeper struct {
 	// kept at all yet.
 	unsaved, hurry bool
 	scrubs         [2]scrub // of the state and of what was inherited
-	fetching       bool     // a published segment
-	want           bool
-	fetchAt        time.Duration // not before
+	// The delta, which no scrub reaches, is counted anew once a pass.
+	counting bool
+	countAt  time.Duration
+	fetching bool // a published segment
+	want     bool
+	fetchAt  time.Duration // not before
 	// fetchWait is the back-off of fetches that brought nothing.
 	fetchWait time.Duration
 	// gap, if not 0, is the first batch that the log has after what is here,
@@ -112,12 +115,10 @@ func (c *chain) resume(s state) {
 func (f *follower) tendState(ctx context.Context) {
 	set := f.chain.confirmed.set
 	if err := errors.Join(set.Err(), f.chain.base.set.Err()); err != nil {
-		f.e.count.damaged.Add(1)
-		f.e.opts.Logger.Error("the revocation state is damaged: denying and rebuilding", "error", err)
-		f.forgetSegment()
-		f.rebuild("the revocation state was damaged", f.chain.floor)
+		f.damaged(err)
 		return
 	}
+	f.countDelta(ctx)
 	f.scrub(ctx, &f.keep.scrubs[0], set.Segment())
 	f.scrub(ctx, &f.keep.scrubs[1], f.inherited.Segment())
 	f.tendDoubt(ctx)
@@ -184,6 +185,34 @@ func (f *follower) sealed(c *chain, from *filter.Set, g *filter.Segment, err err
 		c.base.set, _ = c.base.set.Onto(from, g)
 	}
 	f.publish()
+}
+
+// damaged denies everything and rebuilds.
+func (f *follower) damaged(err error) {
+	f.e.count.damaged.Add(1)
+	f.e.opts.Logger.Error("the revocation state is damaged: denying and rebuilding", "error", err)
+	f.forgetSegment()
+	f.rebuild("the revocation state was damaged", f.chain.floor)
+}
+
+var errDelta = errors.New("what stands above the sealed state does not add up to its digest")
+
+// countDelta counts the delta anew when that is due, beside run.
+func (f *follower) countDelta(ctx context.Context) {
+	c, now := f.chain, f.now()
+	if f.keep.counting || now < f.keep.countAt || !c.live {
+		return
+	}
+	f.keep.counting, f.keep.countAt = true, now+scrubPass
+	set := c.confirmed.set
+	f.jobs.Go(func() {
+		sound, err := set.CheckDelta() // the segment's Err repeats the error
+		f.post(ctx, func() {
+			if f.keep.counting = false; err == nil && !sound && c == f.chain {
+				f.damaged(errDelta)
+			}
+		})
+	})
 }
 
 func (f *follower) sealFailed(err error) {

@@ -5,9 +5,11 @@ import (
 	"encoding/binary"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/interlock-fabric/interlock/pkg/filter"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -146,11 +148,58 @@ func TestDamagedSegmentIsRefused(t *testing.T) {
 	}
 }
 
-// TestDamageUnderARunningEnforcer: a check that meets it is denied, nothing else
-// is believed either, and the state is rebuilt from the log.
+// TestDamageUnderARunningEnforcer: what a check reads is never wrong. A bit that
+// flips in the file, in the filter or in the delta, and a file that is cut short:
+// a check that meets it is denied, the rest is found within one pass, nothing is
+// believed from then on, and the state is rebuilt from the log. Nothing crashes.
 func TestDamageUnderARunningEnforcer(t *testing.T) {
-	for _, name := range []string{"met by a check", "found by the scrub"} {
-		t.Run(name, func(t *testing.T) {
+	flip := func(t *testing.T, b *bus, _ *Enforcer, path string) {
+		whole, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k := b.session("s1")
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := bytes.Index(whole, k.Digest[:])
+		if _, err := f.WriteAt([]byte{whole[at] ^ 1}, int64(at)); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	for _, x := range []struct {
+		name   string
+		met    bool // by a check, which is denied
+		damage func(t *testing.T, b *bus, e *Enforcer, path string)
+	}{
+		{"a bit of the file, met by a check", true, flip},
+		{"a bit of the file, found by the scrub", false, flip},
+		{"the file cut short, met by a check", true, func(t *testing.T, _ *bus, _ *Enforcer, path string) {
+			if err := os.Truncate(path, 5000); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"the file cut short, found by the scrub", false, func(t *testing.T, _ *bus, _ *Enforcer, path string) {
+			if err := os.Truncate(path, 0); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"bits of the filter, found by the scrub", false, func(_ *testing.T, _ *bus, e *Enforcer, _ string) {
+			words := reflect.ValueOf(e.view.Load().set.Segment()).Elem().FieldByName("filter").Elem().FieldByName("words")
+			for _, w := range unsafe.Slice((*uint64)(words.UnsafePointer()), words.Len()) {
+				if w != 0 {
+					*(*uint64)(words.UnsafePointer()) ^= 1
+					break
+				}
+			}
+		}},
+		{"a bit of the delta, found by counting", false, func(_ *testing.T, b *bus, e *Enforcer, _ string) {
+			e.view.Load().set.Lookup(b.session("newer"))[0].Except[0].Digest[0] ^= 1 // it shares the array
+		}},
+	} {
+		t.Run(x.name, func(t *testing.T) {
 			within(t, func(t *testing.T, b *bus) {
 				dir := t.TempDir()
 				keep := func(o *Options) { o.StateDir = dir }
@@ -161,34 +210,29 @@ func TestDamageUnderARunningEnforcer(t *testing.T) {
 				e.Close()
 				e, _ = b.open(keep)
 				defer e.Close()
+				newer := revoke(b.session("newer"))
+				newer.Except = []session.Key{b.user("somebody")}
+				b.decide(newer)
+				settle()
 				bad, ok := prepare(t, e, caller("s1")), prepare(t, e, caller("ok"))
 				mustAllow(t, e, ok, session.Call{})
-				path := filepath.Join(dir, "e1.segment")
-				whole, err := os.ReadFile(path)
-				if err != nil {
-					t.Fatal(err)
-				}
-				k := b.session("s1")
-				whole[bytes.Index(whole, k.Digest[:])] ^= 1
-				f, err := os.OpenFile(path, os.O_WRONLY, 0)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if _, err := f.WriteAt(whole, 0); err != nil {
-					t.Fatal(err)
-				}
-				f.Close()
-				if name == "met by a check" {
+				x.damage(t, b, e, filepath.Join(dir, "e1.segment"))
+				if x.met {
 					mustDeny(t, e, bad, session.Call{}, session.ErrStale)
 					mustDeny(t, e, ok, session.Call{}, session.ErrStale)
-				} else {
-					time.Sleep(scrubPass + time.Second)
+				}
+				for range 10 * (scrubPass/time.Second + 1) {
+					if e.Status().Damaged > 0 {
+						break
+					}
+					time.Sleep(time.Second / 10)
 				}
 				time.Sleep(5 * time.Second)
-				if n := e.Status().Damaged; n != 1 {
-					t.Errorf("damage was found %d times", n)
+				if s := e.Status(); s.Damaged != 1 || s.Diverged != 0 || s.Entries != 2002 {
+					t.Errorf("%+v", s)
 				}
 				mustDeny(t, e, bad, session.Call{}, session.ErrRevoked)
+				mustDeny(t, e, prepare(t, e, caller("newer")), session.Call{}, session.ErrRevoked)
 				mustAllow(t, e, ok, session.Call{})
 			})
 		})

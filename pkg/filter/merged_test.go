@@ -116,6 +116,9 @@ func (m *plain) compare(s *Set) error {
 	case s.Shapes() != shapes:
 		return fmt.Errorf("shapes %b, want %b", s.Shapes(), shapes)
 	}
+	if sound, err := s.CheckDelta(); !sound || err != nil {
+		return fmt.Errorf("the delta counted anew: sound %v, %v", sound, err)
+	}
 	for id := range session.TenantID(4) {
 		if s.TenantLen(id) != per[id] {
 			return fmt.Errorf("tenant %d has %d records, want %d", id, s.TenantLen(id), per[id])
