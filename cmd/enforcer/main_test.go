@@ -6,9 +6,11 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,7 +19,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(checked{m}, map[string]func(){"enforcer": main})
+	testscript.Main(checked{m}, map[string]func(){"enforcer": main, "fabric": fabric, "revoke": revoke, "fetch": fetch})
 }
 
 // checked is the tests, which must leave no goroutine behind.
@@ -46,6 +48,7 @@ func TestScripts(t *testing.T) {
 			"exits":    exits,
 			"waitfor":  waitFor,
 			"freeport": freePort,
+			"signal":   signalEnforcer,
 		},
 	})
 }
@@ -98,6 +101,18 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		<-tick.C
 	}
+}
+
+// signalEnforcer NAME sends a signal to the enforcer that runs.
+func signalEnforcer(ts *testscript.TestScript, _ bool, args []string) {
+	sig := map[string]os.Signal{"HUP": syscall.SIGHUP, "TERM": syscall.SIGTERM}[args[0]]
+	for _, c := range ts.BackgroundCmds() {
+		if filepath.Base(c.Args[0]) == "enforcer" {
+			ts.Check(c.Process.Signal(sig))
+			return
+		}
+	}
+	ts.Fatalf("no enforcer runs")
 }
 
 // freePort NAME sets an environment variable to an address that nothing listens

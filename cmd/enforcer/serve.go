@@ -79,7 +79,7 @@ func serve(cmd *cobra.Command, g *globals, kind gateway.Kind) error {
 			gw.Shutdown(context.Background())
 			return err
 		case <-cmd.Context().Done():
-			log.Info("stopping", "drain_timeout", c.DrainTimeout)
+			log.Info("stopping", "drain_timeout", c.DrainTimeout.String())
 			gw.Shutdown(context.Background())
 			return nil
 		}

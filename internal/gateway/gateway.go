@@ -19,9 +19,14 @@ import (
 	"sync/atomic"
 	"time"
 
+	auth "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/go-jose/go-jose/v4"
 	"golang.org/x/net/netutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 
+	"github.com/interlock-fabric/interlock/internal/gateway/authz"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/proxy"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
@@ -173,6 +178,7 @@ type runtime struct {
 	verifiers *verifiers
 	table     *route.Table
 	proxy     *proxy.Proxy
+	authz     *authz.Service
 	tls       map[string]*tls.Config // by address
 
 	refs atomic.Int64 // one is the gateway's own
@@ -210,20 +216,18 @@ func (rt *runtime) release() {
 type verifiers struct {
 	issuers   []config.Issuer
 	audiences []string
-	by        map[string]*credential.Verifier
+	all       *credential.Verifier
 	refs      atomic.Int64
 }
 
 func (v *verifiers) release() {
 	if v.refs.Add(-1) == 0 {
-		for _, x := range v.by {
-			x.Close()
-		}
+		v.all.Close()
 	}
 }
 
 func newVerifiers(c *config.Config, have *verifiers) (*verifiers, error) {
-	v := &verifiers{issuers: c.Issuers, by: make(map[string]*credential.Verifier)}
+	v := &verifiers{issuers: c.Issuers}
 	for i := range c.Routes {
 		if a := c.Routes[i].Audience; !slices.Contains(v.audiences, a) {
 			v.audiences = append(v.audiences, a)
@@ -239,13 +243,8 @@ func newVerifiers(c *config.Config, have *verifiers) (*verifiers, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, a := range v.audiences {
-		x, err := credential.New(credential.Options{Issuers: issuers, Audiences: []string{a}})
-		if err != nil {
-			v.release()
-			return nil, err
-		}
-		v.by[a] = x
+	if v.all, err = credential.New(credential.Options{Issuers: issuers, Audiences: v.audiences}); err != nil {
+		return nil, err
 	}
 	return v, nil
 }
@@ -298,7 +297,12 @@ func (g *Gateway) build(c *config.Config) (_ *runtime, err error) {
 	var guards []*route.Guard
 	for i := range c.Routes {
 		r := &c.Routes[i]
-		guards = append(guards, route.New(r, g.enforcer, rt.verifiers.by[r.Audience], g.observe))
+		// A token for one resource is none for another.
+		v, err := rt.verifiers.all.For(r.Audience)
+		if err != nil {
+			return nil, err
+		}
+		guards = append(guards, route.New(r, g.enforcer, v, g.observe))
 	}
 	rt.table = route.NewTable(guards)
 	if g.opts.Kind == Proxy {
@@ -306,6 +310,8 @@ func (g *Gateway) build(c *config.Config) (_ *runtime, err error) {
 		if err != nil {
 			return nil, err
 		}
+	} else {
+		rt.authz = &authz.Service{Table: rt.table, Config: c}
 	}
 	listeners := g.listeners(c)
 	if len(listeners) == 0 {
@@ -366,7 +372,13 @@ func (g *Gateway) listeners(c *config.Config) []config.Listener {
 	if g.opts.Kind == Proxy {
 		return c.Proxy.Listeners
 	}
-	return nil
+	var out []config.Listener
+	for _, l := range []config.Listener{c.Authz.GRPC, c.Authz.HTTP} {
+		if l.Listen != "" {
+			out = append(out, l)
+		}
+	}
+	return out
 }
 
 // listen opens the listeners of a runtime that are not open yet.
@@ -397,26 +409,35 @@ func (g *Gateway) open(rt *runtime, c config.Listener) (*server, error) {
 		return nil, err
 	}
 	p := &rt.cfg.Proxy
-	srv := &http.Server{
-		Handler:           http.HandlerFunc(g.serveProxy),
-		ReadHeaderTimeout: p.ReadHeaderTimeout, IdleTimeout: p.IdleTimeout, MaxHeaderBytes: p.MaxHeaderBytes,
-		ErrorLog:  slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
-		Protocols: new(http.Protocols),
-		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: 250},
-	}
-	srv.Protocols.SetHTTP1(true)
-	srv.Protocols.SetHTTP2(true)
-	srv.Protocols.SetUnencryptedHTTP2(true)
 	limited := netutil.LimitListener(l, p.MaxConnections)
 	secure := c.TLS.Cert != ""
+	var secured *tls.Config
 	if secure {
-		srv.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		secured = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			if now := g.current.Load().tls[c.Listen]; now != nil {
 				return now, nil
 			}
 			return nil, errors.New("the listener is going away")
 		}}
 	}
+	if g.opts.Kind == Authz && c.Listen == rt.cfg.Authz.GRPC.Listen {
+		return g.serveGRPC(limited, c.Listen, secured), nil
+	}
+	handler := http.Handler(http.HandlerFunc(g.serveProxy))
+	if g.opts.Kind == Authz {
+		handler = &authz.HTTP{Service: g.service}
+	}
+	srv := &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: p.ReadHeaderTimeout, IdleTimeout: p.IdleTimeout, MaxHeaderBytes: p.MaxHeaderBytes,
+		ErrorLog:  slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
+		TLSConfig: secured,
+		Protocols: new(http.Protocols),
+		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: 250},
+	}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetHTTP2(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
 	g.wg.Go(func() {
 		var err error
 		if secure {
@@ -427,6 +448,49 @@ func (g *Gateway) open(rt *runtime, c config.Listener) (*server, error) {
 		g.ended(c.Listen, err)
 	})
 	return &server{addr: c.Listen, l: l, stop: srv.Shutdown, kill: func() { _ = srv.Close() }}, nil
+}
+
+// service is the authorization service of a new request.
+func (g *Gateway) service() (*authz.Service, func()) {
+	rt := g.acquire()
+	return rt.authz, rt.release
+}
+
+// Bounds of the authorization service.
+const (
+	maxCheckLen     = 5 << 20
+	maxCheckStreams = 1000
+)
+
+// serveGRPC serves Envoy.
+func (g *Gateway) serveGRPC(l net.Listener, addr string, secured *tls.Config) *server {
+	opts := []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(maxCheckLen), grpc.MaxConcurrentStreams(maxCheckStreams), grpc.MaxHeaderListSize(64 << 10),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+	}
+	if secured != nil {
+		opts = append(opts, grpc.Creds(credentials.NewTLS(secured)))
+	}
+	srv := grpc.NewServer(opts...)
+	auth.RegisterAuthorizationServer(srv, &authz.GRPC{Service: g.service})
+	g.wg.Go(func() {
+		if err := srv.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+			g.ended(addr, err)
+		}
+	})
+	return &server{addr: addr, l: l, kill: srv.Stop, stop: func(ctx context.Context) error {
+		done := make(chan struct{})
+		g.wg.Go(func() {
+			srv.GracefulStop()
+			close(done)
+		})
+		select {
+		case <-done:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}}
 }
 
 // ended is told when a listener does not listen any more.

@@ -46,6 +46,8 @@ type Operation struct {
 // method of anything else that is not MCP.
 func (o *Operation) Tool(p config.Protocol) string {
 	switch {
+	case p == config.A2A && o.Method == "SendStreamingMessage":
+		return "SendMessage" // one operation, whether or not its answer is streamed
 	case p != config.MCP:
 		return o.Method
 	case o.Method == "tools/call":
@@ -348,7 +350,9 @@ func Mirrored(h http.Header) (Operation, error) {
 	if h.Get("Mcp-Protocol-Version") < firstMirrored {
 		return o, nil
 	}
-	o.Method, o.Name = h.Get("Mcp-Method"), decodeHeader(h.Get("Mcp-Name"))
+	if o.Method, o.Name = h.Get("Mcp-Method"), decodeHeader(h.Get("Mcp-Name")); o.Method == "" || named[o.Method] != "" && o.Name == "" {
+		return Operation{}, &Refusal{Status: http.StatusBadRequest, Code: codeHeaderMismatch, Why: "header mismatch: Mcp-Method or Mcp-Name is missing"}
+	}
 	return o, o.MatchHeaders(h)
 }
 

@@ -25,6 +25,9 @@ type Budget struct {
 // NewBudget returns a budget of so many bytes.
 func NewBudget(limit int64) *Budget { return &Budget{limit: limit} }
 
+// Used returns what is in use.
+func (b *Budget) Used() int64 { return b.used.Load() }
+
 func (b *Budget) take(n int) bool {
 	if b.used.Add(int64(n)) <= b.limit {
 		return true

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
@@ -78,8 +79,11 @@ func (g *Guard) Call(o *operation.Operation) session.Call {
 	}
 	call := g.calls[o.Label(g.Route.Protocol)]
 	call.Audience, call.Tool = g.Route.Resource, o.Tool(g.Route.Protocol)
-	if g.Route.Protocol == config.MCP && mcpguard.LowRisk(o.Method) {
-		call.LowRisk = true
+	switch g.Route.Protocol {
+	case config.MCP:
+		call.LowRisk = call.LowRisk || mcpguard.LowRisk(o.Method)
+	case config.A2A:
+		call.LowRisk = call.LowRisk || a2aguard.LowRisk(o.Method)
 	}
 	return call
 }

@@ -1,0 +1,314 @@
+package gateway
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	goruntime "runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/authority"
+)
+
+// plainUpstream answers everything, and counts what reaches it.
+func plainUpstream(t testing.TB) (srv *httptest.Server, reached chan *http.Request) {
+	reached = make(chan *http.Request, 1024)
+	srv = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		select {
+		case reached <- r:
+		default:
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, `{"jsonrpc":"2.0","id":7,"result":{}}`)
+	}))
+	t.Cleanup(srv.Close)
+	return srv, reached
+}
+
+func TestHostileRequestsAreRefused(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	g := w.start(w.load(routeTo("mcp", "/mcp", up.URL, "max_body: 65536,")), Proxy)
+	ann := w.token("ann", "s-ann")
+	url := g.url() + "/mcp"
+	good := toolCall("echo")
+	for name, c := range map[string]struct {
+		body   string
+		change func(*http.Request)
+		status int
+	}{
+		"batch":             {"[" + good + "]", nil, 400},
+		"name twice":        {strings.Replace(good, `"name":"echo"`, `"name":"echo","name":"rm"`, 1), nil, 400},
+		"another case":      {strings.Replace(good, `"name":"echo"`, `"name":"echo","Name":"rm"`, 1), nil, 400},
+		"bomb":              {good[:len(good)-3] + strings.Repeat("[", 60000), nil, 400},
+		"too long":          {good + strings.Repeat(" ", 65536), nil, 413},
+		"too long, chunked": {good + strings.Repeat(" ", 65536), func(r *http.Request) { r.ContentLength = -1 }, 413},
+		"another type":      {good, func(r *http.Request) { r.Header.Set("Content-Type", "text/plain") }, 415},
+		"two types":         {good, func(r *http.Request) { r.Header.Add("Content-Type", "text/plain") }, 415},
+		"encoded":           {good, func(r *http.Request) { r.Header.Set("Content-Encoding", "gzip") }, 415},
+		"another charset":   {good, func(r *http.Request) { r.Header.Set("Content-Type", "application/json; charset=utf-16") }, 415},
+		"header mismatch": {good, func(r *http.Request) {
+			r.Header["Mcp-Protocol-Version"], r.Header["Mcp-Method"], r.Header["Mcp-Name"] = []string{modern}, []string{"tools/call"}, []string{"other"}
+		}, 400},
+		"upgrade":     {good, func(r *http.Request) { r.Header.Set("Connection", "Upgrade"); r.Header.Set("Upgrade", "websocket") }, 400},
+		"put":         {good, func(r *http.Request) { r.Method = http.MethodPut }, 405},
+		"dot segment": {good, func(r *http.Request) { r.URL.Path = "/mcp/../admin" }, 400},
+		"encoded dots": {good, func(r *http.Request) {
+			r.URL.Path, r.URL.RawPath = "/mcp/../admin", "/mcp/%2e%2e/admin"
+		}, 400},
+		"encoded slash": {good, func(r *http.Request) { r.URL.Path, r.URL.RawPath = "/mcp/a/b", "/mcp/a%2Fb" }, 400},
+		"no route":      {good, func(r *http.Request) { r.URL.Path = "/mcpx" }, 404},
+		"no token":      {good, func(r *http.Request) { r.Header.Del("Authorization") }, 401},
+		"two tokens":    {good, func(r *http.Request) { r.Header.Add("Authorization", "Bearer x") }, 401},
+		"huge headers":  {good, func(r *http.Request) { r.Header.Set("X-A", strings.Repeat("a", 128<<10)) }, 431},
+	} {
+		t.Run(name, func(t *testing.T) {
+			change := c.change
+			if change == nil {
+				change = func(*http.Request) {}
+			}
+			resp := post(t, url, ann, c.body, change)
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != c.status {
+				t.Fatalf("%s: %s", resp.Status, body)
+			}
+			if c.status != 431 && !bytes.Contains(body, []byte(`"message":"`)) {
+				t.Errorf("says nothing: %s", body)
+			}
+			if len(reached) != 0 {
+				t.Fatal("it reached the upstream")
+			}
+		})
+	}
+	if resp := post(t, url, ann, good); resp.StatusCode != http.StatusOK {
+		t.Fatal(resp.Status)
+	}
+}
+
+// The mechanism is the body's deadline, and the header's.
+func TestSlowClientsAreAnswered(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	c := w.load(strings.Replace(routeTo("mcp", "/mcp", up.URL, ""), "flush_timeout: 500ms", "flush_timeout: 500ms, body_timeout: 200ms, read_header_timeout: 200ms", 1))
+	g := w.start(c, Proxy)
+	addr := strings.TrimPrefix(g.url(), "http://")
+	for name, sent := range map[string]string{
+		"half a body":  fmt.Sprintf("POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: 4000000\r\n\r\n{\"jsonrpc\"", w.token("ann", "s-ann")),
+		"half a chunk": fmt.Sprintf("POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{", w.token("ann", "s-ann")),
+		"half a head":  "POST /mcp HTTP/1.1\r\nHost: x\r\nX-A: ",
+		"nothing":      "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", addr)
+			must(t, err)
+			defer conn.Close()
+			_, err = io.WriteString(conn, sent)
+			must(t, err)
+			must(t, conn.SetReadDeadline(time.Now().Add(patience)))
+			answer, err := io.ReadAll(conn)
+			must(t, err) // the server ends the connection
+			if strings.Contains(sent, "Bearer") && !bytes.HasPrefix(answer, []byte("HTTP/1.1 408 ")) {
+				t.Errorf("answered %q", answer)
+			}
+			if len(reached) != 0 {
+				t.Error("it reached the upstream")
+			}
+		})
+	}
+}
+
+// What is refused for its body's sake has not been held in memory first.
+func TestBodiesHaveABudget(t *testing.T) {
+	w := newWorld(t)
+	up, _ := plainUpstream(t)
+	g := w.start(w.load(routeTo("mcp", "/mcp", up.URL, "")), Proxy)
+	addr, token := strings.TrimPrefix(g.url(), "http://"), w.token("ann", "s-ann")
+	var before, after goruntime.MemStats
+	goruntime.GC()
+	goruntime.ReadMemStats(&before)
+	for range 200 {
+		conn, err := net.Dial("tcp", addr)
+		must(t, err)
+		defer conn.Close()
+		_, err = fmt.Fprintf(conn, "POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: 4000000\r\n\r\n{", token)
+		must(t, err)
+	}
+	eventually(t, "all are being read", func() bool { return g.budget.Used() >= 200*4096 })
+	goruntime.GC()
+	goruntime.ReadMemStats(&after)
+	if grown := int64(after.HeapInuse) - int64(before.HeapInuse); grown > 32<<20 {
+		t.Errorf("200 announced bodies took %d MiB", grown>>20)
+	}
+}
+
+// A body of 100 MB streams in both directions, byte for byte.
+func TestLargeBodiesStream(t *testing.T) {
+	const size = 100 << 20
+	w := newWorld(t)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).EnableFullDuplex()
+		w.Header().Set("Trailer", "X-Sum")
+		h := sha256.New()
+		_, _ = io.Copy(io.MultiWriter(w, h), r.Body)
+		w.Header().Set("X-Sum", fmt.Sprintf("%x %s", h.Sum(nil), r.Trailer.Get("X-End")))
+	}))
+	defer up.Close()
+	g := w.start(w.load(routeTo("http", "/files", up.URL, "")), Proxy)
+	token := w.token("ann", "s-ann")
+	for name, tr := range map[string]http.RoundTripper{
+		"HTTP/1.1": &http.Transport{DisableKeepAlives: true, DisableCompression: true},
+		"HTTP/2":   h2c(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			pr, pw := io.Pipe()
+			sent := sha256.New()
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, g.url()+"/files/x", pr)
+			must(t, err)
+			req.Header.Set("Authorization", "Bearer "+token)
+			req.Trailer = http.Header{"X-End": nil}
+			go func() {
+				chunk := bytes.Repeat([]byte("0123456789abcdef"), 4096)
+				for n := 0; n < size; n += len(chunk) {
+					chunk[0] = byte(n >> 16)
+					sent.Write(chunk)
+					if _, err := pw.Write(chunk); err != nil {
+						return
+					}
+				}
+				req.Trailer.Set("X-End", "end")
+				pw.Close()
+			}()
+			var before, peak goruntime.MemStats
+			goruntime.GC()
+			goruntime.ReadMemStats(&before)
+			resp, err := tr.RoundTrip(req)
+			must(t, err)
+			defer resp.Body.Close()
+			got, n, buf := sha256.New(), 0, make([]byte, 64<<10)
+			var most uint64
+			for {
+				k, err := resp.Body.Read(buf)
+				got.Write(buf[:k])
+				if n += k; n%(10<<20) < k {
+					goruntime.ReadMemStats(&peak)
+					most = max(most, peak.HeapInuse)
+				}
+				if err == io.EOF {
+					break
+				}
+				must(t, err)
+			}
+			sum := fmt.Sprintf("%x", sent.Sum(nil))
+			if n != size || fmt.Sprintf("%x", got.Sum(nil)) != sum || resp.Trailer.Get("X-Sum") != sum+" end" {
+				t.Errorf("%d bytes, trailer %q", n, resp.Trailer.Get("X-Sum"))
+			}
+			if most > before.HeapInuse+32<<20 {
+				t.Errorf("the heap grew by %d MiB", (most-before.HeapInuse)>>20)
+			}
+		})
+	}
+}
+
+// h2c speaks HTTP/2 without TLS.
+func h2c() *http.Transport {
+	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true, Protocols: new(http.Protocols)}
+	tr.Protocols.SetUnencryptedHTTP2(true)
+	return tr
+}
+
+// What the upstream sees of a request.
+func TestWhatPasses(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	g := w.start(w.load(routeTo("mcp", "/mcp", up.URL+"/v1/endpoint", "")), Proxy)
+	body := "  " + toolCall("echo") + "\n"
+	resp := post(t, g.url()+"/mcp?a=1;b=%zz", w.token("änn,x", "s-ann"), body, func(r *http.Request) {
+		r.Header.Set("X-Own", "kept")
+		r.Header["Interlock-Subject"] = []string{"root"}
+		r.Header["Interlock_Roles"] = []string{"admin"}
+		r.Header.Set("Connection", "X-Hop")
+		r.Header.Set("X-Hop", "1")
+		r.Header.Set("X-Http-Method-Override", "DELETE")
+	})
+	if resp.StatusCode != http.StatusOK {
+		t.Fatal(resp.Status)
+	}
+	r := within(t, "the request arrives", reached)
+	got, _ := io.ReadAll(r.Body)
+	if string(got) != body || r.URL.Path != "/v1/endpoint" || r.URL.RawQuery != "a=1;b=%zz" {
+		t.Errorf("%s %q", r.URL, got)
+	}
+	h := r.Header
+	for _, name := range []string{"Authorization", "X-Hop", "X-Http-Method-Override", "Interlock_Roles"} {
+		if h.Get(name) != "" || h[name] != nil {
+			t.Errorf("%s passed: %v", name, h[name])
+		}
+	}
+	if h.Get("X-Own") != "kept" || h.Get("Interlock-Subject") != "%C3%A4nn%2Cx" || len(h["Interlock-Subject"]) != 1 || h.Get("Interlock-Tenant") != "default" {
+		t.Errorf("%v", h)
+	}
+	resp = get(t, g.url()+"/.well-known/oauth-protected-resource/mcp")
+	meta, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != http.StatusOK || !bytes.Contains(meta, []byte(`"authorization_servers":["https://id.example"]`)) {
+		t.Errorf("%s: %s", resp.Status, meta)
+	}
+}
+
+// An answer that is cut in the middle does not look complete, and an event stream
+// ends with the cause, even in the middle of an event.
+func TestCutAnswers(t *testing.T) {
+	w := newWorld(t)
+	begun := make(chan struct{}, 4)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/plain":
+			// More than the proxy holds back of an answer of known length.
+			w.Header().Set("Content-Length", "1000000")
+			_, _ = io.WriteString(w, strings.Repeat("data: half", 10_000))
+		case "/events":
+			w.Header().Set("Content-Type", "text/event-stream")
+		}
+		_, _ = io.WriteString(w, "data: half")
+		_ = http.NewResponseController(w).Flush()
+		begun <- struct{}{}
+		<-r.Context().Done()
+		begun <- struct{}{}
+	}))
+	defer up.Close()
+	g := w.start(w.load(routeTo("http", "/", up.URL, "")), Proxy)
+	token, reading := w.token("ann", "s-ann"), make(chan struct{}, 3)
+	read := func(path string) error {
+		resp := post(t, g.url()+path, token, "")
+		within(t, "it begins", begun)
+		b := make([]byte, len("data: half"))
+		_, err := io.ReadFull(resp.Body, b)
+		must(t, err)
+		reading <- struct{}{}
+		all, err := io.ReadAll(resp.Body)
+		if path == "/events" && err == nil && !strings.HasPrefix(string(all), "\nevent: interrupted\n\nevent: message\ndata: {\"error\":{\"code\":401") {
+			err = fmt.Errorf("ended with %q", all)
+		}
+		return err
+	}
+	done := map[string]chan error{"/plain": make(chan error, 1), "/chunked": make(chan error, 1), "/events": make(chan error, 1)}
+	for path, c := range done {
+		go func() { c <- read(path) }()
+	}
+	for range done {
+		within(t, "all are being read", reading)
+	}
+	w.decide(authority.Revoke, "session", "s-ann")
+	for path, c := range done {
+		if err := within(t, path, c); (err == nil) != (path == "/events") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
