@@ -50,6 +50,8 @@ var rules = []rule{
 		"issuers and responders speak HTTP to the authority; they need neither the bus nor an enforcer"},
 	{"pkg/credential", []string{module + "pkg/session", "github.com/go-jose/go-jose/v4", "github.com/go-jose/go-jose/v4/...", "github.com/dgraph-io/ristretto/v2"},
 		"it turns a verified credential into an identity, and keeps those that it has verified in a cache that may lose them; enforcing is not its business"},
+	{"pkg/credential/discovery", []string{"github.com/coreos/go-oidc/v3/oidc"},
+		"whoever names the keys' URL does not compile an OpenID Connect client"},
 	{"pkg/denial", []string{module + "pkg/session"},
 		"every host words a denial alike, whatever its SDK"},
 	{"pkg/trail", []string{module + "pkg/session"},

@@ -40,10 +40,11 @@ const (
 type verified struct {
 	sum         [sha256.Size]byte // of the whole token
 	issuer      *issuer
-	key         *verificationKey
-	audiences   []string  // those of the options that it was issued for
-	from, until time.Time // nbf, iat and exp, with the issuer's skew
-	bound       bool      // to a key (cnf)
+	key         *verificationKey // that signed it; nil for an opaque token
+	asked, good time.Time        // when the issuer was asked about an opaque token, and until when that holds
+	audiences   []string         // those of the options that it was issued for
+	from, until time.Time        // nbf, iat and exp, with the issuer's skew; zero where there is none
+	bound       bool             // to a key (cnf)
 	id          session.Identity
 	prepared    atomic.Pointer[prepared]
 	cost        int64
@@ -54,6 +55,16 @@ type verified struct {
 type prepared struct {
 	by Preparer
 	p  *session.Prepared
+}
+
+// vouched reports whether what was found out about the token may still be
+// believed.
+func (t *verified) vouched(now time.Time) bool {
+	if t.key == nil {
+		// A clock that went back makes the age unknown.
+		return !now.Before(t.asked) && now.Before(t.good)
+	}
+	return t.issuer.keys.vouches(t.key, now)
 }
 
 func (t *verified) prepare(by Preparer) (*session.Prepared, error) {
@@ -110,6 +121,9 @@ func newTokenCache(size int64) (*tokenCache, error) {
 	var err error
 	c.tokens, err = ristretto.NewCache(&ristretto.Config[uint64, *verified]{
 		NumCounters: max(size/costPerCounter, 64), MaxCost: size, BufferItems: 64, IgnoreInternalCost: true,
+		// Nobody asks how long ago a token that is not found has expired: every
+		// minute is often enough to clear them away.
+		TtlTickerDurationInSec: 120,
 		// Asked once for each token that is taken up, or refused.
 		Cost: func(t *verified) int64 { c.pending.Add(-1); return t.cost },
 	})
@@ -178,7 +192,12 @@ func (c *tokenCache) put(sum *[sha256.Size]byte, t *verified, now time.Time) {
 	}
 	t.sum = *sum
 	t.seal()
-	ttl := min(t.until.Sub(now), maxCached)
+	ttl := maxCached
+	for _, end := range []time.Time{t.until, t.good} {
+		if !end.IsZero() {
+			ttl = min(ttl, end.Sub(now))
+		}
+	}
 	key := keyOf(sum)
 	s := c.enter()
 	if s == nil {

@@ -402,7 +402,7 @@ func heap() int64 {
 // A flood of valid tokens takes no more memory than was agreed, and what the
 // cache says it takes is what it takes.
 func TestFloodIsBounded(t *testing.T) {
-	const bound, tokens = 4 << 20, 6000
+	const bound, tokens = 2 << 20, 3000
 	s := edSigner(t)
 	by := secret(t, 1, "acme", 'a')
 	for name, change := range map[string]map[string]any{

@@ -1,6 +1,8 @@
-// Package credential turns the bearer token of a request into the
+// Package credential turns the access token of a request into the
 // session.Identity that an enforcer checks: a signed JWT (RFC 7519, RFC 9068),
-// verified against keys that the deployment configured for its issuer.
+// verified against keys that the deployment configured for its issuer, or an
+// opaque token, by asking its issuer (RFC 7662). A ProofChecker makes sure that
+// the caller has the key that a token is bound to (RFC 8705, RFC 9449).
 //
 //	v, err := credential.New(credential.Options{
 //		Audiences: []string{"https://tools.example/mcp"},
@@ -26,7 +28,8 @@
 // value. A token is at most MaxTokenLen bytes, and neither its header nor its
 // claims may name a member twice.
 //
-// Keys from a JWKS are fetched with a bound on size and time, refreshed when a
+// Keys from a JWKS, whose URL package credential/discovery can find out, are
+// fetched with a bound on size and time, refreshed when a
 // token names a key that is not there, at most once per RefreshInterval for all
 // callers together, and used no longer than KeysMaxAge after they were fetched:
 // an issuer that cannot be reached does not vouch for ever.
@@ -39,10 +42,14 @@
 //
 // # Limits
 //
-// Proof of possession is not checked here. A token that is bound to a key
-// (`cnf`) is accepted as a bearer token unless Options.Possession says
-// otherwise; its key is in the identity either way, so that it can be revoked.
-// Opaque tokens and encrypted ones are refused.
+// A token that is bound to a key (`cnf`) is accepted as a bearer token unless
+// Options.Possession is set; its key is in the identity either way, so that it
+// can be revoked. Opaque tokens are refused unless an issuer has Introspection,
+// encrypted ones always.
+//
+// A request that did not arrive over HTTP, such as Envoy's question about one,
+// is verified as the http.Request that it is about: Method, URL, Host, Header
+// and TLS are all that is looked at.
 //
 // How claims become an identity is written down in docs/claims.md and on
 // Claims.

@@ -10,8 +10,9 @@ var (
 	ErrToken = &refusal{"token refused", []error{session.ErrNoIdentity}}
 	// ErrTokenMissing: the request carries no token.
 	ErrTokenMissing = refused("no bearer token")
-	// ErrTokenMalformed: it is not a signed JWT in compact form, is too long,
-	// or names a member twice.
+	// ErrTokenMalformed: it is neither a signed JWT in compact form nor, where
+	// those are accepted, an opaque token; or it is too long, names a member
+	// twice, or has a critical header extension.
 	ErrTokenMalformed = refused("malformed")
 	// ErrTokenAlgorithm: it is signed with an algorithm that is not pinned for
 	// its issuer.
@@ -33,6 +34,20 @@ var (
 	// ErrTokenPossession: the caller did not prove possession of the key that
 	// the token is bound to.
 	ErrTokenPossession = refused("proof of possession")
+	// ErrTokenNonce: the proof of possession lacks a nonce of the server's, or
+	// the one it has is too old. It wraps ErrTokenPossession; a
+	// ProofError carries the one to use (RFC 9449 §9).
+	ErrTokenNonce = &refusal{"token refused: the proof of possession needs a fresh nonce", []error{ErrTokenPossession}}
+	// ErrTokenProofs: too many proofs of possession are remembered to tell
+	// whether this one is new. It wraps session.ErrStale too, and the caller may
+	// try again.
+	ErrTokenProofs = &refusal{"token refused: too many proofs of possession at once", []error{ErrTokenPossession, session.ErrStale}}
+	// ErrTokenInactive: its issuer says that it is not active (RFC 7662 §2.2).
+	ErrTokenInactive = refused("not active")
+	// ErrTokenIntrospection: its issuer cannot be asked about it now, or gives
+	// no answer that could be understood. It wraps session.ErrStale too, and the
+	// caller may try again.
+	ErrTokenIntrospection = &refusal{"token refused: the issuer cannot be asked about it", []error{ErrToken, session.ErrStale}}
 	// ErrTokenExpired: it has expired. It wraps session.ErrExpired too.
 	ErrTokenExpired = &refusal{"token refused: expired", []error{ErrToken, session.ErrExpired}}
 	// ErrTokenKeys: the issuer's keys are not known, or were fetched too long

@@ -1,5 +1,7 @@
 package credential
 
+import "time"
+
 // Settle waits until the cache has taken up what it was given.
 func (v *Verifier) Settle() { v.cache.tokens.Wait() }
 
@@ -26,3 +28,16 @@ func (v *Verifier) Collide(token, other string) {
 
 // Pending is how many tokens wait to be taken up by the cache.
 func (v *Verifier) Pending() int64 { return v.cache.pending.Load() }
+
+// Seen is a store of seen proofs by itself.
+type Seen struct{ s *seenProofs }
+
+// NewSeen makes one as a checker does.
+func NewSeen(most int, maxAge time.Duration, now time.Time) *Seen {
+	return &Seen{newSeenProofs(most, maxAge, now)}
+}
+
+// Add remembers a proof.
+func (s *Seen) Add(key [32]byte, jti string, iat, now time.Time) error {
+	return s.s.add(key, jti, iat, now)
+}

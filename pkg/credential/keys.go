@@ -133,18 +133,43 @@ func newClient() *http.Client {
 	}
 }
 
-func newRemoteKeys(ctx context.Context, client *http.Client, clock func() time.Time, i *Issuer) (*remoteKeys, error) {
-	u, err := url.Parse(i.JWKS)
+// endpoint checks the URL of something that an issuer serves. Whoever can alter
+// what it answers can make tokens.
+func endpoint(what, s string) error {
+	u, err := url.Parse(s)
 	if err != nil || u.Host == "" || u.User != nil {
-		return nil, errors.New("JWKS is not a URL with a host and no user")
+		return errors.New(what + " is not a URL with a host and no user")
 	}
 	if ip := net.ParseIP(u.Hostname()); u.Scheme != "https" && (u.Scheme != "http" || u.Hostname() != "localhost" && !ip.IsLoopback()) {
-		return nil, errors.New("JWKS must be https: whoever can alter it can sign tokens")
+		return errors.New(what + " must be https")
 	}
-	return &remoteKeys{
-		fetch: func() ([]*verificationKey, error) { return fetchKeys(ctx, client, u.String()) },
-		clock: clock, interval: i.RefreshInterval, maxAge: i.KeysMaxAge,
-	}, nil
+	return nil
+}
+
+func newRemoteKeys(ctx context.Context, client *http.Client, clock func() time.Time, i *Issuer) (*remoteKeys, error) {
+	what, known := "JWKS", i.JWKS
+	if i.Discover != nil {
+		what, known = "the issuer", i.URL
+	}
+	if err := endpoint(what, known); err != nil {
+		return nil, err
+	}
+	fetch := func() ([]*verificationKey, error) {
+		ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+		defer cancel()
+		jwks := i.JWKS
+		if i.Discover != nil {
+			var err error
+			if jwks, err = i.Discover(ctx, client, i.URL); err != nil {
+				return nil, err
+			}
+			if err := endpoint("the JWKS of the issuer", jwks); err != nil {
+				return nil, err
+			}
+		}
+		return fetchKeys(ctx, client, jwks)
+	}
+	return &remoteKeys{fetch: fetch, clock: clock, interval: i.RefreshInterval, maxAge: i.KeysMaxAge}, nil
 }
 
 func (s *remoteKeys) find(ctx context.Context, kid string, alg jose.SignatureAlgorithm) ([]*verificationKey, error) {
@@ -250,13 +275,21 @@ func (s *remoteKeys) keep(keys []*verificationKey) []*verificationKey {
 }
 
 func fetchKeys(ctx context.Context, client *http.Client, url string) ([]*verificationKey, error) {
-	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
-	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Accept", "application/jwk-set+json, application/json")
+	body, err := answer(client, req, maxKeySetLen)
+	if err != nil {
+		return nil, err
+	}
+	return parseKeySet(body)
+}
+
+// answer returns the body of what an issuer answers, if that is 200 and no
+// longer than limit.
+func answer(client *http.Client, req *http.Request, limit int) ([]byte, error) {
 	resp, err := client.Do(req)
 	if err != nil {
 		return nil, err
@@ -265,14 +298,14 @@ func fetchKeys(ctx context.Context, client *http.Client, url string) ([]*verific
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("status %d", resp.StatusCode)
 	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxKeySetLen+1))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, int64(limit)+1))
 	if err != nil {
 		return nil, err
 	}
-	if len(body) > maxKeySetLen {
-		return nil, errors.New("key set too long")
+	if len(body) > limit {
+		return nil, errors.New("the answer is too long")
 	}
-	return parseKeySet(body)
+	return body, nil
 }
 
 // parseKeySet reads a JWKS. Keys that it does not know or must not use are left

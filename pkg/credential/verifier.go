@@ -48,7 +48,8 @@ type Options struct {
 	HTTP *http.Client
 	// Possession is asked about every token that verified and is bound to a
 	// key (`cnf`), with the request that presented it, or nil when there is
-	// none. An error refuses the token. Nil accepts it as a bearer token.
+	// none. An error refuses the token. ProofChecker.Check is one. Nil accepts it
+	// as a bearer token.
 	Possession func(r *http.Request, token string, id session.Identity) error
 	// CacheBytes bounds the memory that verified tokens may take, so that a
 	// token that has been seen need not be verified again. Zero is
@@ -62,11 +63,20 @@ type Issuer struct {
 	URL string
 	// Tenant is the tenant of every identity from this issuer.
 	Tenant string
-	// Keys are static verification keys. JWKS is where to fetch them. Exactly
-	// one of the two is set.
+	// Keys are static verification keys, JWKS is where to fetch them, and
+	// Discover finds out where. At most one of the three is set, and one must be
+	// unless there is Introspection.
 	Keys jose.JSONWebKeySet
 	// JWKS is an https URL, or an http one on a loopback address.
 	JWKS string
+	// Discover returns the URL of the issuer's JWKS, by its metadata. It is
+	// called before each fetch, with the client of Options.HTTP, and must bound
+	// what it reads; credential/discovery has one. URL must be fit to be fetched
+	// from then, as JWKS.
+	Discover func(ctx context.Context, client *http.Client, issuer string) (jwks string, err error)
+	// Introspection has opaque tokens verified by asking this issuer. They do
+	// not name theirs, so one issuer at most may have it. Nil refuses them.
+	Introspection *Introspection
 	// Algorithms pins the signature algorithms; nil is ES256, EdDSA, RS256 and
 	// PS256. "none" and HMAC are refused here too.
 	Algorithms []jose.SignatureAlgorithm
@@ -105,6 +115,7 @@ type shared struct {
 	clock      func() time.Time
 	possession func(*http.Request, string, session.Identity) error
 	cache      *tokenCache
+	opaque     *introspector
 	closing    context.CancelFunc
 	closed     atomic.Bool
 }
@@ -166,6 +177,7 @@ func New(opts Options) (*Verifier, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	v.closing = cancel
+	var err error
 	for _, iss := range opts.Issuers {
 		i := &issuer{Issuer: iss}
 		if iss.URL == "" || v.issuers[iss.URL] != nil {
@@ -177,18 +189,26 @@ func New(opts Options) (*Verifier, error) {
 			return nil, bad("issuer %s: %v", iss.URL, err)
 		}
 		v.issuers[iss.URL] = i
+		if i.Introspection != nil {
+			if v.opaque != nil {
+				cancel()
+				return nil, bad("issuer %s: another one has Introspection, and opaque tokens do not name theirs", iss.URL)
+			}
+			if v.opaque, err = newIntrospector(ctx, opts.HTTP, v.clock, i); err != nil {
+				cancel()
+				return nil, bad("issuer %s: introspection: %v", iss.URL, err)
+			}
+		}
 		for _, alg := range i.Algorithms {
 			if !slices.Contains(v.algorithms, alg) {
 				v.algorithms = append(v.algorithms, alg)
 			}
 		}
 	}
-	cache, err := newTokenCache(opts.CacheBytes)
-	if err != nil {
+	if v.cache, err = newTokenCache(opts.CacheBytes); err != nil {
 		cancel()
 		return nil, bad("CacheBytes: %v", err)
 	}
-	v.cache = cache
 	return &Verifier{v, v.audiences}, nil
 }
 
@@ -238,17 +258,20 @@ func (i *issuer) complete(ctx context.Context, client *http.Client, clock func()
 	if i.claims, err = i.Claims.compile(); err != nil {
 		return err
 	}
-	static := len(i.Issuer.Keys.Keys) > 0
-	switch {
-	case static == (i.JWKS != ""):
-		return errors.New("want either Keys or JWKS")
-	case static:
-		if i.keys, err = newStaticKeys(i.Issuer.Keys); err != nil {
-			return err
+	sources := 0
+	for _, set := range []bool{len(i.Issuer.Keys.Keys) > 0, i.JWKS != "", i.Discover != nil} {
+		if set {
+			sources++
 		}
-		return nil
 	}
-	i.keys, err = newRemoteKeys(ctx, client, clock, &i.Issuer)
+	switch {
+	case sources > 1 || sources == 0 && i.Introspection == nil:
+		return errors.New("want one of Keys, JWKS and Discover")
+	case i.JWKS != "" || i.Discover != nil:
+		i.keys, err = newRemoteKeys(ctx, client, clock, &i.Issuer)
+	default:
+		i.keys, err = newStaticKeys(i.Issuer.Keys)
+	}
 	return err
 }
 
@@ -263,6 +286,9 @@ func (v *Verifier) Close() {
 	for _, i := range v.issuers {
 		i.keys.close()
 	}
+	if v.opaque != nil {
+		v.opaque.close()
+	}
 	v.cache.close()
 }
 
@@ -271,9 +297,9 @@ type Preparer = interface {
 	Prepare(session.Identity) (*session.Prepared, error)
 }
 
-// VerifyRequest verifies the bearer token in the request's Authorization
-// header (RFC 6750 §2.1); a token anywhere else is not looked at. It is Verify
-// otherwise.
+// VerifyRequest verifies the token in the request's Authorization header, of
+// scheme Bearer (RFC 6750 §2.1) or DPoP (RFC 9449 §7.1); a token anywhere else is
+// not looked at. It is Verify otherwise.
 func (v *Verifier) VerifyRequest(r *http.Request) (session.Identity, error) {
 	t, err := v.request(r)
 	if err != nil {
@@ -300,15 +326,21 @@ func (v *Verifier) request(r *http.Request) (*verified, error) {
 		return nil, ErrTokenMissing
 	}
 	scheme, token, ok := strings.Cut(values[0], " ")
-	if len(values) > 1 || !ok || !strings.EqualFold(scheme, "Bearer") {
-		return nil, ErrTokenMalformed.because("want one Authorization header with a Bearer token")
+	dpop := strings.EqualFold(scheme, "DPoP")
+	if len(values) > 1 || !ok || !dpop && !strings.EqualFold(scheme, "Bearer") {
+		return nil, ErrTokenMalformed.because("want one Authorization header with a Bearer or DPoP token")
 	}
-	return v.verify(r.Context(), strings.TrimLeft(token, " "), r)
+	t, err := v.verify(r.Context(), strings.TrimLeft(token, " "), r)
+	if err == nil && dpop && (v.possession == nil || !t.bound) {
+		// Nobody has looked at its proof (RFC 9449 §7.1).
+		return nil, ErrTokenPossession.because("the scheme is DPoP and the token is bound to no key")
+	}
+	return t, err
 }
 
 // Verify verifies a token that arrived by another way than a request, such as
 // an environment variable. It waits only where the issuer's keys have to be
-// fetched, no longer than ctx allows. The slices of the identity must not be
+// fetched, or the issuer asked about an opaque token, no longer than ctx allows. The slices of the identity must not be
 // changed: they are kept with the token. The error wraps ErrToken.
 func (v *Verifier) Verify(ctx context.Context, token string) (session.Identity, error) {
 	t, err := v.verify(ctx, token, nil)
@@ -334,7 +366,7 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (*
 	now := v.clock()
 	sum := sumOf(token)
 	t := v.cache.get(&sum)
-	if t != nil && t.issuer.keys.vouches(t.key, now) {
+	if t != nil && t.vouched(now) {
 		v.cache.count(true)
 		if err := v.admits(t, now); err != nil {
 			return nil, err
@@ -342,14 +374,21 @@ func (v *Verifier) verify(ctx context.Context, token string, r *http.Request) (*
 	} else {
 		v.cache.count(false)
 		var err error
-		if t, err = v.authenticate(ctx, token); err != nil {
+		if v.opaque != nil && opaque(token) {
+			t, err = v.introspect(ctx, token, &sum)
+		} else {
+			t, err = v.authenticate(ctx, token)
+		}
+		if err != nil {
 			return nil, err
 		}
-		// To fetch keys takes time.
+		// To ask the issuer takes time.
 		v.cache.put(&sum, t, v.clock())
 	}
 	if t.bound && v.possession != nil {
-		if err := v.possession(r, token, t.id); err != nil {
+		if err := v.possession(r, token, t.id); errors.Is(err, ErrTokenPossession) {
+			return nil, err
+		} else if err != nil {
 			return nil, errors.Join(ErrTokenPossession, err)
 		}
 	}
@@ -370,6 +409,9 @@ func (v *Verifier) authenticate(ctx context.Context, token string) (*verified, e
 		return nil, ErrTokenMalformed
 	}
 	header := jws.Signatures[0].Protected
+	if _, critical := header.ExtraHeaders["crit"]; critical {
+		return nil, ErrTokenMalformed.because("a critical header extension")
+	}
 	// The claims are read before the signature is verified only to find out
 	// whose keys to verify with.
 	claims, err := parseClaims(jws.UnsafePayloadWithoutVerification())
@@ -424,14 +466,18 @@ func (v *Verifier) read(t *verified, c claims) error {
 			}
 		}
 	}
-	exp, err := c.time("exp")
-	if err == nil && exp.IsZero() {
-		err = ErrTokenClaims.because("exp is missing")
+	if audiences == nil && t.key == nil && t.issuer.Introspection.AudienceImplied {
+		t.audiences = v.shared.audiences
 	}
+	exp, err := c.time("exp")
 	if err != nil {
 		return err
 	}
-	t.until = exp.Add(t.issuer.Skew)
+	if !exp.IsZero() {
+		t.until = exp.Add(t.issuer.Skew)
+	} else if t.key != nil {
+		return ErrTokenClaims.because("exp is missing")
+	}
 	for _, name := range []string{"nbf", "iat"} {
 		at, err := c.time(name)
 		if err != nil {
@@ -458,7 +504,7 @@ func (v *Verifier) admits(t *verified, now time.Time) error {
 	switch {
 	case !slices.ContainsFunc(t.audiences, func(a string) bool { return slices.Contains(v.audiences, a) }):
 		return ErrTokenAudience
-	case !now.Before(t.until):
+	case !t.until.IsZero() && !now.Before(t.until):
 		return ErrTokenExpired
 	case t.from.After(now):
 		return ErrTokenNotYet

@@ -57,9 +57,18 @@ func (s *signer) public() jose.JSONWebKey {
 	return jose.JSONWebKey{Key: s.key.(crypto.Signer).Public(), KeyID: s.kid}
 }
 
-func (s *signer) sign(payload string) string {
+func (s *signer) sign(payload string) string { s.t.Helper(); return s.signWith(payload, "", nil) }
+
+// signWith adds a header.
+func (s *signer) signWith(payload string, name jose.HeaderKey, value any) string {
 	s.t.Helper()
 	opts := &jose.SignerOptions{}
+	if name != "" {
+		opts = opts.WithHeader(name, value)
+	}
+	if name == "b64" {
+		opts = opts.WithCritical("b64")
+	}
 	if s.typ != "" {
 		opts = opts.WithType(jose.ContentType(s.typ))
 	}
@@ -303,6 +312,9 @@ func TestTokensThatAreRefused(t *testing.T) {
 		"twice, nested":     {s.sign(strings.Replace(claims(nil), "{", `{"act":{"sub":"a","sub":"b"},`, 1)), credential.ErrTokenMalformed},
 		"two values":        {s.sign(claims(nil) + "{}"), credential.ErrTokenMalformed},
 		"claims are null":   {s.sign("null"), credential.ErrTokenMalformed},
+		"critical header":   {s.signWith(claims(nil), "crit", []string{"exp"}), credential.ErrTokenMalformed},
+		"claims not base64": {s.signWith(claims(nil), "b64", false), credential.ErrTokenMalformed},
+		"header twice":      {b64([]byte(`{"alg":"ES256","typ":"at+jwt","alg":"none"}`)) + "." + parts[1] + "." + parts[2], credential.ErrTokenMalformed},
 		"sid not text":      {s.sign(claims(map[string]any{"sid": 7})), credential.ErrTokenClaims},
 		"jti not text":      {s.sign(claims(map[string]any{"jti": []string{"a"}})), credential.ErrTokenClaims},
 		"sub too long":      {s.sign(claims(map[string]any{"sub": strings.Repeat("a", session.MaxValueLen+1)})), credential.ErrTokenClaims},
