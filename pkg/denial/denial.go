@@ -93,7 +93,12 @@ type Answer struct {
 	resource  *Resource
 	challenge string // the error code of the WWW-Authenticate header
 	acr       string
+	more      challenger
 }
+
+// challenger is an error whose answer has headers of its own, such as another
+// challenge: credential.ProofError is one.
+type challenger interface{ Challenge(http.Header) }
 
 // staleRetry is how long to wait for an enforcer to catch up.
 const staleRetry = 5 * time.Second
@@ -103,6 +108,7 @@ const staleRetry = 5 * time.Second
 func (r *Resource) Answer(err error) Answer {
 	a := Answer{Status: http.StatusServiceUnavailable, RetryAfter: staleRetry, Message: session.ErrDenied.Error(), resource: r}
 	a.Data.Error = "denied"
+	_ = errors.As(err, &a.more)
 	var d *session.DeniedError
 	if errors.As(err, &d) {
 		a.Message = d.Error()
@@ -203,6 +209,9 @@ func (a *Answer) Header(h http.Header, credentials bool) {
 	}
 	if a.RetryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(a.RetryAfter.Seconds()))))
+	}
+	if a.more != nil {
+		a.more.Challenge(h)
 	}
 	h.Set("Cache-Control", "no-store")
 }
