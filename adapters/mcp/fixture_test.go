@@ -177,8 +177,12 @@ func newWorld(t *testing.T, opts *mcpguard.Options) *world {
 		enforcer: newEnforcer(t), key: key,
 		started: make(chan string, 16), ended: make(chan string, 16), let: make(chan struct{}), causes: make(chan error, 256),
 	}
+	proofs, err := credential.NewProofChecker(credential.ProofOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	verifier, err := credential.New(credential.Options{
-		Audiences: []string{resource},
+		Audiences: []string{resource}, Possession: proofs.Check,
 		Issuers: []credential.Issuer{{
 			URL: issuerURL, Tenant: "acme",
 			Keys: jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1", Algorithm: "ES256", Use: "sig"}}},
@@ -289,6 +293,7 @@ type bearer struct {
 	mu    sync.Mutex
 	token string
 	base  *http.Transport
+	prove func(r *http.Request, token string) // instead of the scheme Bearer
 }
 
 func (b *bearer) set(token string) {
@@ -303,6 +308,9 @@ func (b *bearer) RoundTrip(r *http.Request) (*http.Response, error) {
 	b.mu.Unlock()
 	r = r.Clone(r.Context())
 	r.Header.Set("Authorization", "Bearer "+token)
+	if b.prove != nil {
+		b.prove(r, token)
+	}
 	return b.base.RoundTrip(r)
 }
 
@@ -315,7 +323,13 @@ type client struct {
 // dial connects a real client of one era.
 func (w *world) dial(t *testing.T, era, token string) (*client, error) {
 	t.Helper()
-	c := &client{bearer: &bearer{token: token, base: &http.Transport{}}, logs: make(chan any, 4)}
+	return w.dialBy(t, era, &bearer{token: token, base: &http.Transport{}})
+}
+
+// dialBy is dial with credentials of the caller's making.
+func (w *world) dialBy(t *testing.T, era string, b *bearer) (*client, error) {
+	t.Helper()
+	c := &client{bearer: b, logs: make(chan any, 4)}
 	t.Cleanup(c.bearer.base.CloseIdleConnections)
 	opts := &mcp.ClientOptions{
 		//lint:ignore SA1019 the revisions with GET streams have it

@@ -1,9 +1,19 @@
 package mcpguard_test
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
+	"net/http"
 	"testing"
+	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -142,5 +152,61 @@ func TestRevokedToolIsDeniedAloneAndCut(t *testing.T) {
 		_, err := c.call("wait")
 		mustDeny(t, err, want)
 		mustAllow(t, c, "echo")
+	})
+}
+
+// A token that is bound to a key is good with a proof for each request (RFC
+// 9449), and the SDK, which knows the scheme Bearer alone, does not notice.
+func TestTokenBoundToAKeyNeedsAProof(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum, err := (&jose.JSONWebKey{Key: key.Public()}).Thumbprint(crypto.SHA256)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, (&jose.SignerOptions{EmbedJWK: true}).WithType("dpop+jwt"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		token := w.token(t, "ann", func(c map[string]any) {
+			c["cnf"] = map[string]any{"jkt": base64.RawURLEncoding.EncodeToString(sum)}
+		})
+		prove := func(r *http.Request, token string) {
+			ath := sha256.Sum256([]byte(token))
+			payload, err := json.Marshal(map[string]any{
+				"jti": rand.Text(), "htm": r.Method, "htu": r.URL.String(), "iat": time.Now().Unix(),
+				"ath": base64.RawURLEncoding.EncodeToString(ath[:]),
+			})
+			if err != nil {
+				t.Error(err)
+			}
+			jws, err := signer.Sign(payload)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			proof, err := jws.CompactSerialize()
+			if err != nil {
+				t.Error(err)
+			}
+			r.Header.Set("Authorization", "DPoP "+token)
+			r.Header.Set("DPoP", proof)
+		}
+		if _, err := w.dial(t, era, token); err == nil {
+			t.Fatal("good without a proof")
+		}
+		c, err := w.dialBy(t, era, &bearer{token: token, base: &http.Transport{}, prove: prove})
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustAllow(t, c, "echo")
+		mustAllow(t, c, "echo")
+		w.enforcer.deny(stolen, user("ann"))
+		_, err = c.call("echo")
+		mustDeny(t, err, stolenAnswer)
 	})
 }

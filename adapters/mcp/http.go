@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/auth"
@@ -98,6 +99,7 @@ func (g *Guard) Handler(next http.Handler) http.Handler {
 			return
 		}
 		ctx := context.WithValue(r.Context(), verifiedKey{}, &caller{prepared: p})
+		r = asBearer(r)
 		if r.Method == http.MethodGet {
 			g.stream(w, r.WithContext(ctx), p, next)
 			return
@@ -108,6 +110,19 @@ func (g *Guard) Handler(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// asBearer gives a token that came under another scheme, which is DPoP, the one
+// that the SDK's middleware knows. Its proof has been checked, and is good once.
+func asBearer(r *http.Request) *http.Request {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if strings.EqualFold(scheme, "Bearer") {
+		return r
+	}
+	r = r.WithContext(r.Context()) // a shallow copy
+	r.Header = r.Header.Clone()
+	r.Header.Set("Authorization", "Bearer "+token)
+	return r
 }
 
 // connect is what every HTTP request asks for: to talk at all. What is asked
