@@ -189,6 +189,7 @@ func TestAnswersThatAreRefused(t *testing.T) {
 		"not an object":   {`[true]`, credential.ErrTokenIntrospection},
 		"a page":          {`<html>`, credential.ErrTokenIntrospection},
 		"too long":        {`{` + good + `,"x":"` + strings.Repeat("a", 64<<10) + `"}`, credential.ErrTokenIntrospection},
+		"long, of spaces": {`{` + good + `}` + strings.Repeat(" ", 64<<10), credential.ErrTokenIntrospection},
 		"deep":            {strings.Repeat(`{"active":`, 20_000), credential.ErrTokenIntrospection},
 		"other issuer":    {`{` + good + `,"iss":"https://other.example"}`, credential.ErrTokenIssuer},
 		"issuer no text":  {`{` + good + `,"iss":7}`, credential.ErrTokenIssuer},

@@ -205,14 +205,18 @@ func TestHostileMetadataIsRefused(t *testing.T) {
 		member string
 		value  any
 	}{
-		"another issuer":  {"issuer", "https://id.example"},
-		"no JWKS":         {"jwks_uri", ""},
-		"JWKS in clear":   {"jwks_uri", "http://id.example/jwks"},
-		"JWKS not a text": {"jwks_uri", 7},
-		"too long":        {"padding", strings.Repeat("a", 300<<10)},
+		"another issuer":   {"issuer", "https://id.example"},
+		"no JWKS":          {"jwks_uri", ""},
+		"JWKS in clear":    {"jwks_uri", "http://id.example/jwks"},
+		"JWKS with a user": {"jwks_uri", "http://a:b@HOST/jwks"}, // which is there
+		"JWKS not a text":  {"jwks_uri", 7},
+		"too long":         {"padding", strings.Repeat("a", 300<<10)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			i, c := newIssuer(t, "k1"), new(clock)
+			if s, ok := say.value.(string); ok {
+				say.value = strings.Replace(s, "HOST", i.Listener.Addr().String(), 1)
+			}
 			i.say(say.member, say.value)
 			v := i.verifier(t, c)
 			token := i.token(t, "k1", "k1")
