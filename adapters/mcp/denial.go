@@ -5,10 +5,12 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 
 	"github.com/modelcontextprotocol/go-sdk/jsonrpc"
 
 	"github.com/interlock-fabric/interlock/pkg/denial"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // JSON-RPC error codes of a denial: -31000 less the HTTP status that the same
@@ -53,41 +55,68 @@ func (g *Guard) rpcError(err error) error {
 // deny answers an HTTP request. known is set once the caller's credentials have
 // been verified: its request is then read as far as its id, so that its client
 // can tell which call the answer is to. A stranger's is not read at all.
-func (g *Guard) deny(w http.ResponseWriter, r *http.Request, err error, known bool) {
+// e is what the trail is to say of it, beside that.
+func (g *Guard) deny(w http.ResponseWriter, r *http.Request, err error, known bool, e *trail.Event) {
+	e.Err, e.Took = err, e.Mark.Took()
+	g.name(e, r)
 	a := g.resource.Answer(err)
 	var id func() json.RawMessage
 	if known {
-		id = func() json.RawMessage { return requestID(r) }
+		id = func() json.RawMessage {
+			c := readDenied(r)
+			if c.Method != "" {
+				e.Method, e.Call.Tool, e.Arguments = c.Method, "", nil
+			}
+			if c.Method == "tools/call" {
+				e.Call.Tool, e.Arguments = c.Params.Name, c.Params.Arguments
+			}
+			return c.id
+		}
 	}
 	a.Write(w, r, id)
+	g.opts.Trail.Record(e)
+}
+
+// name says of an event what can be said of an HTTP request that is not read.
+func (g *Guard) name(e *trail.Event, r *http.Request) {
+	e.Method, e.Call, e.Traceparent = "http "+r.Method, g.connect(), r.Header.Get(headerTrace)
 }
 
 // maxDeniedBody bounds what is read of a denied request.
 const maxDeniedBody = 64 << 10
 
-// requestID returns the id of the JSON-RPC call in a request, or nil.
-func requestID(r *http.Request) json.RawMessage {
+// deniedCall is the JSON-RPC call in a request that is denied, with its id as it
+// is to be answered; nil for none.
+type deniedCall struct {
+	id     json.RawMessage
+	ID     any    `json:"id"`
+	Method string `json:"method"`
+	Params struct {
+		Name      string          `json:"name"`
+		Arguments json.RawMessage `json:"arguments"`
+	} `json:"params"`
+}
+
+// readDenied reads the call in a request, zero where there is none.
+func readDenied(r *http.Request) (c deniedCall) {
 	if r.Method != http.MethodPost || r.Body == nil {
-		return nil
+		return c
 	}
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxDeniedBody+1))
 	if err != nil || len(body) > maxDeniedBody {
-		return nil
+		return c
 	}
-	var call struct {
-		ID     any    `json:"id"`
-		Method string `json:"method"`
+	// Parameters of another form are no reason to leave out the id.
+	var wrong *json.UnmarshalTypeError
+	if err := json.Unmarshal(body, &c); err != nil && (!errors.As(err, &wrong) || !strings.HasPrefix(wrong.Field, "params")) || c.Method == "" {
+		return deniedCall{}
 	}
-	if json.Unmarshal(body, &call) != nil || call.Method == "" {
-		return nil
-	}
-	id, err := jsonrpc.MakeID(call.ID)
+	id, err := jsonrpc.MakeID(c.ID)
 	if err != nil || !id.IsValid() {
-		return nil
+		return c
 	}
-	raw, err := json.Marshal(id.Raw())
-	if err != nil {
-		return nil
+	if raw, err := json.Marshal(id.Raw()); err == nil {
+		c.id = raw
 	}
-	return raw
+	return c
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // Enforcer decides; an *enforce.Enforcer is one.
@@ -49,6 +50,9 @@ type Options struct {
 	// CloseTimeout bounds how long Close waits for tools that ignore their
 	// context; zero is 5 s.
 	CloseTimeout time.Duration
+	// Trail records every denial, every call that is cut, and a share of those
+	// that are allowed. Nil records nothing. The guard does not close it.
+	Trail *trail.Recorder
 	// Logger hears of what the guard could not do. Nil is silent. Denials are
 	// not logged: the enforcer counts them.
 	Logger *slog.Logger

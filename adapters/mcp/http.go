@@ -14,12 +14,14 @@ import (
 
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 const (
 	headerVersion = "Mcp-Protocol-Version"
 	headerSession = "Mcp-Session-Id"
 	headerMethod  = "Mcp-Method"
+	headerTrace   = "Traceparent"
 
 	// firstStateless is the first revision without sessions.
 	firstStateless = "2026-07-28"
@@ -93,15 +95,18 @@ func (g *Guard) Handler(next http.Handler) http.Handler {
 	}, &auth.RequireBearerTokenOptions{AllowMissingExpiration: true, ClockSkew: 100 * 365 * 24 * time.Hour})(next)
 
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		e := trail.Event{Mark: g.opts.Trail.Start()}
 		p, known, err := g.admit(r)
 		if err != nil {
-			g.deny(w, r, err, known)
+			e.Caller = p
+			g.deny(w, r, err, known, &e)
 			return
 		}
 		ctx := context.WithValue(r.Context(), verifiedKey{}, &caller{prepared: p})
 		r = asBearer(r)
 		if r.Method == http.MethodGet {
-			g.stream(w, r.WithContext(ctx), p, next)
+			e.Caller = p
+			g.stream(w, r.WithContext(ctx), &e, next)
 			return
 		}
 		if t := g.trackedByID(r.Header.Get(headerSession)); t != nil && r.Method == http.MethodPost {
@@ -150,13 +155,15 @@ func (g *Guard) isClosed() bool {
 
 // stream serves a GET, which is a legacy event stream, for as long as its
 // caller may listen.
-func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepared, next http.Handler) {
-	bound, release, err := g.enforcer.Bind(r.Context(), p, g.connect())
+func (g *Guard) stream(w http.ResponseWriter, r *http.Request, e *trail.Event, next http.Handler) {
+	bound, release, err := g.enforcer.Bind(r.Context(), e.Caller, g.connect())
 	if err != nil {
-		g.deny(w, r, err, true)
+		g.deny(w, r, err, true, e)
 		return
 	}
 	defer release()
+	g.name(e, r)
+	g.opts.Trail.Record(e)
 	// A client that does not read must not hold its stream open.
 	rc := http.NewResponseController(w)
 	stop := context.AfterFunc(bound, func() { _ = rc.SetWriteDeadline(time.Now().Add(g.opts.FlushTimeout)) })
@@ -164,6 +171,10 @@ func (g *Guard) stream(w http.ResponseWriter, r *http.Request, p *session.Prepar
 	next.ServeHTTP(w, r.WithContext(bound))
 
 	d := guard.Cut(bound)
+	if d != nil {
+		e.Err, e.Cut = d, true
+		g.opts.Trail.Record(e)
+	}
 	if mt, _, _ := mime.ParseMediaType(w.Header().Get("Content-Type")); d == nil || mt != "text/event-stream" {
 		return
 	}

@@ -2,11 +2,13 @@ package mcpguard
 
 import (
 	"context"
+	"reflect"
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // housekeeping are the methods that run no host code worth cutting: they end by
@@ -29,27 +31,52 @@ func LowRisk(method string) bool { return housekeeping[method] }
 // others, unless Serve does.
 func (g *Guard) Middleware(next mcp.MethodHandler) mcp.MethodHandler {
 	return func(ctx context.Context, method string, req mcp.Request) (mcp.Result, error) {
+		e := trail.Event{Mark: g.opts.Trail.Start(), Method: method, Traceparent: traceparent(req)}
+		refuse := func(err error) (mcp.Result, error) {
+			e.Err = err
+			g.opts.Trail.Record(&e)
+			return nil, g.rpcError(err)
+		}
 		c, err := g.identify(req)
 		if err != nil {
-			return nil, g.rpcError(err)
+			return refuse(err)
+		}
+		e.Caller, e.Call = c.prepared, g.call(method, req)
+		if p, ok := req.GetParams().(*mcp.CallToolParamsRaw); ok {
+			e.Arguments = p.Arguments
 		}
 		if ss, ok := req.GetSession().(*mcp.ServerSession); ok {
 			if err := g.track(ss, req, c); err != nil {
-				return nil, g.rpcError(err)
+				return refuse(err)
 			}
 		}
 		ctx = guard.NewContext(ctx, c.prepared)
-		call := g.call(method, req)
 		if housekeeping[method] {
-			if err := g.enforcer.Check(c.prepared, call); err != nil {
-				return nil, g.rpcError(err)
+			if err := g.enforcer.Check(c.prepared, e.Call); err != nil {
+				return refuse(err)
 			}
+			g.opts.Trail.Record(&e)
 			return next(ctx, method, req)
 		}
-		return g.run(ctx, c, call, func(ctx context.Context) (mcp.Result, error) {
+		return g.run(ctx, c, &e, func(ctx context.Context) (mcp.Result, error) {
 			return next(ctx, method, req)
 		})
 	}
+}
+
+// traceparent returns the W3C trace context of a request: the header's, or what
+// the client put into the request itself.
+func traceparent(req mcp.Request) string {
+	if extra := req.GetExtra(); extra != nil && extra.Header != nil {
+		if h := extra.Header.Get(headerTrace); h != "" {
+			return h
+		}
+	}
+	if p := req.GetParams(); p != nil && !reflect.ValueOf(p).IsNil() {
+		s, _ := p.GetMeta()["traceparent"].(string)
+		return s
+	}
+	return ""
 }
 
 // call says what a request asks for.
@@ -81,10 +108,12 @@ type outcome struct {
 }
 
 // run runs work until it returns or its caller must stop, whichever is first.
-func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func(context.Context) (mcp.Result, error)) (mcp.Result, error) {
+func (g *Guard) run(ctx context.Context, c *caller, e *trail.Event, work func(context.Context) (mcp.Result, error)) (mcp.Result, error) {
 	// The binding outlives a cancellation by the client: work that ignores it
 	// goes on, and so must our watch over it.
-	bound, release, err := g.enforcer.Bind(context.WithoutCancel(ctx), c.prepared, call)
+	bound, release, err := g.enforcer.Bind(context.WithoutCancel(ctx), c.prepared, e.Call)
+	e.Err = err
+	g.opts.Trail.Record(e)
 	if err != nil {
 		return nil, g.rpcError(err)
 	}
@@ -124,6 +153,8 @@ func (g *Guard) run(ctx context.Context, c *caller, call session.Call, work func
 		why = d
 	}
 	if why != nil {
+		e.Err, e.Cut = why, true
+		g.opts.Trail.Record(e)
 		cancel(why) // first: the SDK cancels with no cause once we return
 		return nil, g.rpcError(why)
 	}

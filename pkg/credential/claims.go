@@ -21,7 +21,7 @@ import (
 //
 // The registered claims are not here because their meaning is not a matter of
 // configuration: `iss`, `sub` (the user), `jti` (the token), `aud`, `exp`,
-// `nbf`, `iat`, `auth_time`, `acr`, `act` (the actors, the current one first),
+// `nbf`, `iat`, `auth_time`, `acr`, `txn`, `act` (the actors, the current one first),
 // and `cnf` (the keys).
 type Claims struct {
 	// Session is the session id, a string. Default "sid".
@@ -234,6 +234,7 @@ func (m *mapping) identity(c claims) (id session.Identity, err error) {
 		Expires:      instant("exp"),
 		ACR:          text("acr"),
 	}
+	id.Transaction, _ = c["txn"].(string) // for the trail; nothing is decided by it
 	id.Ancestors, err = ancestors(c, m.ancestors)
 	keep(err)
 	id.Actors, err = actors(c["act"])

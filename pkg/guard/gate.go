@@ -11,7 +11,8 @@ import (
 
 // Admit finds out who sent a request, and whether they may make the call and
 // hold the scopes, which are looked for among the identity's capabilities. known
-// is set once the credentials have been verified. Nothing of the body is read.
+// is set once the credentials have been verified, and p is there from then on,
+// also when it is refused. Nothing of the body is read.
 // Without an enforcer or a verifier nobody is admitted. Every error denies.
 func Admit(e Enforcer, v Verifier, r *http.Request, call session.Call, scopes []string) (p *session.Prepared, known bool, err error) {
 	if e == nil {
@@ -24,11 +25,11 @@ func Admit(e Enforcer, v Verifier, r *http.Request, call session.Call, scopes []
 		return nil, false, err
 	}
 	if err := e.Check(p, call); err != nil {
-		return nil, true, err
+		return p, true, err
 	}
 	for _, s := range scopes {
 		if !slices.Contains(p.Identity().Capabilities, s) {
-			return nil, true, &session.DeniedError{Err: denial.ErrScope}
+			return p, true, &session.DeniedError{Err: denial.ErrScope}
 		}
 	}
 	return p, true, nil

@@ -217,12 +217,12 @@ func TestAdmit(t *testing.T) {
 		{"scope missing", scoped, []string{"a", "c"}, true, denial.ErrScope},
 	} {
 		p, known, err := guard.Admit(f.Enforcer, f.Verifier, request(tt.token), session.Call{}, tt.scopes)
-		if known != tt.known || !errors.Is(err, tt.err) || (p == nil) != (err != nil) {
+		if known != tt.known || !errors.Is(err, tt.err) || (p != nil) != tt.known {
 			t.Errorf("%s: %v, %v", tt.name, known, err)
 		}
 	}
 	f.On(t, authority.Revoke, "user", "ann")
-	if p, known, err := guard.Admit(f.Enforcer, f.Verifier, request(scoped), session.Call{}, nil); p != nil || !known || !errors.Is(err, session.ErrRevoked) {
+	if p, known, err := guard.Admit(f.Enforcer, f.Verifier, request(scoped), session.Call{}, nil); p == nil || !known || !errors.Is(err, session.ErrRevoked) {
 		t.Error(err)
 	}
 	if _, _, err := guard.Admit(nil, f.Verifier, request(scoped), session.Call{}, nil); !errors.Is(err, session.ErrClosed) {

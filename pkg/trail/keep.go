@@ -271,9 +271,7 @@ func (d *denials) repeat(m map[denialKey]*denial, key denialKey, e *Event) bool 
 	now := time.Now()
 	x.Count++
 	x.Last = max(x.First, session.InstantOf(now))
-	if !e.Mark.at.IsZero() {
-		x.Latency = max(x.Latency, now.Sub(e.Mark.at))
-	}
+	x.Latency = max(x.Latency, e.took(now))
 	return true
 }
 

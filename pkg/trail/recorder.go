@@ -180,6 +180,14 @@ func (r *Recorder) Start() Mark {
 	return Mark{time.Now(), epoch, number}
 }
 
+// Took returns how long it is since the mark; zero for a zero Mark.
+func (m Mark) Took() time.Duration {
+	if m.at.IsZero() {
+		return 0
+	}
+	return time.Since(m.at)
+}
+
 // Event is one decision. Nothing of it is kept but what a record has.
 type Event struct {
 	// Mark is of Start; zero leaves latency and position unknown.
@@ -198,6 +206,8 @@ type Event struct {
 	Traceparent string
 	// Err is what the enforcer said; nil allowed the call.
 	Err error
+	// Took is how long the decision took; zero is from Mark until now.
+	Took time.Duration
 	// Cut says that the call was running when Err ended it.
 	Cut bool
 }
@@ -268,9 +278,7 @@ func (r *Recorder) fill(t *session.TrailRecord, e *Event) {
 		Epoch: e.Mark.epoch, Checked: e.Mark.number,
 		Method: text(e.Method), Tool: text(e.Call.Tool), Audience: text(e.Call.Audience), Trace: parseTraceparent(e.Traceparent),
 	}
-	if !e.Mark.at.IsZero() {
-		t.Latency = max(0, now.Sub(e.Mark.at))
-	}
+	t.Latency = e.took(now)
 	if e.Caller.Valid() {
 		id := e.Caller.Identity()
 		t.Caller = callerOf(&id)
@@ -291,6 +299,13 @@ func (r *Recorder) fill(t *session.TrailRecord, e *Event) {
 			t.Detail = text(d.Error()) // fit for the caller, so for the trail
 		}
 	}
+}
+
+func (e *Event) took(now time.Time) time.Duration {
+	if e.Took == 0 && !e.Mark.at.IsZero() {
+		return max(0, now.Sub(e.Mark.at))
+	}
+	return max(0, e.Took)
 }
 
 func decisionOf(e *Event) session.Decision {
