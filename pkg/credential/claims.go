@@ -83,6 +83,9 @@ type claims map[string]any
 // parseClaims reads a payload. Two members of one name anywhere in it are
 // refused: parsers differ in which they take, and so would the issuer and we.
 func parseClaims(payload []byte) (claims, error) {
+	if deep(payload) {
+		return nil, ErrTokenMalformed.because("the claims are nested too deep")
+	}
 	var c claims
 	d := json.NewDecoder(strings.NewReader(string(payload)))
 	if err := d.Decode((*map[string]any)(&c)); err != nil || c == nil {
@@ -92,6 +95,33 @@ func parseClaims(payload []byte) (claims, error) {
 		return nil, ErrTokenMalformed.because("something follows the claims")
 	}
 	return c, nil
+}
+
+// maxDepth bounds how deep claims may be nested: the chain of actors, and some.
+// Strangers' claims are read before anything of them is verified, and each level
+// takes stack.
+const maxDepth = 32
+
+// deep reports whether a JSON text is nested deeper than that. Of a text that is
+// not JSON it may say anything.
+func deep(text []byte) bool {
+	depth, quoted := 0, false
+	for i := 0; i < len(text); i++ {
+		switch c := text[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case quoted:
+		case c == '{' || c == '[':
+			if depth++; depth > maxDepth {
+				return true
+			}
+		case c == '}' || c == ']':
+			depth--
+		}
+	}
+	return false
 }
 
 // lookup returns the first alternative that is there, and its name.

@@ -282,6 +282,10 @@ func TestTokensThatAreRefused(t *testing.T) {
 		t.Fatalf("a chain of the greatest length: %v", err)
 	}
 
+	if _, err := v.Verify(t.Context(), s.sign(claims(map[string]any{"x": nested(31), "y": strings.Repeat(`"{`, 80)}))); err != nil {
+		t.Fatalf("nested as deep as may be: %v", err)
+	}
+
 	for name, c := range map[string]struct {
 		token string
 		want  error
@@ -311,6 +315,7 @@ func TestTokensThatAreRefused(t *testing.T) {
 		"twice a member":    {s.sign(`{"iss":"` + issuerURL + `","sub":"ann","sub":"root","aud":"` + audience + `","exp":1800003600}`), credential.ErrTokenMalformed},
 		"twice, nested":     {s.sign(strings.Replace(claims(nil), "{", `{"act":{"sub":"a","sub":"b"},`, 1)), credential.ErrTokenMalformed},
 		"two values":        {s.sign(claims(nil) + "{}"), credential.ErrTokenMalformed},
+		"nested too deep":   {s.sign(claims(map[string]any{"x": nested(32)})), credential.ErrTokenMalformed},
 		"claims are null":   {s.sign("null"), credential.ErrTokenMalformed},
 		"critical header":   {s.signWith(claims(nil), "crit", []string{"exp"}), credential.ErrTokenMalformed},
 		"claims not base64": {s.signWith(claims(nil), "b64", false), credential.ErrTokenMalformed},
@@ -338,6 +343,14 @@ func TestTokensThatAreRefused(t *testing.T) {
 	if !errors.Is(credential.ErrTokenExpired, session.ErrExpired) || !errors.Is(credential.ErrTokenKeys, session.ErrStale) {
 		t.Fatal("hosts could not tell these apart")
 	}
+}
+
+// nested is n lists in each other.
+func nested(n int) (v any) {
+	for range n {
+		v = []any{v}
+	}
+	return v
 }
 
 func newRSA(t testing.TB, bits int) *rsa.PrivateKey {
