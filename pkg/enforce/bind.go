@@ -15,7 +15,7 @@ import (
 type registry struct {
 	mu     sync.Mutex
 	all    map[*work]struct{}
-	byKey  map[session.Key]map[*work]struct{}
+	byKey  map[session.Key]*place // the first of a list
 	closed error
 	// demand is the least MaxStale that any call has asked for, and soonest is
 	// not after the first end of a credential; both may be too early.
@@ -24,11 +24,19 @@ type registry struct {
 	n       atomic.Int64 // len(all)
 }
 
+// place is a work's place in the list of one of its keys. Lists, and not maps of
+// their own, because most keys have one work and every request binds.
+type place struct {
+	w          *work
+	prev, next *place
+}
+
 // work is one bound piece of running work.
 type work struct {
 	p      *session.Prepared
 	call   session.Call
 	keys   []session.Key
+	places []place         // by keys
 	ends   session.Instant // of the credential, zero when it has none
 	cancel context.CancelCauseFunc
 }
@@ -45,7 +53,7 @@ func (r *registry) add(w *work, limit int) error {
 	}
 	if r.all == nil {
 		r.all = map[*work]struct{}{}
-		r.byKey = map[session.Key]map[*work]struct{}{}
+		r.byKey = map[session.Key]*place{}
 	}
 	r.all[w] = struct{}{}
 	r.n.Add(1)
@@ -55,11 +63,14 @@ func (r *registry) add(w *work, limit int) error {
 	if w.ends != 0 && (r.soonest == 0 || w.ends < r.soonest) {
 		r.soonest = w.ends
 	}
-	for _, k := range w.keys {
-		if r.byKey[k] == nil {
-			r.byKey[k] = map[*work]struct{}{}
+	w.places = make([]place, len(w.keys))
+	for i, k := range w.keys {
+		at, first := &w.places[i], r.byKey[k]
+		at.w, at.next = w, first
+		if first != nil {
+			first.prev = at
 		}
-		r.byKey[k][w] = struct{}{}
+		r.byKey[k] = at
 	}
 	return nil
 }
@@ -74,9 +85,17 @@ func (r *registry) remove(w *work) bool {
 	}
 	delete(r.all, w)
 	r.n.Add(-1)
-	for _, k := range w.keys {
-		delete(r.byKey[k], w)
-		if len(r.byKey[k]) == 0 {
+	for i, k := range w.keys {
+		at := &w.places[i]
+		if at.next != nil {
+			at.next.prev = at.prev
+		}
+		switch {
+		case at.prev != nil:
+			at.prev.next = at.next
+		case at.next != nil:
+			r.byKey[k] = at.next
+		default:
 			delete(r.byKey, k)
 		}
 	}
@@ -102,8 +121,8 @@ func (r *registry) touched(k session.Key, into map[*work]struct{}) {
 			}
 		}
 	default:
-		for w := range r.byKey[k] {
-			into[w] = struct{}{}
+		for at := r.byKey[k]; at != nil; at = at.next {
+			into[at.w] = struct{}{}
 		}
 	}
 }

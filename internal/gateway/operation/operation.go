@@ -107,8 +107,8 @@ func Parse(body []byte, protocol config.Protocol) (Operation, error) {
 		return o, refuse(codeParse, "not JSON, or nested too deep")
 	}
 	var version, method, params, id, result, rpcError json.RawMessage
-	err := members(body, func(key string, value json.RawMessage) error {
-		switch key {
+	err := members(body, func(key []byte, value json.RawMessage) error {
+		switch string(key) {
 		case "jsonrpc":
 			version = value
 		case "method":
@@ -152,13 +152,15 @@ func Parse(body []byte, protocol config.Protocol) (Operation, error) {
 	if result != nil || rpcError != nil {
 		return fail(refuse(codeInvalid, "both a call and an answer"))
 	}
-	if o.Method, err = text(method, maxMethod); err != nil || o.Method == "" {
+	name, err := text(method, maxMethod)
+	if err != nil || len(name) == 0 {
 		return fail(refuse(codeInvalid, "the method is not a string that is fit for one"))
 	}
+	o.Method = string(name)
 	o.Arguments = params
 	if protocol != config.MCP {
 		if params != nil && params[0] == '{' {
-			err = members(params, func(string, json.RawMessage) error { return nil })
+			err = members(params, func([]byte, json.RawMessage) error { return nil })
 		}
 	} else {
 		o.Name, err = mcpName(o.Method, params)
@@ -179,10 +181,10 @@ func mcpName(method string, params json.RawMessage) (string, error) {
 		return "", nil
 	}
 	var value json.RawMessage
-	err := members(params, func(key string, v json.RawMessage) error {
-		switch key {
+	err := members(params, func(key []byte, v json.RawMessage) error {
+		switch string(key) {
 		case "name", "uri", "arguments":
-			if key == field {
+			if string(key) == field {
 				value = v
 			}
 			return nil
@@ -193,17 +195,17 @@ func mcpName(method string, params json.RawMessage) (string, error) {
 		return "", err
 	}
 	name, err := text(value, maxName)
-	if err != nil || name == "" {
+	if err != nil || len(name) == 0 {
 		return "", refuse(codeParams, "params.%s is not a string that is fit for one", field)
 	}
-	return name, nil
+	return string(name), nil
 }
 
 // otherCase refuses a member that a parser which folds case, as that of Go does,
 // takes for one of those that count.
-func otherCase(key string, known ...string) error {
+func otherCase(key []byte, known ...string) error {
 	for _, k := range known {
-		if strings.EqualFold(key, k) {
+		if len(key) <= 3*len(k) && strings.EqualFold(string(key), k) {
 			return refuse(codeInvalid, "the member %q is in another case", k)
 		}
 	}
@@ -211,12 +213,12 @@ func otherCase(key string, known ...string) error {
 }
 
 // members calls fn with each member of an object, which must be valid JSON.
-func members(b []byte, fn func(key string, value json.RawMessage) error) error {
+func members(b []byte, fn func(key []byte, value json.RawMessage) error) error {
 	i := space(b, 0)
 	if i == len(b) || b[i] != '{' {
 		return refuse(codeInvalid, "not a JSON object")
 	}
-	var room [8]string
+	var room [8][]byte
 	seen := room[:0]
 	for i = space(b, i+1); b[i] != '}'; {
 		end := skip(b, i)
@@ -224,7 +226,7 @@ func members(b []byte, fn func(key string, value json.RawMessage) error) error {
 		if err != nil {
 			return refuse(codeInvalid, "a member's name is not plain")
 		}
-		if slices.Contains(seen, key) {
+		if slices.ContainsFunc(seen, func(k []byte) bool { return bytes.Equal(k, key) }) {
 			return refuse(codeInvalid, "a member is there twice")
 		}
 		if seen = append(seen, key); len(seen) > maxMembers {
@@ -284,21 +286,28 @@ func skip(b []byte, i int) int {
 var errNotPlain = errors.New("not a plain string")
 
 // text reads a JSON string that every parser reads alike.
-func text(raw json.RawMessage, limit int) (string, error) {
+func text(raw json.RawMessage, limit int) ([]byte, error) {
 	if len(raw) < 2 || raw[0] != '"' || len(raw) > 6*limit+2 {
-		return "", errNotPlain
+		return nil, errNotPlain
 	}
-	s := string(raw[1 : len(raw)-1])
-	if strings.IndexByte(s, '\\') >= 0 && json.Unmarshal(raw, &s) != nil || len(s) > limit || !plain(s) {
-		return "", errNotPlain
+	b := []byte(raw[1 : len(raw)-1])
+	if bytes.IndexByte(b, '\\') >= 0 {
+		var s string
+		if json.Unmarshal(raw, &s) != nil {
+			return nil, errNotPlain
+		}
+		b = []byte(s)
 	}
-	return s, nil
+	if len(b) > limit || !plain(b) {
+		return nil, errNotPlain
+	}
+	return b, nil
 }
 
 // plain reports whether a string has neither control characters, at which some
 // parsers end it, nor what stands for a surrogate without its half.
-func plain(s string) bool {
-	return !strings.ContainsFunc(s, func(r rune) bool { return r == utf8.RuneError || unicode.IsControl(r) })
+func plain(b []byte) bool {
+	return !bytes.ContainsFunc(b, func(r rune) bool { return r == utf8.RuneError || unicode.IsControl(r) })
 }
 
 // firstMirrored is the first revision of MCP whose requests repeat the method
@@ -312,8 +321,8 @@ func (o *Operation) MatchHeaders(h http.Header) error {
 	fail := func(why string) error {
 		return &Refusal{Status: http.StatusBadRequest, Code: codeHeaderMismatch, ID: o.ID, Why: "header mismatch: " + why}
 	}
-	for _, name := range []string{"Mcp-Protocol-Version", "Mcp-Method", "Mcp-Name", "Mcp-Session-Id"} {
-		if len(h.Values(name)) > 1 {
+	for _, name := range [...]string{"Mcp-Protocol-Version", "Mcp-Method", "Mcp-Name", "Mcp-Session-Id"} {
+		if len(h[name]) > 1 {
 			return fail(name + " is there twice")
 		}
 	}
@@ -365,6 +374,9 @@ func JSONBody(h http.Header) (bool, error) {
 	types := h.Values("Content-Type")
 	if len(types) != 1 {
 		return false, nil
+	}
+	if types[0] == "application/json" {
+		return true, nil // as nearly all are
 	}
 	// What cannot be parsed is of no type.
 	mt, params, _ := mime.ParseMediaType(types[0])

@@ -323,24 +323,24 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 		}
 	}
 	for _, name := range untrusted {
-		h.Del(name)
+		delete(h, name)
 	}
 	up := &x.g.Route.Upstream
 	if !up.ForwardToken {
-		h.Del("Authorization")
-		h.Del("DPoP")
+		delete(h, "Authorization")
+		delete(h, "Dpop")
 	}
 	if !up.NoIdentityHeaders {
 		for _, kv := range route.Identity(x.caller) {
-			h.Set(kv[0], kv[1])
+			h[kv[0]] = []string{kv[1]}
 		}
 	}
 }
 
 // untrusted are headers that say something which only a proxy may say, or by which
-// an upstream would do something else than was checked.
+// an upstream would do something else than was checked, in canonical form.
 var untrusted = []string{
-	"X-Forwarded-Client-Cert", "X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X-Original-URL", "X-Original-URI", "X-Rewrite-URL",
+	"X-Forwarded-Client-Cert", "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Original-Uri", "X-Rewrite-Url",
 }
 
 // router sends each request by the transport of its route.

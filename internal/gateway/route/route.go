@@ -188,15 +188,11 @@ func (g *Guard) ByPath(method string, u *url.URL, below string, h http.Header) o
 const headerPrefix = "Interlock-"
 
 // IdentityHeaders are those that SetIdentity may set.
-var identityHeaders = []string{"Tenant", "Issuer", "Subject", "Session", "Client", "Actors"}
+var identityHeaders = []string{"Interlock-Tenant", "Interlock-Issuer", "Interlock-Subject", "Interlock-Session", "Interlock-Client", "Interlock-Actors"}
 
 // IdentityHeaders returns the names of the headers that name a caller.
 func IdentityHeaders() []string {
-	out := make([]string, len(identityHeaders))
-	for i, n := range identityHeaders {
-		out[i] = headerPrefix + n
-	}
-	return out
+	return slices.Clone(identityHeaders)
 }
 
 // Spoofed reports whether a header could be taken for one that names the caller:
@@ -213,10 +209,10 @@ func Identity(p *session.Prepared) [][2]string {
 	for _, a := range id.Actors {
 		chain = append(chain, encode(a.ID))
 	}
-	var out [][2]string
+	out := make([][2]string, 0, len(identityHeaders))
 	for i, v := range []string{encode(id.Tenant), encode(id.Issuer), encode(id.User), encode(id.Session.ID), encode(id.Client), strings.Join(chain, ", ")} {
 		if v != "" {
-			out = append(out, [2]string{headerPrefix + identityHeaders[i], v})
+			out = append(out, [2]string{identityHeaders[i], v})
 		}
 	}
 	return out
