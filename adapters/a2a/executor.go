@@ -13,6 +13,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // execution is one run of an agent, known to all who have a part in it: the
@@ -130,6 +131,7 @@ func (e *executor) Execute(ctx context.Context, ec *a2asrv.ExecutorContext) iter
 		}
 		// The binding outlives the SDK's own cancellation: an agent that ignores
 		// it goes on, and so must our watch over it.
+		cut := trail.Event{Mark: e.g.opts.Trail.Start(), Caller: p, Method: opSend, Traceparent: traceparent(ctx), Cut: true}
 		skill := e.g.skill(&a2a.SendMessageRequest{Message: ec.Message, Metadata: ec.Metadata, Tenant: ec.Tenant})
 		bound, release, err := e.g.bind(context.WithoutCancel(ctx), p, opSend, skill)
 		if err != nil {
@@ -170,6 +172,11 @@ func (e *executor) Execute(ctx context.Context, ec *a2asrv.ExecutorContext) iter
 				// Whatever came meanwhile, an agent that was cut has no more to
 				// say.
 				cancel(why)
+				cut.Err, cut.Call = why, e.g.call(opSend, skill)
+				if skill != "" {
+					cut.Call.Tool = skill
+				}
+				e.g.opts.Trail.Record(&cut)
 				if err := e.end(ctx, ec, why, true); open {
 					yield(nil, err)
 				}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // UnaryInterceptor is a grpc.UnaryServerInterceptor: it checks every call before
@@ -110,11 +111,19 @@ type serverStream struct {
 func (s *serverStream) Context() context.Context { return s.ctx }
 
 func (g *Guard) admitGRPC(ctx context.Context, method string) (*session.Prepared, error) {
-	p, _, err := g.admit(requestOf(ctx, method), g.connect())
-	if err != nil {
+	r := requestOf(ctx, method)
+	e := trail.Event{Mark: g.opts.Trail.Start(), Method: path.Base(method), Call: g.connect(), Traceparent: r.Header.Get("Traceparent")}
+	p, _, err := g.admit(r, e.Call)
+	if err == nil {
+		e.Call = g.call(e.Method, "")
+		err = g.enforcer.Check(p, e.Call)
+	}
+	if err != nil { // what is allowed here is recorded where it is carried out
+		e.Caller, e.Err = p, err
+		g.opts.Trail.Record(&e)
 		return nil, err
 	}
-	return p, g.enforcer.Check(p, g.call(path.Base(method), ""))
+	return p, nil
 }
 
 // requestOf is a gRPC call as the HTTP request that it is.

@@ -9,10 +9,12 @@ import (
 	"time"
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
+	"github.com/a2aproject/a2a-go/v2/a2asrv"
 
 	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // Enforcer decides; an *enforce.Enforcer is one.
@@ -54,6 +56,10 @@ type Options struct {
 	// CloseTimeout bounds how long Close waits for agents that ignore their
 	// context; zero is 5 s.
 	CloseTimeout time.Duration
+	// Trail records every operation that is denied, every agent that is cut, and
+	// a share of the operations that are allowed. Nil records nothing. The guard
+	// does not close it.
+	Trail *trail.Recorder
 	// Logger hears of what the guard could not do, and of what the SDK logs.
 	// Nil is silent. Denials are not logged: the enforcer counts them.
 	Logger *slog.Logger
@@ -247,6 +253,19 @@ func (g *Guard) call(operation, skill string) session.Call {
 	}
 	c.Tool, c.Audience, c.LowRisk = operation, g.opts.Resource, c.LowRisk || lowRisk[operation]
 	return c
+}
+
+// traceparent returns the W3C trace context of the operation that a context is
+// of, or "".
+func traceparent(ctx context.Context) string {
+	c, ok := a2asrv.CallContextFrom(ctx)
+	if !ok || c.ServiceParams() == nil {
+		return ""
+	}
+	if v, ok := c.ServiceParams().Get("traceparent"); ok && len(v) == 1 {
+		return v[0]
+	}
+	return ""
 }
 
 // bind ties work to its caller, by the operation and, where there is one, by the

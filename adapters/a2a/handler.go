@@ -12,6 +12,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // HandlerOptions are the parts of a handler that the guard must know of. The zero
@@ -72,11 +73,14 @@ func (h *handler) enter(ctx context.Context, operation, skill string, task a2a.T
 	if !p.Valid() {
 		return ctx, nil, denied{&session.DeniedError{Err: session.ErrNoIdentity}}
 	}
-	call := h.g.call(operation, skill)
-	err := h.g.enforcer.Check(p, call)
-	if call.Tool = skill; err == nil && skill != "" {
-		err = h.g.enforcer.Check(p, call)
+	e := trail.Event{Mark: h.g.opts.Trail.Start(), Caller: p, Method: operation, Call: h.g.call(operation, skill), Traceparent: traceparent(ctx)}
+	err := h.g.enforcer.Check(p, e.Call)
+	if err == nil && skill != "" {
+		e.Call.Tool = skill
+		err = h.g.enforcer.Check(p, e.Call)
 	}
+	e.Err = err
+	h.g.opts.Trail.Record(&e)
 	if err != nil {
 		return ctx, nil, denied{err}
 	}

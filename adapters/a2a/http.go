@@ -12,6 +12,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/guard"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // JSONRPC checks every HTTP request before next sees it, which must be, or lead
@@ -57,13 +58,23 @@ type connectionKey struct{}
 
 func (g *Guard) front(next http.Handler, status bool, body func(*denial.Answer, *errordetails.Typed, json.RawMessage) any) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p, known, err := g.admit(r, g.connect())
+		e := trail.Event{Mark: g.opts.Trail.Start(), Method: "http " + r.Method, Call: g.connect(), Traceparent: r.Header.Get("Traceparent")}
+		p, known, err := g.admit(r, e.Call)
 		if err != nil {
+			e.Caller, e.Err, e.Took = p, err, e.Mark.Took()
 			a := g.resource.Answer(err)
 			a.Header(w.Header(), len(r.Header.Values("Authorization")) > 0)
 			w.Header().Set("Content-Type", "application/json")
 			info := errordetails.NewErrorInfo(reason(&a), a2a.ProtocolDomain, metadataOf(&a))
-			out, err := json.Marshal(body(&a, info, requestID(w, r, known)))
+			id, method := requestID(w, r, known)
+			switch {
+			case method != "":
+				e.Method = method
+			case known && status: // REST: the path is the operation
+				e.Method = r.Method + " " + r.URL.Path
+			}
+			g.opts.Trail.Record(&e)
+			out, err := json.Marshal(body(&a, info, id))
 			if err != nil {
 				out = nil // strings and a number
 			}
@@ -88,28 +99,29 @@ const (
 	deniedBodyTime = 500 * time.Millisecond
 )
 
-// requestID returns the id of the JSON-RPC call in a request whose caller is
-// known, or nil. The server reads on to the end of a request before it answers,
+// requestID returns the id and the method of the JSON-RPC call in a request whose
+// caller is known, or nothing. The server reads on to the end of a request before it answers,
 // and a caller that is denied must not hold a goroutine for as long as it likes,
 // so that reading ends soon in any case.
-func requestID(w http.ResponseWriter, r *http.Request, known bool) json.RawMessage {
+func requestID(w http.ResponseWriter, r *http.Request, known bool) (id json.RawMessage, method string) {
 	bounded := http.NewResponseController(w).SetReadDeadline(time.Now().Add(deniedBodyTime)) == nil
 	if !known || !bounded || r.Method != http.MethodPost || r.Body == nil {
-		return nil
+		return nil, ""
 	}
 	raw, err := io.ReadAll(io.LimitReader(r.Body, maxDeniedBody+1))
 	if err != nil || len(raw) > maxDeniedBody {
-		return nil
+		return nil, ""
 	}
 	var call struct {
 		Version string          `json:"jsonrpc"`
 		ID      json.RawMessage `json:"id"`
+		Method  string          `json:"method"`
 	}
 	if json.Unmarshal(raw, &call) != nil || call.Version == "" || len(call.ID) == 0 {
-		return nil
+		return nil, ""
 	}
 	if c := call.ID[0]; c != '"' && c != '-' && (c < '0' || c > '9') {
-		return nil // JSON-RPC has strings and numbers
+		return nil, "" // JSON-RPC has strings and numbers
 	}
-	return call.ID
+	return call.ID, call.Method
 }

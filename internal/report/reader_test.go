@@ -194,7 +194,12 @@ func TestReportsThatAreNotBelieved(t *testing.T) {
 	resigned, err := session.Seal(session.TypeReport, body, w.signer["a"])
 	must(t, err)
 
-	receipt, err := session.Seal(session.TypeReceipt, f.Body, w.signer["a"])
+	inName, err := session.Seal(session.TypeReport, f.Body, w.signer["a"])
+	must(t, err)
+	next := &author{w, "a", a.next}
+	third, err := session.ParseFrame(next.write(denied("alice", "of another type")))
+	must(t, err)
+	receipt, err := session.Seal(session.TypeReceipt, third.Body, w.signer["a"])
 	must(t, err)
 	flipped := bytes.Clone(second)
 	flipped[len(flipped)/2] ^= 1
@@ -203,6 +208,7 @@ func TestReportsThatAreNotBelieved(t *testing.T) {
 	bad := map[string][]byte{
 		"forged by another":           forged,
 		"another's whole report":      ofB,
+		"signed, but in b's name":     inName,
 		"a frame of another type":     receipt,
 		"a bit flipped":               flipped,
 		"truncated":                   second[:len(second)-1],
