@@ -9,8 +9,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/a2aproject/a2a-go/v2/a2asrv"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
+	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
@@ -54,31 +56,53 @@ func embed(ctx context.Context) error {
 	return http.ListenAndServe(":8080", guard.Serve(server, nil))
 }
 
-// TestReadmeShowsCodeThatCompiles holds the README to the function above.
+// embedA2A is the same for an agent.
+func embedA2A(enf *enforce.Enforcer, verifier *credential.Verifier, agent a2asrv.AgentExecutor) error {
+	guard, err := a2aguard.New(enf, verifier, &a2aguard.Options{Resource: "https://agent.example/a2a"})
+	if err != nil {
+		return err
+	}
+	defer guard.Close()
+
+	handler := guard.NewHandler(agent, a2aguard.HandlerOptions{}) // in place of a2asrv.NewHandler
+	return http.ListenAndServe(":8080", guard.JSONRPC(a2asrv.NewJSONRPCHandler(handler)))
+}
+
+// TestReadmeShowsCodeThatCompiles holds the README to the functions above.
 func TestReadmeShowsCodeThatCompiles(t *testing.T) {
-	_ = embed // compiled, not run: it would listen
+	_, _ = embed, embedA2A // compiled, not run: they would listen
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(readme), "```go\n")
-	shown, _, ok2 := strings.Cut(rest, "```")
-	if !ok || !ok2 {
-		t.Fatal("the README shows no Go")
 	}
 	source, err := os.ReadFile("readme_test.go")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var indented strings.Builder
-	for line := range strings.Lines(shown) {
-		if strings.TrimSpace(line) != "" {
-			indented.WriteString("\t")
+	n := 0
+	for rest := string(readme); ; n++ {
+		_, after, ok := strings.Cut(rest, "```go\n")
+		if !ok {
+			break
 		}
-		indented.WriteString(line)
+		shown, after, ok := strings.Cut(after, "```")
+		if !ok {
+			t.Fatal("the README's Go does not end")
+		}
+		rest = after
+		var indented strings.Builder
+		for line := range strings.Lines(shown) {
+			if strings.TrimSpace(line) != "" {
+				indented.WriteString("\t")
+			}
+			indented.WriteString(line)
+		}
+		if !strings.Contains(string(source), indented.String()) {
+			t.Errorf("the README's code is not that of a function here:\n%s", shown)
+		}
 	}
-	if !strings.Contains(string(source), indented.String()) {
-		t.Fatalf("the README's code is not that of embed:\n%s", shown)
+	if n < 2 {
+		t.Fatalf("the README shows %d pieces of Go", n)
 	}
 }
 

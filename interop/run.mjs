@@ -4,6 +4,7 @@ import { once } from 'node:events';
 import { createInterface } from 'node:readline';
 import path from 'node:path';
 import { stacks } from './clients.mjs';
+import { agents } from './agents.mjs';
 import { compareScores } from './conformance.mjs';
 
 const work = process.argv[2];
@@ -41,6 +42,11 @@ try {
   };
   for (const stack of stacks) {
     for (const [name, run] of Object.entries(stack.cases(at.guarded, control))) {
+      await check(`${stack.name}: ${name}`, run);
+    }
+  }
+  for (const stack of agents) {
+    for (const [name, run] of Object.entries(stack.cases(at.a2a, control))) {
       await check(`${stack.name}: ${name}`, run);
     }
   }

@@ -149,26 +149,17 @@ func (c *Cards) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	h.Set("Cache-Control", "no-store")
 	if err := c.discoverable(); err != nil {
-		status := http.StatusServiceUnavailable
-		if errors.Is(err, session.ErrRevoked) || errors.Is(err, session.ErrSuspended) {
-			status = http.StatusNotFound
-		} else {
-			a := new(denial.Resource).Answer(err)
-			h.Set("Retry-After", strconv.Itoa(max(1, int(a.RetryAfter.Seconds()))))
-		}
-		w.WriteHeader(status)
+		refuse(w, err)
 		return
 	}
 	got, err := c.get(r.Context())
-	if err == nil {
-		// It may have been revoked while the card was fetched.
-		if err = c.discoverable(); err != nil {
-			w.WriteHeader(http.StatusNotFound)
-			return
-		}
-	}
 	if err != nil {
 		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	// It may have been revoked while the card was fetched.
+	if err := c.discoverable(); err != nil {
+		refuse(w, err)
 		return
 	}
 	h.Set("Cache-Control", "no-cache")
@@ -176,6 +167,17 @@ func (c *Cards) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.Set("ETag", got.etag)
 	h.Set("Access-Control-Allow-Origin", "*") // as the SDK's: it is public
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(got.body))
+}
+
+// refuse answers for an agent that is not to be shown.
+func refuse(w http.ResponseWriter, err error) {
+	if errors.Is(err, session.ErrRevoked) || errors.Is(err, session.ErrSuspended) {
+		w.WriteHeader(http.StatusNotFound)
+		return
+	}
+	a := new(denial.Resource).Answer(err)
+	w.Header().Set("Retry-After", strconv.Itoa(max(1, int(a.RetryAfter.Seconds()))))
+	w.WriteHeader(http.StatusServiceUnavailable)
 }
 
 // ExtendedCard makes a producer for a2asrv.WithExtendedAgentCardProducer of one

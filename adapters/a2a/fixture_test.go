@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +43,7 @@ type world struct {
 	agent   *agent
 	at      map[a2a.TransportProtocol]string
 	handler a2asrv.RequestHandler
+	serving atomic.Int64 // requests and streams that have not been left
 }
 
 func newWorld(t *testing.T, opts *a2aguard.Options, h a2aguard.HandlerOptions, maxStale time.Duration) *world {
@@ -64,7 +66,11 @@ func newWorld(t *testing.T, opts *a2aguard.Options, h a2aguard.HandlerOptions, m
 		{a2a.TransportProtocolJSONRPC, w.guard.JSONRPC(a2asrv.NewJSONRPCHandler(w.handler))},
 		{a2a.TransportProtocolHTTPJSON, w.guard.REST(a2asrv.NewRESTHandler(w.handler))},
 	} {
-		srv := httptest.NewServer(s.handler)
+		srv := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			w.serving.Add(1)
+			defer w.serving.Add(-1)
+			s.handler.ServeHTTP(rw, r)
+		}))
 		w.at[s.transport] = srv.URL
 		t.Cleanup(func() { srv.CloseClientConnections(); srv.Close() })
 	}
@@ -72,7 +78,12 @@ func newWorld(t *testing.T, opts *a2aguard.Options, h a2aguard.HandlerOptions, m
 	if err != nil {
 		t.Fatal(err)
 	}
-	gs := grpc.NewServer(grpc.ChainUnaryInterceptor(w.guard.UnaryInterceptor), grpc.ChainStreamInterceptor(w.guard.StreamInterceptor))
+	count := func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+		w.serving.Add(1)
+		defer w.serving.Add(-1)
+		return next(srv, ss)
+	}
+	gs := grpc.NewServer(grpc.ChainUnaryInterceptor(w.guard.UnaryInterceptor), grpc.ChainStreamInterceptor(count, w.guard.StreamInterceptor))
 	a2agrpc.NewHandler(w.handler).RegisterWith(gs)
 	served := make(chan struct{})
 	go func() { defer close(served); _ = gs.Serve(l) }()
@@ -311,6 +322,8 @@ type agent struct {
 	said   chan string // "stubborn" has tried to say something after the cut
 	client func(ctx context.Context) error
 
+	flooded atomic.Int64 // events of "flood" that were taken
+
 	mu      sync.Mutex
 	running int
 	cleaned []a2a.TaskID
@@ -379,8 +392,9 @@ func (a *agent) Execute(ctx context.Context, ec *a2asrv.ExecutorContext) iter.Se
 				}
 			}
 		case "flood":
-			text := strings.Repeat("x", 64<<10)
+			text := strings.Repeat("x", 256<<10)
 			for ctx.Err() == nil && yield(&a2a.TaskArtifactUpdateEvent{TaskID: ec.TaskID, ContextID: ec.ContextID, Artifact: &a2a.Artifact{ID: "a", Parts: a2a.ContentParts{a2a.NewTextPart(text)}}}, nil) {
+				a.flooded.Add(1)
 			}
 		case "delegate":
 			if err := a.client(ctx); err != nil {

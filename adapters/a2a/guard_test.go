@@ -1,11 +1,13 @@
 package a2aguard_test
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
+	"github.com/a2aproject/a2a-go/v2/a2asrv/taskstore"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	"github.com/interlock-fabric/interlock/internal/guardtest"
@@ -156,10 +158,20 @@ func TestWaitingCallIsAnsweredWithTheEndOfItsTask(t *testing.T) {
 	})
 }
 
-// The mechanisms are AUTH_REQUIRED, which is not an end, and that the execution
-// has ended all the same, so that the task can be gone on with.
+// unversioned is a store that whoever writes last wins in.
+type unversioned struct{ open }
+
+func (s unversioned) Update(ctx context.Context, r *taskstore.UpdateRequest) (taskstore.TaskVersion, error) {
+	c := *r
+	c.PrevVersion = taskstore.TaskVersionMissing
+	return s.open.Update(ctx, &c)
+}
+
+// The mechanisms are AUTH_REQUIRED, which is not an end, that the execution has
+// ended all the same, so that the task can be gone on with, and that the store
+// refuses the failure that the SDK makes of it.
 func TestStepUpInterruptsATaskAndItGoesOn(t *testing.T) {
-	w := newWorld(t, nil, a2aguard.HandlerOptions{}, 0)
+	w := newWorld(t, nil, a2aguard.HandlerOptions{Tasks: unversioned{newOpen()}}, 0)
 	forEachTransport(t, func(t *testing.T, tr a2a.TransportProtocol) {
 		for name, meet := range map[string]func(c *client, sid string){
 			"login": func(c *client, sid string) {

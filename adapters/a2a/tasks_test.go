@@ -164,6 +164,53 @@ func TestPushNotificationsStop(t *testing.T) {
 	})
 }
 
+// slowSender holds its first notification until it is let go, whatever becomes of
+// its context.
+type slowSender struct {
+	begun, let chan struct{}
+	sent       atomic.Int64
+}
+
+func (s *slowSender) SendPush(context.Context, *a2a.PushConfig, a2a.Event) error {
+	if s.sent.Add(1) == 1 {
+		close(s.begun)
+		<-s.let
+	}
+	return nil
+}
+
+// The mechanism is that each notification is checked by itself, those of one
+// event included.
+func TestNotificationsOfTheSameEventStop(t *testing.T) {
+	slow := &slowSender{begun: make(chan struct{}), let: make(chan struct{})}
+	w := newWorld(t, nil, a2aguard.HandlerOptions{PushConfigs: push.NewInMemoryStore(), PushSender: slow}, 0)
+	c, sid := w.user(t, a2a.TransportProtocolJSONRPC, "ann")
+	asked, err := c.send(t, "ask", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if _, err := c.CreateTaskPushConfig(bounded(t), &a2a.PushConfig{TaskID: asked.ID, URL: "https://hook.example/"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ended := make(chan error, 1)
+	go func() { _, err := c.send(t, "wait", asked.ID); ended <- err }()
+	guardtest.Within(t, "the first is sent", slow.begun)
+	w.On(t, authority.Revoke, "session", sid)
+	close(slow.let)
+	if err := guardtest.Within(t, "the call ends", ended); err != nil {
+		if _, ok := a2aguard.DeniedOf(err); !ok {
+			t.Fatal(err)
+		}
+	}
+	w.agent.letGo()
+	guardtest.Eventually(t, "the task ends", func() bool { return w.Enforcer.Status().Running == 0 })
+	if n := slow.sent.Load(); n != 1 {
+		t.Errorf("%d notifications were sent", n)
+	}
+}
+
 // The mechanism is the skill, as the tool of the call.
 func TestRevokedSkillIsDeniedAloneAndCut(t *testing.T) {
 	w := newWorld(t, &a2aguard.Options{Skill: func(r *a2a.SendMessageRequest) string { return "skill-" + r.Message.Parts[0].Text() }}, a2aguard.HandlerOptions{}, 0)
@@ -284,7 +331,7 @@ func TestNothingIsAcceptedAfterADecisionIsApplied(t *testing.T) {
 // The mechanism is the end of the connection: a client that does not read must
 // not keep the agent running, nor its own stream.
 func TestClientThatDoesNotReadHoldsNothing(t *testing.T) {
-	w := newWorld(t, &a2aguard.Options{FlushTimeout: 50 * time.Millisecond}, a2aguard.HandlerOptions{}, 0)
+	w := newWorld(t, &a2aguard.Options{FlushTimeout: 200 * time.Millisecond}, a2aguard.HandlerOptions{}, 0)
 	forEachTransport(t, func(t *testing.T, tr a2a.TransportProtocol) {
 		c, sid := w.user(t, tr, "ann")
 		block := make(chan struct{})
@@ -292,7 +339,7 @@ func TestClientThatDoesNotReadHoldsNothing(t *testing.T) {
 		go func() {
 			defer close(ended)
 			n := 0
-			for _, err := range c.SendStreamingMessage(bounded(t), message("flood", "")) {
+			for _, err := range c.SendStreamingMessage(t.Context(), message("flood", "")) {
 				if err != nil {
 					return
 				}
@@ -303,13 +350,22 @@ func TestClientThatDoesNotReadHoldsNothing(t *testing.T) {
 			}
 		}()
 		guardtest.Within(t, "the flood", begun)
+		// Until nothing moves any more: every buffer on the way is full.
+		last, still := int64(-1), 0
+		guardtest.Eventually(t, "the flood is held up", func() bool {
+			if n := w.agent.flooded.Load(); n != last {
+				last, still = n, 0
+			}
+			still++
+			return still > 200
+		})
 		w.On(t, authority.Revoke, "session", sid)
 		guardtest.Eventually(t, "the agent has stopped", func() bool {
 			w.agent.mu.Lock()
 			defer w.agent.mu.Unlock()
 			return w.agent.running == 0
 		})
-		guardtest.Eventually(t, "nothing is bound any more", func() bool { return w.Enforcer.Status().Running == 0 })
+		guardtest.Eventually(t, "the stream is given up", func() bool { return w.serving.Load() == 0 })
 		close(block)
 		guardtest.Within(t, "the client's end", ended)
 	})
@@ -455,6 +511,20 @@ func TestDelegatedWorkEndsWithItsCaller(t *testing.T) {
 		}
 		if res, err := out.SendMessage(guard.NewContext(bounded(t), p), nil, message("echo", "")); err != nil {
 			t.Errorf("the bystander's call: %v, %v", res, err)
+		}
+		// The binding is the call's own: it ends where nothing else would.
+		sid = "s-eve-" + string(tr)
+		if p, err = above.Enforcer.Prepare(above.Identity(t, "eve", sid)); err != nil {
+			t.Fatal(err)
+		}
+		own := follow(t, a2aguard.NewTransport(above.Enforcer, base, &a2aguard.ClientOptions{Own: p}).SendStreamingMessage(t.Context(), nil, message("work", "")))
+		own.mustRun(t)
+		above.On(t, authority.Revoke, "session", sid)
+		if out := guardtest.Within(t, "the agent's own call ends", own.end); !errors.Is(out.err, session.ErrRevoked) {
+			t.Errorf("%+v, %v", out.last, out.err)
+		}
+		if _, err := c.CancelTask(bounded(t), &a2a.CancelTaskRequest{ID: own.id}); err != nil {
+			t.Error(err)
 		}
 	})
 }

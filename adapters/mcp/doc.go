@@ -50,6 +50,9 @@
 // of the same caller is not. When its caller is revoked, a legacy session is
 // closed, after the errors of what it had running are out.
 //
+// A tool's context carries its caller: the calls that the tool makes by a
+// guard.Transport end with them.
+//
 // # Limits
 //
 // Middleware must be the outermost: add it after all others. Lists, pings and

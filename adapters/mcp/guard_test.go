@@ -1,6 +1,7 @@
 package mcpguard_test
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -17,6 +18,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -48,6 +50,30 @@ func TestToolSeesWhoCalls(t *testing.T) {
 			if text, ok := res.Content[0].(*mcp.TextContent); !ok || text.Text != user {
 				t.Errorf("%s is %+v to the tool", user, res.Content[0])
 			}
+		}
+	})
+}
+
+// The context of a tool carries the caller, for the calls that it makes itself
+// (guard.Transport).
+func TestToolMakesItsCallsForItsCaller(t *testing.T) {
+	forEachEra(t, func(t *testing.T, era string) {
+		w := newWorld(t, nil)
+		callers := make(chan string, 1)
+		mcp.AddTool(w.server, &mcp.Tool{Name: "delegate"}, func(ctx context.Context, _ *mcp.CallToolRequest, _ struct{}) (*mcp.CallToolResult, any, error) {
+			if p := guard.FromContext(ctx); p != nil {
+				callers <- p.Identity().User
+			}
+			return &mcp.CallToolResult{}, nil, nil
+		})
+		mustAllow(t, w.mustDial(t, era, w.token(t, "ann")), "delegate")
+		select {
+		case user := <-callers:
+			if user != "ann" {
+				t.Fatalf("the tool works for %q", user)
+			}
+		default:
+			t.Fatal("the tool works for nobody")
 		}
 	})
 }

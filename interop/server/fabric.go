@@ -77,9 +77,27 @@ func openFabric(ctx context.Context) (_ *fabric, err error) {
 
 // revoke ends a session.
 func (f *fabric) revoke(ctx context.Context, sid string) error {
-	_, err := f.client.Decide(ctx, authority.Request{
-		Operation: authority.Revoke, Targets: []authority.Target{authority.One("", "session", issuer, sid)},
-		Reason: "stolen-token", Incident: "INC-142",
+	return f.decide(ctx, authority.Revoke, "session", sid)
+}
+
+// decide decides on one value, and returns once it is in force: what lifts waits
+// for the log to confirm it.
+func (f *fabric) decide(ctx context.Context, op authority.Operation, kind, value string) error {
+	d, err := f.client.Decide(ctx, authority.Request{
+		Operation: op, Targets: []authority.Target{authority.One("", kind, issuer, value)},
+		Reason: "stolen-token", Incident: "INC-142", Commit: true,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for op.Lifts() && f.enforcer.Status().Confirmed < d.Number {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
+	return nil
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 )
 
@@ -48,6 +49,8 @@ type addresses struct {
 	Signed  string `json:"signed"`
 	Plain   string `json:"plain"`
 	Control string `json:"control"`
+	// A2A is where the agent's card is found.
+	A2A string `json:"a2a"`
 }
 
 func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
@@ -102,11 +105,30 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		guarded.ServeHTTP(w, r)
 	})
 
+	agents, err := newA2A(f.enforcer, verifier, let)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, agents.guard.Close()) }()
+	defer open()
+
 	var at addresses
+	var rpc, rest, card string
+	var cards http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h, err := agents.cards(card, rpc, rest) // these are known once all listen
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 	for _, s := range []struct {
 		url     *string
 		handler http.Handler
-	}{{&at.Guarded, guarded}, {&at.Signed, signed}, {&at.Plain, plain}, {&at.Control, control(f, mint, open)}} {
+	}{
+		{&at.Guarded, guarded}, {&at.Signed, signed}, {&at.Plain, plain}, {&at.Control, control(f, mint, open)},
+		{&rpc, agents.rpc}, {&rest, http.StripPrefix("/mcp", agents.rest)}, {&card, agents.upstream}, {&at.A2A, cards},
+	} {
 		l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
 			return err
@@ -130,6 +152,7 @@ func control(f *fabric, m *mint, open func()) http.Handler {
 	type request struct {
 		User    string `json:"user"`
 		Session string `json:"session"`
+		Agent   string `json:"agent"`
 	}
 	handle := func(do func(context.Context, request) (any, error)) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
@@ -153,6 +176,11 @@ func control(f *fabric, m *mint, open func()) http.Handler {
 	mux.Handle("POST /mcp/revoke", handle(func(ctx context.Context, r request) (any, error) {
 		return true, f.revoke(ctx, r.Session)
 	}))
+	for op, path := range map[authority.Operation]string{authority.Suspend: "suspend", authority.Resume: "resume"} {
+		mux.Handle("POST /mcp/"+path, handle(func(ctx context.Context, r request) (any, error) {
+			return true, f.decide(ctx, op, "agent", r.Agent)
+		}))
+	}
 	mux.Handle("POST /mcp/release", handle(func(context.Context, request) (any, error) {
 		open()
 		return true, nil
