@@ -29,7 +29,7 @@ import (
 func (g *Guard) UnaryInterceptor(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 	p, err := g.admitGRPC(ctx, info.FullMethod)
 	if err != nil {
-		st, trailer := g.grpcStatus(err)
+		st, trailer := g.grpcStatus(ctx, err)
 		_ = grpc.SetTrailer(ctx, trailer) // fails where there is no stream, and no client
 		return nil, st.Err()
 	}
@@ -42,7 +42,7 @@ func (g *Guard) UnaryInterceptor(ctx context.Context, req any, info *grpc.UnaryS
 func (g *Guard) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 	p, err := g.admitGRPC(ss.Context(), info.FullMethod)
 	if err != nil {
-		st, trailer := g.grpcStatus(err)
+		st, trailer := g.grpcStatus(ss.Context(), err)
 		ss.SetTrailer(trailer)
 		return st.Err()
 	}
@@ -70,7 +70,7 @@ func (g *Guard) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Stre
 		out.panicked = nil
 	})
 	if err != nil {
-		st, trailer := g.grpcStatus(err)
+		st, trailer := g.grpcStatus(ss.Context(), err)
 		ss.SetTrailer(trailer)
 		return st.Err()
 	}
@@ -97,7 +97,7 @@ func (g *Guard) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Stre
 		if err == nil {
 			err = errClosed()
 		}
-		st, trailer := g.grpcStatus(err)
+		st, trailer := g.grpcStatus(ss.Context(), err)
 		ss.SetTrailer(trailer)
 		return st.Err()
 	}
@@ -154,8 +154,8 @@ func requestOf(ctx context.Context, method string) *http.Request {
 	return r.WithContext(ctx)
 }
 
-// grpcStatus is a denial as a gRPC status, with the challenge in the trailer.
-func (g *Guard) grpcStatus(err error) (*status.Status, metadata.MD) {
+// grpcStatus is a denial as a gRPC status, with what HTTP has in its headers in the trailer.
+func (g *Guard) grpcStatus(ctx context.Context, err error) (*status.Status, metadata.MD) {
 	a := g.resource.Answer(err)
 	code := codes.Unavailable
 	switch a.Status {
@@ -172,9 +172,12 @@ func (g *Guard) grpcStatus(err error) (*status.Status, metadata.MD) {
 	if with, err := st.WithDetails(details...); err == nil {
 		st = with
 	}
+	h := make(http.Header)
+	a.Header(h, len(metadata.ValueFromIncomingContext(ctx, "authorization")) > 0)
+	h.Del("Cache-Control")
 	trailer := metadata.MD{}
-	if c := a.Challenge(true); c != "" {
-		trailer.Set("www-authenticate", c)
+	for k, v := range h {
+		trailer.Set(k, v...)
 	}
 	return st, trailer
 }

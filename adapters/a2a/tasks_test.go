@@ -17,9 +17,16 @@ import (
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
 	"github.com/a2aproject/a2a-go/v2/a2aclient"
+	a2apb "github.com/a2aproject/a2a-go/v2/a2apb/v1"
 	"github.com/a2aproject/a2a-go/v2/a2asrv"
 	"github.com/a2aproject/a2a-go/v2/a2asrv/push"
 	"github.com/a2aproject/a2a-go/v2/a2asrv/taskstore"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	"github.com/interlock-fabric/interlock/internal/guardtest"
@@ -544,6 +551,58 @@ func (t *clientTransport) SendMessage(ctx context.Context, _ a2aclient.ServicePa
 func (t *clientTransport) SendStreamingMessage(ctx context.Context, _ a2aclient.ServiceParams, r *a2a.SendMessageRequest) iter.Seq2[a2a.Event, error] {
 	t.calls.Add(1)
 	return t.c.SendStreamingMessage(ctx, r)
+}
+
+// The same over gRPC.
+func TestAnswersOverGRPC(t *testing.T) {
+	w := newWorld(t, nil, a2aguard.HandlerOptions{}, 0)
+	w.On(t, authority.Revoke, "session", "s-revoke")
+	w.On(t, authority.Suspend, "session", "s-suspend")
+	conn, err := grpc.NewClient(w.at[a2a.TransportProtocolGRPC], grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	service := a2apb.NewA2AServiceClient(conn)
+	for _, tt := range []struct {
+		name, token      string
+		code             codes.Code
+		challenge, retry string
+		word             string
+	}{
+		{"none", "", codes.Unauthenticated, `Bearer resource_metadata="`, "", "no_identity"},
+		{"revoked", w.Token(t, "ann", "s-revoke"), codes.Unauthenticated, `Bearer error="invalid_token", error_description="denied: revoked: stolen-token (seq `, "", "revoked"},
+		{"suspended", w.Token(t, "ann", "s-suspend"), codes.PermissionDenied, "", "30", "suspended"},
+	} {
+		ctx := bounded(t)
+		if tt.token != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+tt.token)
+		}
+		var unary, streamed metadata.MD
+		_, err := service.ListTasks(ctx, &a2apb.ListTasksRequest{}, grpc.Trailer(&unary))
+		stream, serr := service.SubscribeToTask(ctx, &a2apb.SubscribeToTaskRequest{Id: "x"})
+		if serr != nil {
+			t.Fatal(serr)
+		}
+		_, serr = stream.Recv()
+		streamed = stream.Trailer()
+		for err, trailer := range map[error]metadata.MD{err: unary, serr: streamed} {
+			st, _ := status.FromError(err)
+			if st.Code() != tt.code {
+				t.Fatalf("%s: %v", tt.name, err)
+			}
+			if got := strings.Join(trailer.Get("www-authenticate"), ""); !strings.HasPrefix(got, tt.challenge) || (got == "") != (tt.challenge == "") {
+				t.Errorf("%s: %v", tt.name, trailer)
+			}
+			if got := strings.Join(trailer.Get("retry-after"), ""); got != tt.retry {
+				t.Errorf("%s: %v", tt.name, trailer)
+			}
+			info, ok := st.Details()[0].(*errdetails.ErrorInfo)
+			if !ok || info.Domain != a2a.ProtocolDomain || info.Metadata["error"] != tt.word {
+				t.Errorf("%s: %v", tt.name, st.Details())
+			}
+		}
+	}
 }
 
 // What a client without an SDK reads.
