@@ -56,6 +56,8 @@ var rules = []rule{
 		"every host words a denial alike, whatever its SDK"},
 	{"pkg/trail", []string{module + "pkg/session"},
 		"adapters record through it, and so it knows neither the enforcer nor the bus, but what it asks of them"},
+	{"pkg/trail/trailprom", []string{module + "pkg/trail", module + "pkg/session", "github.com/prometheus/client_golang/..."},
+		"whoever does not use Prometheus does not compile it"},
 	{"pkg/guard", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/trail"},
 		"what the adapters share: they ask for three methods, never for the enforcer"},
 	{"adapters/mcp", []string{module + "pkg/session", module + "pkg/denial", module + "pkg/guard", module + "pkg/trail", module + "pkg/credential", "github.com/modelcontextprotocol/go-sdk/..."},
@@ -87,7 +89,7 @@ var bans = []ban{
 var exempt = map[string][]string{
 	// It implements the Feed over the bus: that is what it is for.
 	"github.com/nats-io/":    {"pkg/natsfeed"},
-	"github.com/prometheus/": {"pkg/enforce/enforceprom"},
+	"github.com/prometheus/": {"pkg/trail/trailprom", "pkg/enforce/enforceprom"},
 }
 
 type pkg struct {

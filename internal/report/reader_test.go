@@ -172,7 +172,7 @@ func (w *world) tools(q authority.TrailQuery) (tools []string, of map[string]aut
 // report. Each is refused and counted, and nothing of it is told.
 func TestReportsThatAreNotBelieved(t *testing.T) {
 	w := newWorld(t)
-	a, b := w.author("a", 1), w.author("b", 1)
+	a, b := w.author("a", 1), w.author("b", 3)
 	first, second := a.write(denied("alice", "one")), a.write(denied("alice", "two"))
 	fork := &author{w, "a", session.Report{Enforcer: "a", Boot: session.WriterID{1}, Count: 2, Prev: session.Hash{1}}}
 	forger := &author{w, "a", session.Report{Enforcer: "a", Boot: session.WriterID{7}}}

@@ -376,7 +376,16 @@ func TestConnectionOfTheHostIsGone(t *testing.T) {
 	if err := f.Receipt(testContext(t), nil); !errors.Is(err, natsfeed.ErrDisconnected) {
 		t.Errorf("Receipt: %v", err)
 	}
+	if err := f.Report(testContext(t), nil); !errors.Is(err, natsfeed.ErrDisconnected) {
+		t.Errorf("Report: %v", err)
+	}
+	if err := f.Report(testContext(t), make([]byte, session.MaxReportLen+1)); !errors.Is(err, session.ErrInvalid) {
+		t.Errorf("a report that is too long: %v", err)
+	}
 	must(t, f.Close())
+	if err := f.Report(testContext(t), nil); !errors.Is(err, natsfeed.ErrClosed) {
+		t.Errorf("Report after Close: %v", err)
+	}
 }
 
 func TestDialRefusesBadEnrolments(t *testing.T) {
