@@ -16,6 +16,9 @@ const (
 	// sealEvery is how long a change may wait to be sealed, where there is a
 	// state directory: what came since is read from the log after a restart.
 	sealEvery = 10 * time.Minute
+	// calm is how long nothing may have been confirmed before a delta that is due
+	// is merged: a burst is merged when it is over, unless it outgrows its bound.
+	calm = time.Second
 	// sealAgain is the pause after sealing failed.
 	sealAgain = 10 * time.Second
 	// scrubPass is how long rot may go unnoticed in what no check happens to
@@ -124,7 +127,7 @@ func (f *follower) tendState(ctx context.Context) {
 	f.tendDoubt(ctx)
 	f.tendInherited(ctx)
 	now := f.now()
-	due := set.Due() || f.e.opts.StateDir != "" && now-f.keep.sealedAt >= sealEvery && (set.Delta() > 0 || f.keep.sealedAt == never)
+	due := set.Overdue() || set.Due() && now-f.headAt >= calm || f.e.opts.StateDir != "" && now-f.keep.sealedAt >= sealEvery && (set.Delta() > 0 || f.keep.sealedAt == never)
 	ks := f.trust.KeySet()
 	if !due || f.keep.sealing || now < f.keep.sealAt || !f.chain.live || ks == nil {
 		return

@@ -267,6 +267,29 @@ func TestSealedWhileRunning(t *testing.T) {
 	})
 }
 
+// TestABurstIsMergedWhenItIsOver: while decisions go on arriving, a delta that is
+// worth a merge waits, and is merged when they stop. Without calm it is merged at
+// once, and the last look fails when it is never.
+func TestABurstIsMergedWhenItIsOver(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		e, _ := b.open(nil)
+		defer e.Close()
+		b.many(132_000)
+		merged := func() bool { return e.view.Load().set.Segment() != nil }
+		for i := range 20 {
+			b.decide(revoke(b.session(strings.Repeat("x", i+1))))
+			time.Sleep(calm / 2)
+			if merged() {
+				t.Fatal("merged in the burst")
+			}
+		}
+		time.Sleep(calm)
+		if s := e.Status(); !merged() || s.Entries != 132_020 {
+			t.Errorf("%+v, merged: %t", s, merged())
+		}
+	})
+}
+
 // TestFailure10TooMuchIsDeniedNotForgotten: beyond its bound an enforcer denies
 // everything and says so, and goes on once there is room.
 func TestFailure10TooMuchIsDeniedNotForgotten(t *testing.T) {

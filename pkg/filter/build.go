@@ -357,7 +357,7 @@ func syncDir(dir string) error {
 // feed gives the builder the rows of the state in order: those of the segment
 // below, and those of the delta, which take their place.
 func (s *Set) feed(b *builder) error {
-	var delta []*node
+	delta := make([]*node, 0, s.layers.nodes())
 	s.layers.each(func(n *node) bool {
 		if n.key.Shape > session.Shape(session.KindTenant) {
 			delta = append(delta, n)

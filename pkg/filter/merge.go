@@ -6,14 +6,19 @@ import (
 	"time"
 )
 
-// mergeFloor is how many entries a delta may hold before it is worth a merge:
-// they take about 10 MiB.
-const mergeFloor = 1 << 17
+// How many entries a delta may hold, of about 100 bytes each, before it is worth a
+// merge; before that is worth one in the middle of a burst; and before Apply merges
+// by itself, where the segment is not larger.
+const (
+	mergeFloor = 1 << 17        // 13 MiB
+	mergeBurst = 4 * mergeFloor // 50 MiB
+	mergeLast  = 8 * mergeFloor // 100 MiB
+)
 
 // mergeAt is where Apply merges by itself. With the delta as large as the
 // segment, each entry is rewritten about as often as the state has doubled.
 func mergeAt(g *Segment) int {
-	n := 2 * mergeFloor
+	n := mergeLast
 	if g != nil {
 		n = max(n, g.rows)
 	}
@@ -21,14 +26,20 @@ func mergeAt(g *Segment) int {
 }
 
 // Due reports whether the delta is large enough to be merged with the segment:
-// beyond a floor, an eighth of it, so that what a merge rewrites stays in
+// beyond 131,072 entries, an eighth of it, so that what a merge rewrites stays in
 // proportion to what has arrived. The delta takes about 100 bytes an entry.
-func (s *Set) Due() bool {
+func (s *Set) Due() bool { return s.outgrown(mergeFloor) }
+
+// Overdue is Due while more keeps arriving: merged once it has stopped, it is
+// rewritten once. Beyond 524,288 entries, or 50 MiB, the merge does not wait.
+func (s *Set) Overdue() bool { return s.outgrown(mergeBurst) }
+
+func (s *Set) outgrown(floor int) bool {
 	if s == nil {
 		return false
 	}
 	n := s.layers.nodes()
-	return n > mergeFloor && (s.seg == nil || n > s.seg.rows/8)
+	return n > floor && (s.seg == nil || n > s.seg.rows/8)
 }
 
 // A merge beside checks works for a while and then rests three times as long: a

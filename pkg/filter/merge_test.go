@@ -64,10 +64,36 @@ func TestAMergeBesideChecksRests(t *testing.T) {
 // TestTheLimitOfRestIsBeforeApplyMerges: a merge that rests must be done before
 // Apply makes one itself.
 func TestTheLimitOfRestIsBeforeApplyMerges(t *testing.T) {
-	for _, n := range []int{1, 1000, mergeFloor, 2*mergeFloor - 1000} {
+	for _, n := range []int{1, 1000, mergeFloor, mergeLast - 3000} {
 		set := filled(n)
 		if p := newPacer(t.Context(), set); int(p.limit) < set.Delta() || int(p.limit) >= mergeAt(nil) {
 			t.Errorf("%d changes: rest until %d, Apply merges at %d", set.Delta(), p.limit, mergeAt(nil))
+		}
+	}
+}
+
+// TestAMergeIsDue: beyond a floor, and beyond a higher one in a burst; both of them
+// an eighth of a segment that is larger.
+func TestAMergeIsDue(t *testing.T) {
+	within := func(rows int) *Set {
+		s := filled(mergeBurst + 1)
+		s.seg = &Segment{rows: rows}
+		return s
+	}
+	for name, x := range map[string]struct {
+		set          *Set
+		due, overdue bool
+	}{
+		"nothing":          {nil, false, false},
+		"the floor":        {filled(mergeFloor - 1000), false, false},
+		"beyond the floor": {filled(mergeFloor + 1), true, false},
+		"a burst":          {filled(mergeBurst - 1000), true, false},
+		"beyond a burst":   {filled(mergeBurst + 1), true, true},
+		"an eighth":        {within(4 * mergeBurst), true, true},
+		"a large segment":  {within(16 * mergeBurst), false, false},
+	} {
+		if due, overdue := x.set.Due(), x.set.Overdue(); due != x.due || overdue != x.overdue {
+			t.Errorf("%s, %d changes: due %t, overdue %t", name, x.set.Delta(), due, overdue)
 		}
 	}
 }
