@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -222,6 +223,7 @@ func (c *Cards) Rewrite(raw []byte) ([]byte, error) {
 	if err := json.Unmarshal(raw, &m); err != nil || m == nil {
 		return nil, fmt.Errorf("%w: not a JSON object", ErrCard)
 	}
+	exact(m, "signatures", "supportedInterfaces", "additionalInterfaces", "url", "preferredTransport")
 	delete(m, "signatures")
 	served := 0
 	list := func(member, bindingOf string) error {
@@ -234,6 +236,7 @@ func (c *Cards) Rewrite(raw []byte) ([]byte, error) {
 		}
 		ours := make([]map[string]json.RawMessage, 0, len(all))
 		for _, i := range all {
+			exact(i, "url", bindingOf)
 			if own := c.own(i[bindingOf]); own != nil {
 				i["url"] = own
 				ours = append(ours, i)
@@ -268,6 +271,18 @@ func (c *Cards) Rewrite(raw []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%w: no interface that is served here", ErrCard)
 	}
 	return json.Marshal(m)
+}
+
+// exact removes members that some readers, Go's among them, take for those that
+// are rewritten, because they differ in case alone.
+func exact(m map[string]json.RawMessage, names ...string) {
+	for k := range m {
+		for _, name := range names {
+			if k != name && strings.EqualFold(k, name) {
+				delete(m, k)
+			}
+		}
+	}
 }
 
 // own is the gateway's address for a binding, as JSON, or nil.

@@ -301,9 +301,13 @@ func TestRewrite(t *testing.T) {
 			`{"additionalInterfaces":[{"transport":"HTTP+JSON","url":"https://gateway.example/billing/rest"}],"preferredTransport":"JSONRPC","url":"https://gateway.example/billing"}`,
 		},
 		"A2A 0.3, by default": {`{"url":"http://u/"}`, `{"url":"https://gateway.example/billing"}`},
-		"not served":          {`{"url":"http://u/","preferredTransport":"GRPC"}`, ""},
-		"odd interfaces":      {`{"supportedInterfaces":"none"}`, ""},
-		"odd binding":         {`{"supportedInterfaces":[{"url":"http://u/","protocolBinding":7}]}`, ""},
+		"in another case": {
+			`{"supportedInterfaces":[{"url":"http://u/","URL":"http://u/","protocolBinding":"JSONRPC"}],"SupportedInterfaces":[{"url":"http://u/","protocolBinding":"JSONRPC"}]}`,
+			`{"supportedInterfaces":[{"protocolBinding":"JSONRPC","url":"https://gateway.example/billing"}]}`,
+		},
+		"not served":     {`{"url":"http://u/","preferredTransport":"GRPC"}`, ""},
+		"odd interfaces": {`{"supportedInterfaces":"none"}`, ""},
+		"odd binding":    {`{"supportedInterfaces":[{"url":"http://u/","protocolBinding":7}]}`, ""},
 	} {
 		got, err := cards.Rewrite([]byte(tt.in))
 		if string(got) != tt.want || (tt.want == "") != errors.Is(err, a2aguard.ErrCard) {
