@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -31,9 +32,11 @@ import (
 	"github.com/interlock-fabric/interlock/internal/gateway/proxy"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/credential"
+	"github.com/interlock-fabric/interlock/pkg/credential/discovery"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // Kind is what a gateway serves.
@@ -67,6 +70,8 @@ type Gateway struct {
 	opts     Options
 	log      *slog.Logger
 	enforcer *enforce.Enforcer
+	trail    *trail.Recorder
+	proofs   *credential.ProofChecker
 	sessions *proxy.Sessions
 	budget   *proxy.Budget
 	metrics  *metrics
@@ -110,7 +115,10 @@ func Start(o Options) (_ *Gateway, err error) {
 		}
 	}()
 	c := o.Config
-	if g.enforcer, err = openEnforcer(c, g.log); err != nil {
+	if g.proofs, err = newProofs(&c.Proof); err != nil {
+		return nil, err
+	}
+	if err := g.openEnforcer(c); err != nil {
 		return nil, err
 	}
 	g.sessions = proxy.NewSessions(sessionOptions(c, g.log))
@@ -140,31 +148,63 @@ func Start(o Options) (_ *Gateway, err error) {
 	return g, nil
 }
 
-func openEnforcer(c *config.Config, log *slog.Logger) (*enforce.Enforcer, error) {
+func newProofs(c *config.Proof) (*credential.ProofChecker, error) {
+	o := credential.ProofOptions{Origin: c.Origin, MaxAge: c.MaxAge, MaxProofs: c.MaxProofs}
+	if c.NonceKeyFile != "" {
+		key, err := secret(c.NonceKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("proof.nonce_key_file: %w", err)
+		}
+		o.NonceKey = key
+	}
+	return credential.NewProofChecker(o)
+}
+
+// secret reads a file that only its owner can read.
+func secret(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s can be read by others: chmod 600 it", path)
+	}
+	b, err := os.ReadFile(path)
+	return bytes.TrimSpace(b), err
+}
+
+func (g *Gateway) openEnforcer(c *config.Config) error {
 	e, err := session.LoadEnrollment(c.Enrollment)
 	if err != nil {
-		return nil, fmt.Errorf("enrollment: %w", err)
+		return fmt.Errorf("enrollment: %w", err)
 	}
 	if len(c.NATSURLs) > 0 {
 		e.NATS.URLs = c.NATSURLs
 	}
 	mode, err := session.ParseMode(c.Mode)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if c.StateDir != "" {
 		if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
-			return nil, fmt.Errorf("state_dir: %w", err)
+			return fmt.Errorf("state_dir: %w", err)
 		}
 	}
-	feed, err := natsfeed.Dial(e, &natsfeed.Options{Logger: log})
+	feed, err := natsfeed.Dial(e, &natsfeed.Options{Logger: g.log})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return enforce.Start(feed, &enforce.Options{
+	g.enforcer, err = enforce.Start(feed, &enforce.Options{
 		Enrollment: e, Mode: mode, MaxStale: c.MaxStale, MaxStaleRunning: c.MaxStaleRunning, StateDir: c.StateDir,
-		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Logger: log,
+		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Logger: g.log,
 	})
+	if err != nil || c.Trail.Disabled {
+		return err
+	}
+	g.trail, err = trail.New(trail.Options{
+		Enrollment: e, Enforcer: g.enforcer, Publisher: feed, Sample: c.Trail.Sample, Interval: c.Trail.Interval, Logger: g.log,
+	})
+	return err
 }
 
 func sessionOptions(c *config.Config, log *slog.Logger) proxy.SessionOptions {
@@ -226,7 +266,7 @@ func (v *verifiers) release() {
 	}
 }
 
-func newVerifiers(c *config.Config, have *verifiers) (*verifiers, error) {
+func (g *Gateway) newVerifiers(c *config.Config, have *verifiers) (*verifiers, error) {
 	v := &verifiers{issuers: c.Issuers}
 	for i := range c.Routes {
 		if a := c.Routes[i].Audience; !slices.Contains(v.audiences, a) {
@@ -243,15 +283,15 @@ func newVerifiers(c *config.Config, have *verifiers) (*verifiers, error) {
 	if err != nil {
 		return nil, err
 	}
-	if v.all, err = credential.New(credential.Options{Issuers: issuers, Audiences: v.audiences}); err != nil {
+	if v.all, err = credential.New(credential.Options{Issuers: issuers, Audiences: v.audiences, Possession: g.proofs.Check}); err != nil {
 		return nil, err
 	}
 	return v, nil
 }
 
-// readsFiles reports whether keys are in files, which may have changed.
+// readsFiles reports whether keys or secrets are in files, which may have changed.
 func readsFiles(c *config.Config) bool {
-	return slices.ContainsFunc(c.Issuers, func(i config.Issuer) bool { return i.JWKSFile != "" })
+	return slices.ContainsFunc(c.Issuers, func(i config.Issuer) bool { return i.JWKSFile+i.Introspection.ClientSecretFile != "" })
 }
 
 func issuersOf(c *config.Config) ([]credential.Issuer, error) {
@@ -263,6 +303,19 @@ func issuersOf(c *config.Config) ([]credential.Issuer, error) {
 		}
 		for _, a := range i.Algorithms {
 			x.Algorithms = append(x.Algorithms, jose.SignatureAlgorithm(a))
+		}
+		if i.Discovery {
+			x.Discover = discovery.OpenID
+		}
+		if q := i.Introspection; q.URL != "" {
+			x.Introspection = &credential.Introspection{URL: q.URL, ClientID: q.ClientID, MaxAge: q.MaxAge, AudienceImplied: q.AudienceImplied}
+			if q.ClientSecretFile != "" {
+				b, err := secret(q.ClientSecretFile)
+				if err != nil {
+					return nil, fmt.Errorf("issuer %s: introspection: %w", i.URL, err)
+				}
+				x.Introspection.ClientSecret = string(b)
+			}
 		}
 		if i.JWKSFile != "" {
 			b, err := os.ReadFile(i.JWKSFile)
@@ -286,7 +339,7 @@ func (g *Gateway) build(c *config.Config) (_ *runtime, err error) {
 	if old := g.current.Load(); old != nil {
 		have = old.verifiers
 	}
-	if rt.verifiers, err = newVerifiers(c, have); err != nil {
+	if rt.verifiers, err = g.newVerifiers(c, have); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -302,7 +355,7 @@ func (g *Gateway) build(c *config.Config) (_ *runtime, err error) {
 		if err != nil {
 			return nil, err
 		}
-		guards = append(guards, route.New(r, g.enforcer, v, g.observe))
+		guards = append(guards, route.New(r, g.enforcer, v, g.observe, g.trail))
 	}
 	rt.table = route.NewTable(guards)
 	if g.opts.Kind == Proxy {
@@ -331,6 +384,7 @@ func (g *Gateway) build(c *config.Config) (_ *runtime, err error) {
 // observe hears of every decision.
 func (g *Gateway) observe(d *route.Decision) {
 	g.metrics.decided(d)
+	g.trail.Record(&d.Event)
 	if g.opts.Observe != nil {
 		g.opts.Observe(d)
 	}
@@ -594,7 +648,7 @@ func fixed(a, b *config.Config) error {
 	}{
 		{"enrollment", a.Enrollment, b.Enrollment}, {"nats_urls", a.NATSURLs, b.NATSURLs}, {"state_dir", a.StateDir, b.StateDir},
 		{"mode", a.Mode, b.Mode}, {"max_stale", a.MaxStale, b.MaxStale}, {"max_stale_running", a.MaxStaleRunning, b.MaxStaleRunning},
-		{"max_entries", a.MaxEntries, b.MaxEntries}, {"max_bound", a.MaxBound, b.MaxBound}, {"log", a.Log, b.Log}, {"admin", a.Admin, b.Admin},
+		{"max_entries", a.MaxEntries, b.MaxEntries}, {"max_bound", a.MaxBound, b.MaxBound}, {"log", a.Log, b.Log}, {"admin", a.Admin, b.Admin}, {"trail", a.Trail, b.Trail}, {"proof", a.Proof, b.Proof},
 		{"proxy.read_header_timeout", a.Proxy.ReadHeaderTimeout, b.Proxy.ReadHeaderTimeout}, {"proxy.idle_timeout", a.Proxy.IdleTimeout, b.Proxy.IdleTimeout},
 		{"proxy.max_header_bytes", a.Proxy.MaxHeaderBytes, b.Proxy.MaxHeaderBytes}, {"proxy.max_connections", a.Proxy.MaxConnections, b.Proxy.MaxConnections},
 	} {
@@ -647,6 +701,10 @@ func (g *Gateway) Shutdown(ctx context.Context) {
 	draining.Wait()
 	if g.sessions != nil {
 		g.sessions.Close()
+	}
+	// Before the enforcer, whose connection takes its last report.
+	if err := g.trail.Close(); err != nil {
+		g.log.Warn("close the trail", "error", err)
 	}
 	if g.enforcer != nil {
 		if err := g.enforcer.Close(); err != nil {

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -115,4 +116,52 @@ func get(t testing.TB, url string) *http.Response {
 	must(t, err)
 	t.Cleanup(func() { resp.Body.Close() })
 	return resp
+}
+
+// Every denial is in the trail, and reaches the bus.
+func TestDecisionsAreRecorded(t *testing.T) {
+	w := newWorld(t)
+	up, _ := plainUpstream(t)
+	g := w.start(w.load("trail: {sample: 1, interval: 100ms}\n"+routeTo("mcp", "/mcp", up.URL, "")), Proxy)
+	url := g.url() + "/mcp"
+	ann := w.token("ann", "s-ann")
+	if resp := post(t, url, ann, toolCall("echo")); resp.StatusCode != http.StatusOK {
+		t.Fatal(resp.Status)
+	}
+	w.decide(authority.Revoke, "session", "s-ann")
+	eventually(t, "denied", func() bool { return post(t, url, ann, toolCall("echo")).StatusCode == http.StatusUnauthorized })
+	s := g.trail.Stats()
+	if s.Denied == 0 || s.Sampled == 0 {
+		t.Errorf("%+v", s)
+	}
+	eventually(t, "a report is taken", func() bool { return g.trail.Stats().Reports > 0 })
+	if resp := get(t, "http://"+g.AdminAddr()+"/metrics"); true {
+		b, _ := io.ReadAll(resp.Body)
+		for _, want := range []string{
+			`interlock_gateway_decisions_total{outcome="allowed",route="tools"}`,
+			`interlock_gateway_decisions_total{outcome="revoked",route="tools"}`, `interlock_fresh{enforcer="gateway"} 1`,
+		} {
+			if !strings.Contains(string(b), want) {
+				t.Errorf("no metric %s", want)
+			}
+		}
+	}
+}
+
+// A token that is bound to a key is not a bearer token.
+func TestBoundTokensNeedProof(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	g := w.start(w.load(routeTo("mcp", "/mcp", up.URL, "")), Proxy)
+	bound := func(c map[string]any) {
+		c["cnf"] = map[string]any{"jkt": "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"}
+	}
+	resp := post(t, g.url()+"/mcp", w.token("ann", "s-ann", bound), toolCall("echo"))
+	if resp.StatusCode != http.StatusUnauthorized || !strings.Contains(strings.Join(resp.Header.Values("Www-Authenticate"), " "), "DPoP") || len(reached) != 0 {
+		t.Fatal(resp.Status, resp.Header)
+	}
+	v, err := g.Check(t.Context(), Question{Token: w.token("ann", "s-ann", bound)})
+	if err != nil || v.Allowed {
+		t.Error(v, err)
+	}
 }

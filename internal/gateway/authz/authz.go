@@ -11,11 +11,9 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"io"
 	"net/http"
 	"net/url"
 	"strings"
-	"time"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	auth "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -27,6 +25,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // Service decides on requests that others describe. It is immutable.
@@ -45,7 +44,6 @@ var (
 // decide decides on r, whose body, where it is known, is body. partial says that
 // there is more of it.
 func (s *Service) decide(r *http.Request, body []byte, partial bool) (g *route.Guard, p *session.Prepared, op operation.Operation, err error) {
-	began := time.Now()
 	if err := route.CheckPath(r.URL); err != nil {
 		return nil, nil, op, err
 	}
@@ -53,6 +51,7 @@ func (s *Service) decide(r *http.Request, body []byte, partial bool) (g *route.G
 	if g == nil {
 		return nil, nil, op, errNoRoute
 	}
+	mark := g.Trail.Start()
 	var call session.Call
 	p, _, err = g.Identify(r)
 	if err == nil {
@@ -63,7 +62,7 @@ func (s *Service) decide(r *http.Request, body []byte, partial bool) (g *route.G
 	}
 	var refusal *operation.Refusal
 	if !errors.As(err, &refusal) {
-		g.Note(route.Decision{Caller: p, Call: call, Operation: &op, Traceparent: r.Header.Get("Traceparent"), Err: err, Took: time.Since(began)})
+		g.Note(&op, trail.Event{Mark: mark, Caller: p, Call: call, Traceparent: r.Header.Get("Traceparent"), Err: err})
 	}
 	return g, p, op, err
 }
@@ -117,8 +116,8 @@ func (x *GRPC) Check(ctx context.Context, in *auth.CheckRequest) (*auth.CheckRes
 	if err != nil {
 		return refused(errDescribed), nil
 	}
-	if cert := in.GetAttributes().GetSource().GetCertificate(); cert != "" {
-		r.TLS = peer(cert)
+	if cert := in.GetAttributes().GetSource().GetCertificate(); cert != "" && r.TLS != nil {
+		r.TLS.PeerCertificates = peer(cert)
 	}
 	var body []byte
 	if b := h.GetRawBody(); len(b) > 0 {
@@ -174,6 +173,7 @@ func described(ctx context.Context, h *auth.AttributeContext_HttpRequest) (*http
 	r := &http.Request{Method: h.GetMethod(), URL: u, Host: h.GetHost(), Header: make(http.Header, len(h.GetHeaders()))}
 	// What a proof of possession is about.
 	u.Scheme, u.Host = h.GetScheme(), h.GetHost()
+	r.TLS = secured(u.Scheme)
 	for name, value := range h.GetHeaders() {
 		if !strings.HasPrefix(name, ":") {
 			r.Header.Set(name, value)
@@ -182,9 +182,18 @@ func described(ctx context.Context, h *auth.AttributeContext_HttpRequest) (*http
 	return r.WithContext(ctx), nil
 }
 
+// secured is the state of a connection that somebody else has, as far as the
+// scheme tells.
+func secured(scheme string) *tls.ConnectionState {
+	if scheme != "https" {
+		return nil
+	}
+	return &tls.ConnectionState{HandshakeComplete: true}
+}
+
 // peer is the client's certificate, which Envoy has verified, as it sends it:
 // URL-encoded PEM.
-func peer(encoded string) *tls.ConnectionState {
+func peer(encoded string) []*x509.Certificate {
 	text, err := url.PathUnescape(encoded)
 	if err != nil {
 		return nil
@@ -197,7 +206,7 @@ func peer(encoded string) *tls.ConnectionState {
 	if err != nil {
 		return nil
 	}
-	return &tls.ConnectionState{HandshakeComplete: true, PeerCertificates: []*x509.Certificate{cert}}
+	return []*x509.Certificate{cert}
 }
 
 func option(name, value string) *core.HeaderValueOption {
@@ -302,6 +311,6 @@ func forwarded(r *http.Request, dialect string) (*http.Request, error) {
 		return nil, err
 	}
 	u.Scheme, u.Host = scheme, host
-	out := &http.Request{Method: method, URL: u, Host: host, Header: r.Header.Clone(), Body: io.NopCloser(strings.NewReader(""))}
+	out := &http.Request{Method: method, URL: u, Host: host, Header: r.Header.Clone(), Body: http.NoBody, TLS: secured(scheme)}
 	return out.WithContext(r.Context()), nil
 }

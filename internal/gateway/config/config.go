@@ -49,6 +49,8 @@ type Config struct {
 	DrainTimeout time.Duration `yaml:"drain_timeout"`
 	Log          Log           `yaml:"log"`
 	Admin        Admin         `yaml:"admin"`
+	Trail        Trail         `yaml:"trail"`
+	Proof        Proof         `yaml:"proof"`
 	Issuers      []Issuer      `yaml:"issuers"`
 	Routes       []Route       `yaml:"routes"`
 	Proxy        Proxy         `yaml:"proxy"`
@@ -74,9 +76,12 @@ type Admin struct {
 type Issuer struct {
 	URL    string `yaml:"url"`
 	Tenant string `yaml:"tenant"`
-	// JWKS is the URL of the keys, JWKSFile a file with them.
+	// JWKS is the URL of the keys, JWKSFile a file with them; Discovery finds the
+	// URL in the issuer's OpenID Connect metadata.
 	JWKS            string        `yaml:"jwks"`
 	JWKSFile        string        `yaml:"jwks_file"`
+	Discovery       bool          `yaml:"discovery"`
+	Introspection   Introspection `yaml:"introspection"`
 	Algorithms      []string      `yaml:"algorithms"`
 	Types           []string      `yaml:"types"`
 	Skew            time.Duration `yaml:"skew"`
@@ -84,6 +89,36 @@ type Issuer struct {
 	RefreshInterval time.Duration `yaml:"refresh_interval"`
 	KeysMaxAge      time.Duration `yaml:"keys_max_age"`
 	Claims          Claims        `yaml:"claims"`
+}
+
+// Introspection has opaque tokens verified by asking the issuer (RFC 7662); see
+// credential.Introspection. It is off without a URL.
+type Introspection struct {
+	URL              string        `yaml:"url"`
+	ClientID         string        `yaml:"client_id"`
+	ClientSecretFile string        `yaml:"client_secret_file"`
+	MaxAge           time.Duration `yaml:"max_age"`
+	AudienceImplied  bool          `yaml:"audience_implied"`
+}
+
+// Proof is how possession of the key that a token is bound to is proven; see
+// credential.ProofOptions.
+type Proof struct {
+	Origin    string        `yaml:"origin"`
+	MaxAge    time.Duration `yaml:"max_age"`
+	MaxProofs int           `yaml:"max_proofs"`
+	// NonceKeyFile holds the key of the nonces that proofs must have; empty asks
+	// for none.
+	NonceKeyFile string `yaml:"nonce_key_file"`
+}
+
+// Trail is what is recorded of decisions; see package trail.
+type Trail struct {
+	// Sample is the share of allowed calls that are recorded, from 0 to 1.
+	// Denied ones all are.
+	Sample   float64       `yaml:"sample"`
+	Interval time.Duration `yaml:"interval"`
+	Disabled bool          `yaml:"disabled"`
 }
 
 // Claims names claims; see credential.Claims.
@@ -353,9 +388,9 @@ func wellKnown(resource string) string {
 
 // resolve takes relative paths from dir.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.Enrollment, &c.StateDir, &c.Admin.Socket}
+	paths := []*string{&c.Enrollment, &c.StateDir, &c.Admin.Socket, &c.Proof.NonceKeyFile}
 	for i := range c.Issuers {
-		paths = append(paths, &c.Issuers[i].JWKSFile)
+		paths = append(paths, &c.Issuers[i].JWKSFile, &c.Issuers[i].Introspection.ClientSecretFile)
 	}
 	for i := range c.Routes {
 		u := &c.Routes[i].Upstream

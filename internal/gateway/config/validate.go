@@ -33,6 +33,7 @@ func (c *Config) validate() error {
 		{"max_stale", c.MaxStale, enforce.MinMaxStale, time.Hour},
 		{"max_stale_running", c.MaxStaleRunning, enforce.MinMaxStale, time.Hour},
 		{"drain_timeout", c.DrainTimeout, 0, time.Hour},
+		{"trail.interval", c.Trail.Interval, 0, time.Hour},
 		{"proxy.read_header_timeout", c.Proxy.ReadHeaderTimeout, 100 * time.Millisecond, 5 * time.Minute},
 		{"proxy.body_timeout", c.Proxy.BodyTimeout, 100 * time.Millisecond, time.Hour},
 		{"proxy.idle_timeout", c.Proxy.IdleTimeout, time.Second, time.Hour},
@@ -57,6 +58,9 @@ func (c *Config) validate() error {
 		if n.v < n.min || n.v > n.max {
 			return bad(n.key, "%d: give %d to %d", n.v, n.min, n.max)
 		}
+	}
+	if s := c.Trail.Sample; s < 0 || s > 1 || s != s {
+		return bad("trail.sample", "%v: give 0 to 1", s)
 	}
 	for i, s := range c.NATSURLs {
 		if u, err := url.Parse(s); err != nil || u.Host == "" || u.Scheme != "nats" && u.Scheme != "tls" {
@@ -136,9 +140,18 @@ func (c *Config) validateIssuers() error {
 	if len(c.Issuers) == 0 || len(c.Issuers) > maxIssuers {
 		return bad("issuers", "%d of them: give 1 to %d", len(c.Issuers), maxIssuers)
 	}
-	seen := map[string]bool{}
+	seen, asked := map[string]bool{}, 0
 	for i := range c.Issuers {
 		iss, key := &c.Issuers[i], fmt.Sprintf("issuers[%d]", i)
+		sources := 0
+		for _, there := range []bool{iss.JWKS != "", iss.JWKSFile != "", iss.Discovery} {
+			if there {
+				sources++
+			}
+		}
+		if iss.Introspection.URL != "" {
+			asked++
+		}
 		switch {
 		case iss.URL == "":
 			return bad(key+".url", "is missing")
@@ -146,8 +159,12 @@ func (c *Config) validateIssuers() error {
 			return bad(key+".url", "%s is there twice", iss.URL)
 		case iss.Tenant == "":
 			return bad(key+".tenant", "is missing: it comes from here, and never from a token")
-		case (iss.JWKS == "") == (iss.JWKSFile == ""):
-			return bad(key, "want one of jwks and jwks_file")
+		case sources > 1 || sources == 0 && iss.Introspection.URL == "":
+			return bad(key, "want one of jwks, jwks_file and discovery, or introspection")
+		case asked > 1:
+			return bad(key+".introspection", "is there twice: an opaque token does not say whose it is")
+		case iss.Introspection.URL == "" && iss.Introspection != (Introspection{}):
+			return bad(key+".introspection.url", "is missing")
 		case len(iss.Algorithms) > maxValues || len(iss.Types) > maxValues:
 			return bad(key, "too many algorithms or types")
 		}

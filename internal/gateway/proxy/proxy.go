@@ -22,6 +22,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // Options configures a Proxy.
@@ -82,14 +83,16 @@ func (p *Proxy) Close() {
 
 // exchange is one request on its way through.
 type exchange struct {
-	p       *Proxy
-	g       *route.Guard
-	up      *upstream
-	caller  *session.Prepared
-	op      operation.Operation
-	call    session.Call
-	below   string // of the path, escaped
-	session *tracked
+	p      *Proxy
+	g      *route.Guard
+	up     *upstream
+	caller *session.Prepared
+	op     operation.Operation
+	call   session.Call
+	below  string // of the path, escaped
+
+	traceparent string
+	session     *tracked
 	// bound ends when the caller must stop.
 	bound context.Context
 	cut   atomic.Bool // noted
@@ -130,13 +133,13 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, route.ErrPath)
 		return
 	}
-	began := time.Now()
+	mark := g.Trail.Start()
 	caller, known, err := g.Identify(r)
+	x.caller = caller
 	if err != nil {
-		p.deny(w, r, x, err, known, began)
+		p.deny(w, r, x, err, known, mark)
 		return
 	}
-	x.caller = caller
 	release, err := x.read(w, r, below)
 	if err != nil {
 		refuse(w, r, err)
@@ -146,19 +149,20 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if g.Route.Protocol == config.MCP {
 		defer x.leave()
 		if x.session, err = p.opts.Sessions.use(x, r.Header.Get(headerSession)); err != nil {
-			p.deny(w, r, x, err, true, began)
+			p.deny(w, r, x, err, true, mark)
 			return
 		}
 	}
 	x.call = g.Call(&x.op)
 	bound, unbind, err := g.Enforcer.Bind(r.Context(), caller, x.call)
 	if err != nil {
-		p.deny(w, r, x, err, true, began)
+		p.deny(w, r, x, err, true, mark)
 		return
 	}
 	defer unbind()
 	x.bound = bound
-	g.Note(route.Decision{Caller: caller, Call: x.call, Operation: &x.op, Traceparent: r.Header.Get("Traceparent"), Took: time.Since(began)})
+	x.traceparent = r.Header.Get("Traceparent")
+	g.Note(&x.op, trail.Event{Mark: mark, Caller: caller, Call: x.call, Traceparent: x.traceparent})
 
 	// A client that does not read must not hold up the end of its stream.
 	rc := http.NewResponseController(w)
@@ -189,7 +193,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // noteCut tells the observer once that the exchange was cut.
 func (x *exchange) noteCut(d *session.DeniedError) {
 	if x.cut.CompareAndSwap(false, true) {
-		x.g.Note(route.Decision{Caller: x.caller, Call: x.call, Operation: &x.op, Err: d, Cut: true})
+		x.g.Note(&x.op, trail.Event{Mark: x.g.Trail.Start(), Caller: x.caller, Call: x.call, Traceparent: x.traceparent, Err: d, Cut: true})
 	}
 }
 
@@ -205,13 +209,13 @@ func (x *exchange) leave() {
 }
 
 // deny answers a denial that came before the upstream was asked.
-func (p *Proxy) deny(w http.ResponseWriter, r *http.Request, x *exchange, err error, known bool, began time.Time) {
+func (p *Proxy) deny(w http.ResponseWriter, r *http.Request, x *exchange, err error, known bool, mark trail.Mark) {
 	var refusal *operation.Refusal
 	if errors.As(err, &refusal) {
 		refuse(w, r, err)
 		return
 	}
-	x.g.Note(route.Decision{Caller: x.caller, Call: x.call, Operation: &x.op, Traceparent: r.Header.Get("Traceparent"), Err: err, Took: time.Since(began)})
+	x.g.Note(&x.op, trail.Event{Mark: mark, Caller: x.caller, Call: x.call, Traceparent: r.Header.Get("Traceparent"), Err: err})
 	a := x.g.Resource.Answer(err)
 	if operation.GRPC(r.Header) {
 		denyGRPC(w, r, &a)

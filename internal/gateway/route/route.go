@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"time"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -20,24 +19,15 @@ import (
 	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
-// Decision is one decision, for whoever keeps a trail of them.
+// Decision is one decision.
 type Decision struct {
 	Route string
-	// Caller is nil where it could not be found out.
-	Caller *session.Prepared
-	Call   session.Call
-	// Operation is valid only until the observer returns.
-	Operation *operation.Operation
-	// Traceparent is the request's header of that name (W3C Trace Context).
-	Traceparent string
-	// Err is nil for what was allowed, and else what the caller was told.
-	Err error
-	// Cut is set where Err ended work that was running.
-	Cut bool
-	// Took is how long it took to decide; zero for what was cut.
-	Took time.Duration
+	// Event is what the trail is to say of it. Its slices are valid only until
+	// the observer returns.
+	trail.Event
 }
 
 // Observer hears of every decision, on the goroutine of the request: it must be
@@ -50,16 +40,17 @@ type Guard struct {
 	Resource denial.Resource
 	Enforcer guard.Enforcer
 	Verifier guard.Verifier
-	// Observe may be nil.
+	// Observe may be nil, and so may Trail, which only marks beginnings here.
 	Observe Observer
+	Trail   *trail.Recorder
 
 	calls map[string]session.Call
 }
 
 // New makes the guard of a route.
-func New(r *config.Route, e guard.Enforcer, v guard.Verifier, o Observer) *Guard {
+func New(r *config.Route, e guard.Enforcer, v guard.Verifier, o Observer, t *trail.Recorder) *Guard {
 	g := &Guard{
-		Route: r, Enforcer: e, Verifier: v, Observe: o,
+		Route: r, Enforcer: e, Verifier: v, Observe: o, Trail: t,
 		Resource: denial.Resource{Metadata: r.ResourceMetadata, Scopes: r.Scopes},
 		calls:    make(map[string]session.Call),
 	}
@@ -94,11 +85,11 @@ func (g *Guard) Identify(r *http.Request) (p *session.Prepared, known bool, err 
 	return guard.Admit(g.Enforcer, g.Verifier, r, g.Call(nil), g.Route.Scopes)
 }
 
-// Note tells the observer.
-func (g *Guard) Note(d Decision) {
+// Note tells the observer of an event with an operation.
+func (g *Guard) Note(o *operation.Operation, e trail.Event) {
 	if g.Observe != nil {
-		d.Route = g.Route.Name
-		g.Observe(&d)
+		e.Method, e.Arguments = o.Method, o.Arguments
+		g.Observe(&Decision{g.Route.Name, e})
 	}
 }
 
