@@ -18,31 +18,50 @@ import (
 // JSONRPC checks every HTTP request before next sees it, which must be, or lead
 // to, the SDK's JSON-RPC handler of what NewHandler made.
 func (g *Guard) JSONRPC(next http.Handler) http.Handler {
-	return g.front(next, false, func(a *denial.Answer, info *errordetails.Typed, id json.RawMessage) any {
-		if id == nil {
-			id = json.RawMessage("null")
-		}
-		return map[string]any{"jsonrpc": "2.0", "id": id, "error": map[string]any{
-			"code": a.Code(), "message": a.Message, "data": []any{info},
-		}}
-	})
+	return g.front(next, false, JSONRPCError)
+}
+
+// JSONRPCError is what a denied caller is answered over JSON-RPC. id is the
+// call's, as JSON, or nil.
+func JSONRPCError(a *denial.Answer, id json.RawMessage) []byte {
+	if id == nil {
+		id = json.RawMessage("null")
+	}
+	return marshal(map[string]any{"jsonrpc": "2.0", "id": id, "error": map[string]any{
+		"code": a.Code(), "message": a.Message, "data": []any{errorInfo(a)},
+	}})
 }
 
 // REST checks every HTTP request before next sees it, which must be, or lead to,
 // the SDK's REST handler of what NewHandler made.
 func (g *Guard) REST(next http.Handler) http.Handler {
-	return g.front(next, true, func(a *denial.Answer, info *errordetails.Typed, _ json.RawMessage) any {
-		status := "UNAVAILABLE"
-		switch a.Status {
-		case http.StatusUnauthorized:
-			status = "UNAUTHENTICATED"
-		case http.StatusForbidden:
-			status = "PERMISSION_DENIED"
-		}
-		return map[string]any{"error": map[string]any{
-			"code": a.Status, "status": status, "message": a.Message, "details": []any{info},
-		}}
-	})
+	return g.front(next, true, func(a *denial.Answer, _ json.RawMessage) []byte { return RESTError(a) })
+}
+
+// RESTError is what a denied caller is answered over REST.
+func RESTError(a *denial.Answer) []byte {
+	status := "UNAVAILABLE"
+	switch a.Status {
+	case http.StatusUnauthorized:
+		status = "UNAUTHENTICATED"
+	case http.StatusForbidden:
+		status = "PERMISSION_DENIED"
+	}
+	return marshal(map[string]any{"error": map[string]any{
+		"code": a.Status, "status": status, "message": a.Message, "details": []any{errorInfo(a)},
+	}})
+}
+
+func errorInfo(a *denial.Answer) *errordetails.Typed {
+	return errordetails.NewErrorInfo(reason(a), a2a.ProtocolDomain, metadataOf(a))
+}
+
+func marshal(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil // strings and a number
+	}
+	return b
 }
 
 // connection is what a stream may do about a client that does not read.
@@ -56,7 +75,7 @@ type connection struct {
 
 type connectionKey struct{}
 
-func (g *Guard) front(next http.Handler, status bool, body func(*denial.Answer, *errordetails.Typed, json.RawMessage) any) http.Handler {
+func (g *Guard) front(next http.Handler, status bool, body func(*denial.Answer, json.RawMessage) []byte) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		e := trail.Event{Mark: g.opts.Trail.Start(), Method: "http " + r.Method, Call: g.connect(), Traceparent: r.Header.Get("Traceparent")}
 		p, known, err := g.admit(r, e.Call)
@@ -65,7 +84,6 @@ func (g *Guard) front(next http.Handler, status bool, body func(*denial.Answer, 
 			a := g.resource.Answer(err)
 			a.Header(w.Header(), len(r.Header.Values("Authorization")) > 0)
 			w.Header().Set("Content-Type", "application/json")
-			info := errordetails.NewErrorInfo(reason(&a), a2a.ProtocolDomain, metadataOf(&a))
 			id, method := requestID(w, r, known)
 			switch {
 			case method != "":
@@ -74,12 +92,8 @@ func (g *Guard) front(next http.Handler, status bool, body func(*denial.Answer, 
 				e.Method = r.Method + " " + r.URL.Path
 			}
 			g.opts.Trail.Record(&e)
-			out, err := json.Marshal(body(&a, info, id))
-			if err != nil {
-				out = nil // strings and a number
-			}
 			w.WriteHeader(a.Status)
-			_, _ = w.Write(append(out, '\n')) // a client that has gone needs no answer
+			_, _ = w.Write(append(body(&a, id), '\n')) // a client that has gone needs no answer
 			return
 		}
 		rc := http.NewResponseController(w)

@@ -184,7 +184,7 @@ func TestShutdownDrains(t *testing.T) {
 	if got := within(t, "the call ends", ended["/call"]); got != "done" {
 		t.Errorf("a call that had time ended with %q", got)
 	}
-	if got := within(t, "the stream ends", ended["/events"]); !strings.Contains(got, `"reason":"CLOSED"`) {
+	if got := within(t, "the stream ends", ended["/events"]); !strings.Contains(got, `"error":"closed"`) {
 		t.Errorf("the stream ended with %q", got)
 	}
 	within(t, "nothing runs", gone)

@@ -265,20 +265,29 @@ func quotable(s string) string {
 // readTime bounds how long a denied caller's request is read on.
 const readTime = 500 * time.Millisecond
 
-// Write answers an HTTP request with a JSON-RPC error. The server reads on to the
-// end of a request before it answers, and a caller that is denied must not hold
-// a goroutine for as long as it likes: reading ends after half a second. id,
-// which may be nil, is called after that has been arranged; it returns the
-// call's id, or nil, and may read the request.
+// Write answers an HTTP request with a JSON-RPC error. id, which may be nil, is
+// called as WriteBody calls its body; it returns the call's id, or nil, and may
+// read the request.
 func (a *Answer) Write(w http.ResponseWriter, r *http.Request, id func() json.RawMessage) {
+	a.WriteBody(w, r, func(readable bool) []byte {
+		var call json.RawMessage
+		if id != nil && readable {
+			call = id()
+		}
+		return a.Response(call)
+	})
+}
+
+// WriteBody answers an HTTP request with JSON of another form. The server reads on
+// to the end of a request before it answers, and a caller that is denied must not
+// hold a goroutine for as long as it likes: reading ends after half a second. body
+// is called after that has been arranged, and may read the request if it could be.
+func (a *Answer) WriteBody(w http.ResponseWriter, r *http.Request, body func(readable bool) []byte) {
 	h := w.Header()
 	a.Header(h, len(r.Header.Values("Authorization")) > 0)
 	h.Set("Content-Type", "application/json")
 	bounded := http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) == nil
-	var call json.RawMessage
-	if id != nil && bounded {
-		call = id()
-	}
+	out := body(bounded)
 	w.WriteHeader(a.Status)
-	_, _ = w.Write(append(a.Response(call), '\n')) // a client that has gone needs no answer
+	_, _ = w.Write(append(out, '\n')) // a client that has gone needs no answer
 }

@@ -175,8 +175,22 @@ type Route struct {
 	MaxBody int `yaml:"max_body"`
 	// AllowUpgrade lets WebSocket and other upgrades pass; what is said inside
 	// is not read.
-	AllowUpgrade bool     `yaml:"allow_upgrade"`
-	Upstream     Upstream `yaml:"upstream"`
+	AllowUpgrade bool      `yaml:"allow_upgrade"`
+	AgentCard    AgentCard `yaml:"agent_card"`
+	Upstream     Upstream  `yaml:"upstream"`
+}
+
+// AgentCard has the proxy serve an A2A agent's card, to anybody, with the route's
+// Resource as its address, for as long as the agent may act. It is off without an
+// Upstream.
+type AgentCard struct {
+	// Upstream is the URL of the agent's own card.
+	Upstream string `yaml:"upstream"`
+	// Agent is the agent's id, as decisions name it, and Tenant where it is known.
+	Agent  string `yaml:"agent"`
+	Tenant string `yaml:"tenant"`
+	// Issuer is who minted the id, where it is not a URI.
+	Issuer string `yaml:"issuer"`
 }
 
 // Operation is what an operation asks of the enforcer; see session.Call.

@@ -246,6 +246,14 @@ func (r *Route) validate(key string) error {
 	if r.MaxBody < 1<<10 || r.MaxBody > 64<<20 {
 		return bad(key+".max_body", "%d: give %d to %d", r.MaxBody, 1<<10, 64<<20)
 	}
+	if card := r.AgentCard; card != (AgentCard{}) {
+		switch {
+		case r.Protocol != A2A:
+			return bad(key+".agent_card", "is for protocol a2a")
+		case card.Upstream == "" || card.Agent == "" || card.Tenant == "":
+			return bad(key+".agent_card", "want upstream, agent and tenant")
+		}
+	}
 	u := &r.Upstream
 	if u.URL == "" {
 		return nil

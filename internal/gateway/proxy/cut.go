@@ -118,39 +118,18 @@ func (b *body) event(a *denial.Answer) []byte {
 		// client acts on.
 		out = append(out, "\nevent: interrupted\n\n"...)
 	}
-	var data []byte
-	var err error
-	x := b.x
-	switch {
-	case x.op.ID != nil:
-		data = a.Response(x.op.ID)
-	case x.g.Route.Protocol == config.MCP:
-		data, err = json.Marshal(map[string]any{
+	data := b.x.inWords(a)
+	if b.x.op.ID == nil && b.x.g.Route.Protocol == config.MCP {
+		// A stream that answers no call.
+		var err error
+		if data, err = json.Marshal(map[string]any{
 			"jsonrpc": "2.0", "method": "notifications/message",
 			"params": map[string]any{"level": "error", "logger": "interlock", "data": a.Data},
-		})
-	default:
-		data, err = json.Marshal(map[string]any{"error": map[string]any{
-			"code": a.Status, "status": statusWord(a.Status), "message": a.Message,
-			"details": []any{map[string]any{
-				"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": strings.ToUpper(a.Data.Error), "domain": "interlock",
-			}},
-		}})
-	}
-	if err != nil { // strings and numbers
-		return out
+		}); err != nil { // strings and numbers
+			return out
+		}
 	}
 	return fmt.Appendf(out, "event: message\ndata: %s\n\n", data)
-}
-
-func statusWord(status int) string {
-	switch status {
-	case http.StatusUnauthorized:
-		return "UNAUTHENTICATED"
-	case http.StatusForbidden:
-		return "PERMISSION_DENIED"
-	}
-	return "UNAVAILABLE"
 }
 
 // setGRPC sets the trailers that end a call of gRPC.

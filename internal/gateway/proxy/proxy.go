@@ -10,6 +10,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
@@ -18,9 +19,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
+	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/session"
 	"github.com/interlock-fabric/interlock/pkg/trail"
 )
@@ -41,6 +44,7 @@ type Proxy struct {
 	opts      Options
 	upstreams map[*route.Guard]*upstream
 	metadata  map[string]*route.Guard
+	cards     map[*route.Guard]*a2aguard.Cards
 	reverse   *httputil.ReverseProxy
 }
 
@@ -49,7 +53,7 @@ func New(o Options) (*Proxy, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	p := &Proxy{opts: o, upstreams: make(map[*route.Guard]*upstream), metadata: make(map[string]*route.Guard)}
+	p := &Proxy{opts: o, upstreams: make(map[*route.Guard]*upstream), metadata: make(map[string]*route.Guard), cards: make(map[*route.Guard]*a2aguard.Cards)}
 	for _, g := range o.Table.All() {
 		u, err := newUpstream(g.Route)
 		if err != nil {
@@ -59,6 +63,12 @@ func New(o Options) (*Proxy, error) {
 		p.upstreams[g] = u
 		if path := metadataPath(g.Route); path != "" {
 			p.metadata[path] = g
+		}
+		if g.Route.AgentCard.Upstream != "" {
+			if p.cards[g], err = newCards(g); err != nil {
+				p.Close()
+				return nil, fmt.Errorf("route %s: %w", g.Route.Name, err)
+			}
 		}
 	}
 	p.reverse = &httputil.ReverseProxy{
@@ -131,6 +141,10 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var ok bool
 	if x.below, ok = strings.CutPrefix(r.URL.EscapedPath(), strings.TrimSuffix(g.Route.Path, "/")); !ok {
 		refuse(w, r, route.ErrPath)
+		return
+	}
+	if cards := p.cards[g]; cards != nil && below == cardPath {
+		cards.ServeHTTP(w, r)
 		return
 	}
 	mark := g.Trail.Start()
@@ -221,15 +235,26 @@ func (p *Proxy) deny(w http.ResponseWriter, r *http.Request, x *exchange, err er
 		denyGRPC(w, r, &a)
 		return
 	}
-	a.Write(w, r, func() json.RawMessage {
-		if x.op.ID == nil && known && r.Method == http.MethodPost {
+	a.WriteBody(w, r, func(readable bool) []byte {
+		if readable && x.op.ID == nil && known && r.Method == http.MethodPost && x.g.Route.Protocol != config.HTTP {
 			// So that its client can tell which call the answer is to.
 			if release, err := x.readJSON(w, r, maxDeniedBody, 0); err == nil {
 				release()
 			}
 		}
-		return x.op.ID
+		return x.inWords(&a)
 	})
+}
+
+// inWords is a denial in the form of the route's protocol.
+func (x *exchange) inWords(a *denial.Answer) []byte {
+	switch {
+	case x.g.Route.Protocol != config.A2A:
+		return a.Response(x.op.ID)
+	case x.op.ID != nil:
+		return a2aguard.JSONRPCError(a, x.op.ID)
+	}
+	return a2aguard.RESTError(a)
 }
 
 // maxDeniedBody bounds what is read of a request that is denied already.
@@ -281,7 +306,7 @@ func (p *Proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
 			denyGRPC(w, r, &a)
 			return
 		}
-		a.Write(w, r, func() json.RawMessage { return x.op.ID })
+		a.WriteBody(w, r, func(bool) []byte { return x.inWords(&a) })
 		return
 	}
 	if r.Context().Err() != nil {
@@ -295,7 +320,7 @@ func (p *Proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.As(err, &refusal):
 	case errors.As(err, &denied):
 		a := x.g.Resource.Answer(denied)
-		a.Write(w, r, func() json.RawMessage { return x.op.ID })
+		a.WriteBody(w, r, func(bool) []byte { return x.inWords(&a) })
 		return
 	default:
 		// What the error says is not for the caller.

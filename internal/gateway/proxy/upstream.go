@@ -12,8 +12,12 @@ import (
 	"strings"
 	"time"
 
+	"github.com/a2aproject/a2a-go/v2/a2a"
+
+	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
+	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 // upstream is where a route's requests go.
@@ -88,6 +92,21 @@ func (u *upstream) address(out *url.URL, below string) {
 	if path, err := url.PathUnescape(escaped); err == nil {
 		out.Path, out.RawPath = path, escaped
 	}
+}
+
+// cardPath is where an agent's card is, below the path of its route.
+const cardPath = "/.well-known/agent-card.json"
+
+func newCards(g *route.Guard) (*a2aguard.Cards, error) {
+	c := &g.Route.AgentCard
+	return a2aguard.NewCards(g.Enforcer, a2aguard.CardOptions{
+		Upstream: c.Upstream,
+		Interfaces: map[a2a.TransportProtocol]string{
+			a2a.TransportProtocolJSONRPC: g.Route.Resource, a2a.TransportProtocolHTTPJSON: g.Route.Resource,
+			a2a.TransportProtocolGRPC: g.Route.Resource,
+		},
+		Agent: session.Identity{Tenant: c.Tenant, Issuer: c.Issuer, Actors: []session.Actor{{ID: c.Agent}}},
+	})
 }
 
 // metadataPath is where the proxy serves the metadata of a route's resource (RFC
