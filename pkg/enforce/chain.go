@@ -465,7 +465,7 @@ func (c *chain) confirm(h head) confirmation {
 		}
 		return unknownHead
 	}
-	if l := c.at(c.floor.number); c.broken || l != nil && l.hash != c.floor.hash {
+	if c.offFloor(h) {
 		return otherHead
 	}
 	c.fold(int(h.number - c.base.number))
@@ -475,6 +475,13 @@ func (c *chain) confirm(h head) confirmation {
 	c.follow()
 	c.rebuild()
 	return newHead
+}
+
+// offFloor reports whether a head, or the chain up to it, contradicts the floor.
+func (c *chain) offFloor(h head) bool {
+	l := c.at(c.floor.number)
+	return c.broken || l != nil && l.hash != c.floor.hash ||
+		h.number < c.floor.number || h.number == c.floor.number && c.floor.number > 0 && h != c.floor
 }
 
 // adopt makes the parked branch that ends in h the chain.

@@ -57,7 +57,7 @@ func (f *follower) needSegment(ctx context.Context) {
 		return
 	}
 	f.keep.fetching = true
-	want := wanted{above: f.chain.base.number, not: f.keep.bad}
+	want := wanted{above: f.chain.base.number, most: f.mostSegment(), not: f.keep.bad}
 	if f.doubt != nil {
 		want.best = f.doubt.number
 	}
@@ -98,12 +98,23 @@ func (f *follower) noSegment(err error) {
 	}
 }
 
-// wanted says which published segments are of use: those above a number; of
-// these the newest that is not above best, if best is not 0; and not one of the
-// sum not.
+// wanted says which published segments are of use: those above a number, and, if
+// most is not 0, not above that; of these the newest that is not above best, if
+// best is not 0; and not one of the sum not.
 type wanted struct {
-	above, best uint64
-	not         [32]byte
+	above, most, best uint64
+	not               [32]byte
+}
+
+// mostSegment is the newest batch at which a published segment may begin the
+// chain, or 0 for any. It is the floor, for as long as the log may have it or what
+// comes after it: whoever has not gone over it cannot tell the log that was in
+// force here from a branch of it, grown after the store was rolled back.
+func (f *follower) mostSegment() uint64 {
+	if n := f.chain.floor.number; f.keep.gap <= n {
+		return n
+	}
+	return 0
 }
 
 // fetchSegment fetches the first segment in the order wanted whose description
@@ -127,7 +138,7 @@ func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *se
 			continue
 		}
 		ref, ferr := session.UnmarshalSegmentRef(frame.Body)
-		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= want.above || ref.Sum == want.not || predates(ref, ks) {
+		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= want.above || want.most > 0 && ref.Number > want.most || ref.Sum == want.not || predates(ref, ks) {
 			continue
 		}
 		found = append(found, candidate{frame, ref})
@@ -242,9 +253,9 @@ func downloadHeap(ref session.SegmentRef, to func(io.Writer) error) (*filter.Seg
 
 // giveUp leaves a published segment that turned out not to be of the authority's
 // log, before anything of it was in force, for the log itself. It reports whether
-// there was one.
-func (f *follower) giveUp() bool {
-	if !f.chain.trial || f.chain.live {
+// there was one. Where the floor contradicts the head, the segment is not to blame.
+func (f *follower) giveUp(h head) bool {
+	if !f.chain.trial || f.chain.live || f.chain.offFloor(h) {
 		return false
 	}
 	f.e.count.refused.Add(1)
@@ -265,6 +276,8 @@ func (f *follower) adoptSegment(x fetchedSegment) {
 		return
 	case at.number <= f.chain.base.number || f.chain.live && len(f.beats) == 0 && f.keep.gap == 0:
 		return // the log was faster
+	case f.mostSegment() > 0 && at.number > f.mostSegment():
+		return // or has been found to have what is between
 	case at.number == floor.number && at != floor:
 		f.rolledBack("a published segment is not of the log that was in force here: it was rolled back, and a new epoch is needed", "number", at.number)
 		return

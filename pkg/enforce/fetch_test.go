@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -417,4 +418,58 @@ func frameBody(t *testing.T, b []byte) []byte {
 		t.Fatal(err)
 	}
 	return f.Body
+}
+
+// TestRolledBackBehindASegment: the store was rolled back, a new branch has grown
+// beyond what was in force here, and its state is published. The log still shows
+// that it is another branch, so the segment does not bring it in: not into an
+// enforcer that runs, and not into one that starts with nothing but its floor.
+func TestRolledBackBehindASegment(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		for _, strays := range []int{0, 3} {
+			t.Run(fmt.Sprintf("restart %t, strays %d", restart, strays), func(t *testing.T) {
+				within(t, func(t *testing.T, b *bus) {
+					dir := t.TempDir()
+					keep := func(o *Options) { o.StateDir = dir }
+					p := &publishing{busFeed: b.feed()}
+					b.decide(revoke(b.session("s0")))
+					p.publishState(nil)
+					// Strays put the old branch further on in the stream than the new.
+					for range strays {
+						b.store([][]byte{[]byte("stray")})
+					}
+					e := p.open(t, keep)
+					old := b.chainNow()
+					old.log -= strays
+					b.decide(revoke(b.session("s1")))
+					b.decide(revoke(b.session("s2")))
+					time.Sleep(3 * time.Second)
+					if restart {
+						e.Close()
+						if err := os.Remove(segmentPath(e.opts)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					b.restore(old)
+					for range 8 {
+						b.decide(revoke(b.session("s3")))
+					}
+					p.publishState(nil)
+					if restart {
+						p.busFeed = b.feed()
+						var err error
+						if e, err = Start(p, &Options{Enrollment: e.opts.Enrollment, StateDir: dir}); err != nil {
+							t.Fatal(err)
+						}
+					}
+					defer e.Close()
+					time.Sleep(DefaultMaxStale + 5*time.Minute)
+					if s := e.Status(); s.Fresh || !strings.Contains(s.Why, "rolled back") {
+						t.Fatalf("%+v", s)
+					}
+					mustDeny(t, e, prepare(t, e, caller("ok")), session.Call{}, session.ErrStale)
+				})
+			})
+		}
+	}
 }

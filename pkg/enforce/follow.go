@@ -744,7 +744,7 @@ func (f *follower) confirm(b beat) bool {
 	case unknownHead:
 		return false
 	case olderHead, otherHead:
-		if f.giveUp() {
+		if f.giveUp(head{b.Number, b.Head}) {
 			return true
 		}
 		if b.origin < f.headAt {
@@ -808,7 +808,7 @@ func (f *follower) liftInherited() {
 			return e.Op == session.OpLift && l.may(e)
 		})
 	}
-	if f.inherited.Len() == 0 {
+	if f.inherited.Len() == 0 && f.inherited.Err() == nil {
 		f.inherited, f.chain.collect = nil, false
 	}
 }
@@ -842,7 +842,11 @@ func (f *follower) repair(ctx context.Context) {
 				if ks := f.trust.KeySet(); ks != nil && ks.Epoch == epoch {
 					tip := f.chain.tip().number
 					n := f.heard(frame, true)
-					if n > tip+1 && last == before && f.keep.gap == 0 {
+					switch {
+					case n <= tip+1 || last != before || f.keep.gap > 0:
+					case from > 1:
+						f.rewind(0) // positions prove nothing: this may be another stream than before
+					default:
 						f.gap(n)
 					}
 					last = max(last, n)
@@ -883,6 +887,9 @@ func (f *follower) repaired(from, next, last uint64, err error) {
 		f.say("the log cannot be read", err)
 	} else if next > from {
 		f.logPos, f.logNumber = next, last
+	}
+	if err == nil && from <= 1 && last == 0 && len(f.beats) > 0 && f.keep.gap == 0 {
+		f.gap(f.beats[len(f.beats)-1].Number + 1) // all of it has been trimmed
 	}
 	if err == nil && len(f.beats) < waiting {
 		f.repairWait = 0
