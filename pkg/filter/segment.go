@@ -563,7 +563,9 @@ func (m meta) lean(acr string, except *[session.MaxExcept]session.Key) (r sessio
 	case string(m.acr) == acr:
 		r.ACR = acr
 	default:
-		r.ACR = "\x00"
+		if r.ACR = "\x00"; acr == r.ACR {
+			r.ACR = "\x01"
+		}
 	}
 	if except != nil {
 		r.Except = except[:len(m.except)/keyLen]

@@ -209,6 +209,50 @@ func TestDamageIsNeverNotFound(t *testing.T) {
 	}
 }
 
+// TestDamageThatLeavesNothing: a state of which nothing could be read, so that it
+// has no entries at all, is not the empty state.
+func TestDamageThatLeavesNothing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "segment")
+	s, p, _ := revoked(t, path)
+	if err := os.Truncate(path, blockSize); err != nil {
+		t.Fatal(err)
+	}
+	got := Merge(s)
+	if got.Len() != 0 || !errors.Is(got.Err(), ErrDamaged) || !isDenied(got, p) {
+		t.Fatalf("%d records, %v", got.Len(), got.Err())
+	}
+}
+
+// TestKeysThatBeginAlike: two keys with the same first 8 bytes of digest, which a
+// block's index cannot tell apart, are each found, also where one block ends with
+// the one and the next begins with the other, and over more blocks than two.
+func TestKeysThatBeginAlike(t *testing.T) {
+	var keys []session.Key
+	var s *Set
+	for n := range 400 {
+		k := session.Key{Tenant: 1, Shape: session.Shape(session.KindSession)}
+		binary.BigEndian.PutUint64(k.Digest[:], 1<<63)
+		binary.BigEndian.PutUint64(k.Digest[8:], uint64(n)<<32)
+		keys = append(keys, k)
+		s = s.Apply(batch(uint64(n+1), put(session.EffectRevoked, k)), nil)
+	}
+	for _, path := range []string{"", filepath.Join(t.TempDir(), "segment")} {
+		g, err := s.Seal(path, Mark{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g.body.blocks < 3 || g.first[0] != g.first[2] {
+			t.Fatalf("%d blocks that begin with %x", g.body.blocks, g.first)
+		}
+		sealed := g.Set()
+		for i, k := range keys {
+			if r, err := sealed.Find(k); err != nil || len(r) != 1 || r[0].Seq != uint64(i+1) {
+				t.Fatalf("key %d: %+v, %v", i, r, err)
+			}
+		}
+	}
+}
+
 func flip(f *os.File, g *Segment, find func([]byte) int) error {
 	all := make([]byte, (g.body.blocks+1)*blockSize)
 	if _, err := f.ReadAt(all, 0); err != nil {

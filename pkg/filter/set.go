@@ -307,11 +307,14 @@ func (m Match) Stronger(o Match) Match {
 // session.ErrDenied: the call cannot be named, or what decides about it cannot
 // be read (then Err is set).
 func (s *Set) Decide(p *session.Prepared, call *session.Call, now session.Moment) (m Match, err error) {
-	if s == nil || s.shapes == 0 {
+	if s == nil {
 		return m, nil
 	}
-	if s.bad != nil || s.seg.Err() != nil {
+	if s.bad != nil || s.seg.Err() != nil { // even if nothing is left: what was lost was something
 		return m, unreadable()
+	}
+	if s.shapes == 0 {
+		return m, nil
 	}
 	for i := range s.global {
 		m.consider(&s.global[i], session.Shape(session.KindGlobal), p, call, now)

@@ -1,6 +1,7 @@
 package filter
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"math/rand/v2"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -179,6 +181,55 @@ func TestHorizon(t *testing.T) {
 	before := set.Digest()
 	if set = set.Apply(batch(3, ending(4, 70)), nil); set.Len() != 1 || set.Digest() != before || before == empty {
 		t.Fatalf("what is past the horizon came in: %d records", set.Len())
+	}
+}
+
+// TestHorizonHidesWhatIsStillInASegment: what ends at the horizon stands in the
+// segment until the next merge, and denies nobody any more; what ends one
+// millisecond later still does.
+func TestHorizonHidesWhatIsStillInASegment(t *testing.T) {
+	const end = session.Instant(1_900_000_000_000)
+	w := newPeople(t)
+	p := w.callers[4]
+	e := put(session.EffectRevoked, p.Keys()[1])
+	e.Expires = end
+	other := put(session.EffectRevoked, e.Key) // so that keys of this shape are asked for
+	other.Key.Digest[0] ^= 1
+	g, err := (*Set)(nil).Apply(batch(1, e, other), nil).Seal("", Mark{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for horizon, want := range map[session.Instant]bool{end - 1: true, end: false, end + 1: false} {
+		s := g.Set().Apply(&session.Batch{Number: 2, Horizon: horizon}, nil)
+		if got := isDenied(s, p); got != want || len(s.Lookup(e.Key)) == 1 != want {
+			t.Errorf("horizon %d behind the end: denied %t, %d records", horizon-end, got, len(s.Lookup(e.Key)))
+		}
+	}
+}
+
+// TestStepUpOfASegment: no claim of another authentication context than the one
+// that is asked for, whatever it is, steps up.
+func TestStepUpOfASegment(t *testing.T) {
+	secret, err := session.NewTenantSecret(1, "t1", bytes.Repeat([]byte{1}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for acr, want := range map[string]bool{"gold": false, "": true, "silver": true, "\x00": true, "\x01": true} {
+		p, err := secret.Prepare(session.Identity{
+			Tenant: "t1", Issuer: "https://issuer.example", User: "u", ACR: acr, AuthTime: time.UnixMilli(5000),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := put(session.EffectStepUp, p.Keys()[0])
+		e.ACR = "gold"
+		g, err := (*Set)(nil).Apply(batch(1, e), nil).Seal("", Mark{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := isDenied(g.Set(), p); got != want {
+			t.Errorf("acr %q: denied %t", acr, got)
+		}
 	}
 }
 
