@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/interlock-fabric/interlock/pkg/filter"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -199,4 +200,22 @@ func TestCrashBetweenTheTwoFiles(t *testing.T) {
 		mustAllow(t, e, prepare(t, e, caller("s1")), session.Call{})
 		mustDeny(t, e, prepare(t, e, caller("s2")), session.Call{}, session.ErrSuspended)
 	})
+}
+
+// TestDamagedInheritanceIsNotLifted: of what earlier epochs left nothing could be
+// read, so that it has no entries. That is not the same as all of it lifted.
+func TestDamagedInheritanceIsNotLifted(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "segment")
+	k := session.Key{Tenant: 1, Shape: session.Shape(session.KindUser)}
+	g, err := (*filter.Set)(nil).Apply(&session.Batch{Number: 1, Entries: []session.Entry{revoke(k)}}, nil).Seal(path, filter.Mark{})
+	if err == nil {
+		err = os.Truncate(path, 4096)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &follower{chain: newChain(session.Hash{}, head{}), inherited: filter.Merge(g.Set())}
+	if f.liftInherited(); !errors.Is(f.inherited.Err(), filter.ErrDamaged) {
+		t.Fatal("taken for lifted")
+	}
 }
