@@ -5,6 +5,7 @@ import { createInterface } from 'node:readline';
 import path from 'node:path';
 import { stacks } from './clients.mjs';
 import { agents } from './agents.mjs';
+import { proxies } from './proxies.mjs';
 import { compareScores } from './conformance.mjs';
 
 const work = process.argv[2];
@@ -44,6 +45,14 @@ try {
     for (const [name, run] of Object.entries(stack.cases(at.guarded, control))) {
       await check(`${stack.name}: ${name}`, run);
     }
+  }
+  for (const stack of stacks) {
+    for (const [name, run] of Object.entries(stack.cases(at.proxied, control))) {
+      await check(`${stack.name}, through the proxy: ${name}`, run);
+    }
+  }
+  for (const proxy of proxies) {
+    await proxy.run(at, control, work, check);
   }
   for (const stack of agents) {
     for (const [name, run] of Object.entries(stack.cases(at.a2a, control))) {

@@ -141,7 +141,7 @@ func TestForwardAuth(t *testing.T) {
 			sid := "s-" + dialect
 			ann := w.token("ann", sid)
 			resp := ask(ann, "/files/a?b=c", "Interlock-Subject", "root")
-			if resp.StatusCode != http.StatusOK || resp.Header.Get("Interlock-Subject") != "ann" {
+			if actors, there := resp.Header["Interlock-Actors"]; resp.StatusCode != http.StatusOK || resp.Header.Get("Interlock-Subject") != "ann" || !there || actors[0] != "" {
 				t.Fatal(resp.Status, resp.Header)
 			}
 			if resp := ask("", "/files/a"); resp.StatusCode != 401 || resp.Header.Get("Www-Authenticate") == "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"time"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
@@ -21,6 +22,8 @@ type fabric struct {
 	enforcer *enforce.Enforcer
 	client   *authority.Client
 	close    func() error
+	// followers say what the gateways have applied.
+	followers []func() uint64
 }
 
 func openFabric(ctx context.Context) (_ *fabric, err error) {
@@ -92,7 +95,11 @@ func (f *fabric) decide(ctx context.Context, op authority.Operation, kind, value
 	}
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	for op.Lifts() && f.enforcer.Status().Confirmed < d.Number {
+	behind := func() bool {
+		return op.Lifts() && f.enforcer.Status().Confirmed < d.Number ||
+			slices.ContainsFunc(f.followers, func(applied func() uint64) bool { return applied() < d.Number })
+	}
+	for behind() {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)

@@ -25,6 +25,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/gateway"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 )
@@ -51,6 +52,12 @@ type addresses struct {
 	Control string `json:"control"`
 	// A2A is where the agent's card is found.
 	A2A string `json:"a2a"`
+	// Proxied is the plain one behind enforcer proxy. Original and Forwarded are
+	// enforcer authz in its two dialects, and Echo is a host behind neither.
+	Proxied   string `json:"proxied"`
+	Original  string `json:"original"`
+	Forwarded string `json:"forwarded"`
+	Echo      string `json:"echo"`
 }
 
 func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
@@ -128,6 +135,7 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 	}{
 		{&at.Guarded, guarded}, {&at.Signed, signed}, {&at.Plain, plain}, {&at.Control, control(f, mint, open)},
 		{&rpc, agents.rpc}, {&rest, http.StripPrefix("/mcp", agents.rest)}, {&card, agents.upstream}, {&at.A2A, cards},
+		{&at.Echo, http.HandlerFunc(echo)},
 	} {
 		l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
@@ -139,6 +147,24 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		defer func() { _ = srv.Close(); <-done }()
 		*s.url = "http://" + l.Addr().String() + "/mcp"
 	}
+	const routes = "routes: [{name: tools, protocol: %s, path: %s, resource: %q, upstream: {url: %q}}]\n"
+	for _, x := range []struct {
+		url        *string
+		kind       gateway.Kind
+		name, rest string
+	}{
+		{&at.Proxied, gateway.Proxy, "proxy", fmt.Sprintf(routes, "mcp", "/mcp", resource, at.Plain) + "proxy: {listeners: [{listen: 127.0.0.1:0}]}\n"},
+		{&at.Original, gateway.Authz, "original", fmt.Sprintf(routes, "http", "/", resource, at.Echo) + "authz: {forward_headers: x-original, http: {listen: 127.0.0.1:0}}\n"},
+		{&at.Forwarded, gateway.Authz, "forwarded", fmt.Sprintf(routes, "http", "/", resource, at.Echo) + "authz: {forward_headers: x-forwarded, http: {listen: 127.0.0.1:0}}\n"},
+	} {
+		addr, stop, err := newGateway(ctx, f, key, x.kind, x.name, x.rest)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = stop() }() // a temporary folder
+		*x.url = addr
+	}
+	at.Proxied += "/mcp"
 	if err := json.NewEncoder(out).Encode(at); err != nil {
 		return err
 	}

@@ -273,6 +273,11 @@ func (x *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	h := w.Header()
 	h.Set("Cache-Control", "no-store")
+	// All of them, so that whoever copies them replaces what a client has sent:
+	// Caddy makes something else of one that is not there.
+	for _, name := range route.IdentityHeaders() {
+		h.Set(name, "")
+	}
 	for _, kv := range route.Identity(p) {
 		h.Set(kv[0], kv[1])
 	}
