@@ -9,8 +9,12 @@ import (
 const (
 	// horizonMargin is how long after its end an entry leaves the state.
 	horizonMargin = time.Minute
-	// horizonEvery is how often the horizon moves at most.
+	// horizonEvery is how often the horizon moves at most, and how much less often
+	// for each horizonPer entries: all who apply a move look through what may have
+	// ended, and decisions behind it wait meanwhile, up to half a second at ten
+	// million entries.
 	horizonEvery = time.Minute
+	horizonPer   = 1_000_000
 	// horizonSlack is how far the wall clock may be ahead of where the log's
 	// last time and the monotonic clock put it. A clock that jumps ahead must
 	// not take entries out of the state.
@@ -39,12 +43,15 @@ func (h *horizon) bound(wall session.Instant, now time.Time) session.Instant {
 	return min(wall, limit).Add(-horizonMargin)
 }
 
+// horizonInterval is the least time between two moves in a state of n entries.
+func horizonInterval(n int) time.Duration { return horizonEvery * time.Duration(1+n/horizonPer) }
+
 // advanceHorizon moves the horizon when something is behind it. The state is
 // searched beside the writer, since that takes long for a large one.
 func (w *writer) advanceHorizon(now time.Time) {
 	every := w.s.o.Hooks.HorizonEvery
 	if every <= 0 {
-		every = horizonEvery
+		every = horizonInterval(w.set.Len())
 	}
 	if w.role != writing || now.Sub(w.horizonAt) < every {
 		return

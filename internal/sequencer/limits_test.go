@@ -157,6 +157,16 @@ func TestHorizon(t *testing.T) {
 	}
 }
 
+// The larger the state, the seldomer the horizon moves: what that costs whoever
+// applies it grows with the state.
+func TestHorizonInterval(t *testing.T) {
+	for n, want := range map[int]time.Duration{0: horizonEvery, 999_999: horizonEvery, 10_000_000: 11 * horizonEvery} {
+		if got := horizonInterval(n); got != want {
+			t.Errorf("%d entries: every %v, want %v", n, got, want)
+		}
+	}
+}
+
 // How far the horizon goes is bounded by the log's time and the monotonic clock.
 func TestHorizonBound(t *testing.T) {
 	const minute = session.Instant(60_000)
