@@ -232,6 +232,7 @@ func (f *follower) run(ctx context.Context) {
 	defer f.keepLast()      // and sealing
 	defer f.jobs.Wait()
 	f.start(ctx)
+	f.sweep()
 	f.loadSegment()
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()

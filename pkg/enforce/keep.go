@@ -64,6 +64,24 @@ func segmentPath(o Options) string {
 	return filepath.Join(o.StateDir, o.Enrollment.Enforcer+".segment")
 }
 
+// sweep removes what a crash has left of files that were being written, each of
+// which may be as large as the state.
+func (f *follower) sweep() {
+	o := f.e.opts
+	if o.StateDir == "" {
+		return
+	}
+	for _, pattern := range []string{".segment.*.tmp", ".inherited.*.tmp", ".floor.json.*"} {
+		left, err := fs.Glob(os.DirFS(o.StateDir), o.Enrollment.Enforcer+pattern)
+		for _, name := range left {
+			err = errors.Join(err, os.Remove(filepath.Join(o.StateDir, name)))
+		}
+		if err != nil {
+			o.Logger.Warn("cannot remove what an earlier run has left in the state directory", "error", err)
+		}
+	}
+}
+
 // loadSegment loads what an earlier run has sealed. A segment that is refused is
 // no loss but of time: the log has it all.
 func (f *follower) loadSegment() {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +58,39 @@ func TestWarmStart(t *testing.T) {
 		mustAllow(t, e, prepare(t, e, caller("ok")), session.Call{})
 		if g := e.view.Load().set.Segment(); g == nil || g.Len() < 5001 {
 			t.Error("the state is not the sealed one")
+		}
+	})
+}
+
+// TestLeftoversOfACrashAreSwept: what was being written when the last run ended is
+// removed; what it had written, and what is another's, stays.
+func TestLeftoversOfACrashAreSwept(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		dir := t.TempDir()
+		keep := func(o *Options) { o.StateDir = dir }
+		e, _ := b.open(keep)
+		b.decide(revoke(b.session("s1")))
+		settle()
+		e.Close()
+		want := []string{"e1.floor.json", "e1.segment", "e11.segment.1.tmp"}
+		for _, name := range []string{"e1.segment.1.tmp", "e1.inherited.2.tmp", "e1.floor.json.3", "e11.segment.1.tmp"} {
+			if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		e, _ = b.open(keep)
+		defer e.Close()
+		settle()
+		files, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var have []string
+		for _, f := range files {
+			have = append(have, f.Name())
+		}
+		if !slices.Equal(have, want) {
+			t.Fatalf("%v, want %v", have, want)
 		}
 	})
 }
