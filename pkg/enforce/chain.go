@@ -39,8 +39,15 @@ type chain struct {
 	surprised bool
 
 	// overlay is what the unconfirmed part denies. It is kept only once
-	// something is confirmed: until then every request is denied anyway.
-	overlay *filter.Set
+	// something is confirmed: until then every request is denied anyway. What has
+	// been confirmed since may stay in it for a while, as long as the state denies
+	// it, too: spent is set once that may not be so, or the overlay is not what
+	// applying the unconfirmed in their order makes. laid is how many entries it
+	// was made of, and newest the highest number of a batch in it.
+	overlay *filter.Overlay
+	spent   bool
+	laid    int
+	newest  uint64
 	live    bool
 
 	// linked are the batches that have come onto the chain since it was last
@@ -50,7 +57,6 @@ type chain struct {
 	// lifts are confirmed batches that lift something or move the horizon, for
 	// what earlier epochs left in force; kept only while collect is set.
 	lifts   []*link
-	swept   session.Instant
 	collect bool
 
 	// floor is the newest head that was ever confirmed, here or in an earlier
@@ -81,6 +87,9 @@ type state struct {
 	// signers are the keys that signed the way here, with the newest batch of
 	// each: a withdrawal may take batches back.
 	signers []signer
+	// horizon is the last of a batch that was folded into this, zero before one
+	// was.
+	horizon session.Instant
 }
 
 // settled is why a batch is not new, and until when that matters.
@@ -137,8 +146,7 @@ type link struct {
 	cut int
 }
 
-func (l *link) may(e *session.Entry) bool  { return l.key.May(e.Key) }
-func (l *link) sets(e *session.Entry) bool { return e.Op == session.OpSet && l.key.May(e.Key) }
+func (l *link) may(e *session.Entry) bool { return l.key.May(e.Key) }
 
 func (l *link) lifts() bool {
 	return slices.ContainsFunc(l.batch.Entries, func(e session.Entry) bool { return e.Op == session.OpLift })
@@ -272,8 +280,11 @@ func (c *chain) full(l *link) bool {
 
 // deny puts what a batch denies in force before it is confirmed.
 func (c *chain) deny(l *link) {
-	if c.live && !l.rejected && slices.ContainsFunc(l.batch.Entries, func(e session.Entry) bool { return l.sets(&e) }) {
-		c.overlay = c.overlay.Apply(l.batch, l.sets)
+	if c.live && !l.rejected {
+		c.overlay = c.overlay.Apply(l.batch, l.may)
+		c.laid += len(l.batch.Entries)
+		c.spent = c.spent || l.batch.Number <= c.newest
+		c.newest = max(c.newest, l.batch.Number)
 	}
 }
 
@@ -377,8 +388,11 @@ func (c *chain) fold(n int) {
 		c.size -= l.size
 		c.surprised = c.surprised || l.rejected
 		c.settle(l.hash, settled{until: b.Deadline}, b.Time)
-		if c.collect && (l.lifts() || b.Horizon > c.swept) {
-			c.lifts, c.swept = append(c.lifts, l), max(c.swept, b.Horizon)
+		if l.lifts() || b.Horizon > c.base.horizon {
+			c.spent, c.base.horizon = true, max(c.base.horizon, b.Horizon)
+			if c.collect {
+				c.lifts = append(c.lifts, l)
+			}
 		}
 	}
 	c.links = slices.Clone(c.links[n:])
@@ -471,9 +485,9 @@ func (c *chain) confirm(h head) confirmation {
 	c.fold(int(h.number - c.base.number))
 	c.confirmed = c.base
 	c.confirmed.signers = slices.Clone(c.base.signers)
-	c.floor, c.live = h, true
+	c.floor = h
 	c.follow()
-	c.rebuild()
+	c.sweep()
 	return newHead
 }
 
@@ -527,7 +541,7 @@ func (c *chain) contradicts(h session.Hash) bool {
 func (c *chain) restart() {
 	c.base = c.confirmed
 	c.base.signers = slices.Clone(c.confirmed.signers)
-	c.links, c.linked, c.lifts, c.size, c.broken = nil, nil, nil, 0, false
+	c.links, c.linked, c.lifts, c.size, c.broken, c.spent = nil, nil, nil, 0, false, true
 	clear(c.loose)
 	clear(c.after)
 }
@@ -560,14 +574,31 @@ func (c *chain) retrust(ks *session.KeySet) bool {
 	return dropped || len(gone) > 0
 }
 
+// sweep makes the overlay anew after a confirmation, if it may deny what the state
+// does not, or if that is less work than it has saved: most of it is confirmed.
+func (c *chain) sweep() {
+	left := 0
+	for _, l := range c.links {
+		left += len(l.batch.Entries)
+	}
+	for _, l := range c.loose {
+		left += len(l.batch.Entries)
+	}
+	if !c.live || c.spent || 2*left <= c.laid {
+		c.live = true
+		c.rebuild()
+	}
+}
+
 // rebuild makes the overlay anew from what is still unconfirmed.
 func (c *chain) rebuild() {
 	if c.base.number > c.confirmed.number {
 		// Some of it is folded into base already; the overlay that there is
 		// denies at least as much.
+		c.spent = true
 		return
 	}
-	c.overlay = nil
+	c.overlay, c.spent, c.laid, c.newest = nil, false, 0, 0
 	for _, l := range c.links {
 		c.deny(l)
 	}

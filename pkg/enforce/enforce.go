@@ -147,7 +147,8 @@ type Enforcer struct {
 type view struct {
 	// set is the confirmed state, overlay what unconfirmed batches deny, and
 	// inherited what earlier epochs left in force.
-	set, overlay, inherited *filter.Set
+	set, inherited *filter.Set
+	overlay        *filter.Overlay
 	// verified is set once any state was confirmed, closed after Close.
 	verified, closed bool
 	// origin is the local moment at which the state was surely current.

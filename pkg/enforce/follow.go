@@ -46,7 +46,7 @@ type follower struct {
 	beats []beat
 	// interim denies beside what was in force while a chain is made anew: what
 	// was heard and not confirmed.
-	interim *filter.Set
+	interim *filter.Overlay
 	// doubt is the last divergence, until it is known where it was, and
 	// divergence what is known of it.
 	doubt      *doubt
@@ -576,7 +576,7 @@ func (f *follower) heard(b []byte, stored bool) uint64 {
 	case f.chain.live:
 		l.cut = f.cutBy(f.publish(), batch)
 	case f.verified && !stored && !l.rejected:
-		f.interim = f.interim.Apply(batch, l.sets)
+		f.interim = f.interim.Apply(batch, l.may)
 		l.cut = f.cutBy(f.publish(), batch)
 	}
 	f.retry()

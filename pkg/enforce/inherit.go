@@ -87,7 +87,7 @@ func (f *follower) leave(set *filter.Set) {
 
 // with returns a state that denies what more denies, too, at the cost of more,
 // which is small.
-func with(s, more *filter.Set) *filter.Set {
+func with(s *filter.Set, more *filter.Overlay) *filter.Set {
 	type decision struct {
 		seq   uint64
 		since session.Instant

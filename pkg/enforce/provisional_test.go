@@ -2,8 +2,10 @@ package enforce
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -772,5 +774,225 @@ func TestColdStartReadsALongLog(t *testing.T) {
 		if s := e.Status(); s.Confirmed != uint64(n+1) || s.Lost != 0 {
 			t.Fatalf("status %+v", s)
 		}
+	})
+}
+
+// TestConfirmedPartlyThenLifted: of what was heard, little is confirmed, so that
+// it stays where unconfirmed denials are; later it is lifted, or its end comes,
+// behind or before others that are not confirmed. It is free with the
+// confirmation, and what is unconfirmed is denied throughout. Without chain.spent
+// the lifted stay denied by what is out of date.
+func TestConfirmedPartlyThenLifted(t *testing.T) {
+	for _, how := range []string{"lift", "stage", "horizon"} {
+		t.Run(how, func(t *testing.T) {
+			within(t, func(t *testing.T, b *bus) {
+				e, f := b.open(nil)
+				defer e.Close()
+				c := func() *chain { return f.to().(sink).f.chain }
+				p := prepare(t, e, caller("s1"))
+				at := head{b.number, b.head}
+				say := func(x *session.Batch) []byte {
+					frame := b.encode(x, b.signer)
+					b.say(frame)
+					at = headOf(t, frame)
+					settle()
+					return frame
+				}
+				made := func(entries ...session.Entry) *session.Batch {
+					_, x := b.make(at, b.signer, entries...)
+					return x
+				}
+				many := func(name string) (out []session.Entry) {
+					for i := range 10 {
+						out = append(out, revoke(b.session(fmt.Sprint(name, i))))
+					}
+					return out
+				}
+				unconfirmed := func(name string) {
+					t.Helper()
+					for i := range 10 {
+						mustDenyAs(t, e, prepare(t, e, caller(fmt.Sprint(name, i))), session.ErrRevoked, true)
+					}
+				}
+				confirm := func(frames ...[]byte) {
+					for _, frame := range frames {
+						b.accept(frame)
+					}
+					b.beat()
+					settle()
+				}
+				x := set(session.EffectSuspended, b.session("s1"))
+				if how == "horizon" {
+					// An end does not end it: its horizon does.
+					x = revoke(b.session("s1"))
+					x.Expires = session.InstantOf(time.Now().Add(time.Minute))
+				}
+				first := say(made(x))
+				second := say(made(many("a")...))
+				before := c().overlay
+				confirm(first)
+				if c().overlay != before || before == nil {
+					t.Error("the overlay was made anew for one entry in eleven")
+				}
+				mustDenyAs(t, e, p, x.Effect.Sentinel(), false)
+				unconfirmed("a")
+
+				var y *session.Batch
+				switch how {
+				case "lift":
+					y = made(lift(session.EffectSuspended, b.session("s1")))
+				case "stage":
+					half := lift(session.EffectSuspended, b.session("s1"))
+					half.Share = session.ShareUnit - 1
+					y = made(half)
+				case "horizon":
+					y = made()
+					y.Horizon = x.Expires
+				}
+				third := say(y)
+				mustDenyAs(t, e, p, x.Effect.Sentinel(), false)
+				say(made(slices.Concat(many("c"), many("d"))...))
+				confirm(second, third)
+				unconfirmed("c")
+				unconfirmed("d")
+				mustAllow(t, e, p, session.Call{})
+			})
+		})
+	}
+}
+
+// chained makes batches that follow one another, for a chain without a bus.
+type chained struct {
+	head
+	key session.Key
+	n   uint32
+}
+
+// next makes a batch of entries about keys of their own.
+func (x *chained) next(entries int) *link {
+	if x.key.Tenant == 0 {
+		x.key = session.Key{Tenant: 1, Shape: session.Shape(session.KindSession)}
+	}
+	b := &session.Batch{Number: x.number + 1, Prev: x.hash, Deadline: 1000}
+	for range entries {
+		x.n++
+		binary.BigEndian.PutUint32(x.key.Digest[:], x.n)
+		b.Entries = append(b.Entries, revoke(x.key))
+	}
+	x.number++
+	binary.BigEndian.PutUint64(x.hash[:], x.number)
+	return &link{batch: b, hash: x.hash, key: &session.SigningKey{Tenants: []session.TenantID{1}}}
+}
+
+// TestOverlayIsSweptAfterALongLog: what falls away while a long log is read, and
+// the overlay cannot be made anew, is gone with the next confirmation.
+func TestOverlayIsSweptAfterALongLog(t *testing.T) {
+	var x chained
+	c := newChain(session.Hash{}, head{})
+	c.confirm(head{})
+	for range 2*keepLinks + 1 {
+		l := x.next(1)
+		l.stored = true
+		c.add(l)
+	}
+	if c.base.number == 0 || !c.live {
+		t.Fatal("nothing was folded")
+	}
+	c.add(x.next(100))
+	x.number += 5
+	lost := x.next(1)
+	c.add(lost)
+	if c.reject(head{lost.batch.Number, lost.hash}, 1000); c.confirm(c.base.head) != newHead {
+		t.Fatal("not confirmed")
+	}
+	if n := c.denies(t, lost); n != keepLinks+100 {
+		t.Errorf("%d denied of the %d unconfirmed", n, keepLinks+100)
+	}
+}
+
+// denies counts what the overlay has, which must be nothing of a batch.
+func (c *chain) denies(t *testing.T, not *link) (n int) {
+	t.Helper()
+	c.overlay.Range(func(_ session.Key, r *session.Record) bool {
+		if n++; r.Seq == not.batch.Number {
+			t.Errorf("batch %d is still denied", r.Seq)
+		}
+		return true
+	})
+	return n
+}
+
+// TestOverlayIsSweptAfterARestart: what led nowhere is gone with the next
+// confirmation, even when that is of a batch which had been rejected.
+func TestOverlayIsSweptAfterARestart(t *testing.T) {
+	var x chained
+	c := newChain(session.Hash{}, head{})
+	c.confirm(head{})
+	at := x.head
+	astray := x.next(10)
+	c.add(astray)
+	c.restart()
+	x.head = at
+	l := x.next(1)
+	l.hash[31]++
+	x.hash = l.hash
+	c.reject(x.head, 1000)
+	c.add(l)
+	c.add(x.next(100))
+	if c.confirm(head{l.batch.Number, l.hash}) != newHead {
+		t.Fatal("not confirmed")
+	}
+	if n := c.denies(t, astray); n != 100 {
+		t.Errorf("%d denied of the 100 unconfirmed", n)
+	}
+}
+
+// TestOverlayStaysSmall: where something is always unconfirmed, the overlay takes
+// no more than twice what is.
+func TestOverlayStaysSmall(t *testing.T) {
+	var x chained
+	c := newChain(session.Hash{}, head{})
+	c.confirm(head{})
+	c.add(x.next(10))
+	for range 50 {
+		last := x.head
+		l := x.next(10)
+		c.add(l)
+		if c.confirm(last) != newHead {
+			t.Fatal("not confirmed")
+		}
+		n := 0
+		c.overlay.Range(func(session.Key, *session.Record) bool { n++; return true })
+		if n < 10 || n > 20 {
+			t.Fatalf("%d denied, 10 unconfirmed", n)
+		}
+	}
+}
+
+// TestOverlayHasTheOrderOfTheChain: of two that ask for different authentications
+// the later counts, whichever was heard first.
+func TestOverlayHasTheOrderOfTheChain(t *testing.T) {
+	var x chained
+	c := newChain(session.Hash{}, head{})
+	c.confirm(head{})
+	one, two := x.next(1), x.next(1)
+	k := x.key
+	for acr, l := range map[string]*link{"one": one, "two": two} {
+		l.batch.Entries[0] = session.Entry{Op: session.OpSet, Effect: session.EffectStepUp, Key: k, ACR: acr}
+	}
+	c.add(two)
+	c.add(one)
+	c.add(x.next(100))
+	if c.confirm(head{two.batch.Number, two.hash}) != newHead {
+		t.Fatal("not confirmed")
+	}
+	if got := c.confirmed.set.Lookup(k); len(got) != 1 || got[0].ACR != "two" {
+		t.Fatalf("confirmed: %+v", got)
+	}
+	c.overlay.Range(func(_ session.Key, r *session.Record) bool {
+		if r.ACR == "one" {
+			t.Errorf("still asked for: %+v", r)
+		}
+		return true
 	})
 }

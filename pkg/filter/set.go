@@ -494,6 +494,11 @@ func (m *Match) packed(x packed, shape session.Shape, p *session.Prepared, call 
 // one, by any goroutines; the second costs more than the first.
 func (s *Set) Apply(b *session.Batch, take func(*session.Entry) bool) *Set {
 	w := s.edit()
+	w.batch(b, take)
+	return w.publish()
+}
+
+func (w *edit) batch(b *session.Batch, take func(*session.Entry) bool) {
 	for at := 0; at < len(b.Entries); at += 64 {
 		part := b.Entries[at:min(at+64, len(b.Entries))]
 		maybe := uint64(0)
@@ -510,7 +515,6 @@ func (s *Set) Apply(b *session.Batch, take func(*session.Entry) bool) *Set {
 	if b.Horizon > w.horizon {
 		w.expire(b.Horizon)
 	}
-	return w.publish()
 }
 
 // Merge returns a state that matches whatever any of the given ones matches,
@@ -546,6 +550,8 @@ type edit struct {
 	tenant session.TenantID
 	count  *node
 	meta   *session.Record // written last
+	// bare is set for an overlay, which is neither counted nor summed.
+	bare bool
 }
 
 func (s *Set) edit() *edit {
@@ -561,6 +567,11 @@ func (s *Set) edit() *edit {
 			c.bad, s = err, &c
 		}
 	}
+	return s.open()
+}
+
+// open is edit without a merge.
+func (s *Set) open() *edit {
 	w := &edit{Set: *s}
 	w.layers, w.ver = s.layers.open()
 	w.t = w.layers[len(w.layers)-1].t
@@ -574,7 +585,9 @@ func (w *edit) publish() *Set {
 	*top = w.t.layer(w.ver)
 	top.from = from
 	w.t.line.nodes.Store(int64(w.layers.nodes()))
-	w.settle()
+	if !w.bare {
+		w.settle()
+	}
 	out := w.Set
 	return &out
 }
@@ -590,6 +603,10 @@ func (s *Set) settle() {
 }
 
 func (w *edit) account(k *session.Key, r *session.Record, n int) {
+	if w.bare {
+		w.shapes = w.shapes.With(k.Shape)
+		return
+	}
 	w.counts[k.Shape] += n
 	if w.count == nil || w.tenant != k.Tenant {
 		c := session.Key{Tenant: k.Tenant}
