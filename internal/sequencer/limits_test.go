@@ -221,3 +221,29 @@ func BenchmarkDecide(b *testing.B) {
 		})
 	}
 }
+
+// TestAFullBatchWaitsForNobody: a decision that fills a batch gains nothing by
+// waiting for others while one is in flight.
+func TestAFullBatchWaitsForNobody(t *testing.T) {
+	now := time.Now()
+	for _, x := range []struct {
+		decisions []int // entries of each
+		size      int   // of each
+		full      bool
+	}{
+		{[]int{1}, 64, false},
+		{[]int{session.MaxBatchEntries - 1}, 64, false},
+		{[]int{session.MaxBatchEntries}, 64, true},
+		{[]int{600, 600}, 64, true},
+		{[]int{1, 1}, maxBatchSize / 2, true},
+		{[]int{1, 1}, maxBatchSize / 3, false},
+	} {
+		w := &writer{flight: []*inflight{{first: now}}, pendingAt: now}
+		for _, n := range x.decisions {
+			w.pending = append(w.pending, &request{d: Decision{Entries: make([]session.Entry, n)}, size: x.size, arrived: now})
+		}
+		if at := w.flushAt(now); at.Equal(now) != x.full {
+			t.Errorf("%d entries of %d bytes: sent after %v", x.decisions, x.size, at.Sub(now))
+		}
+	}
+}

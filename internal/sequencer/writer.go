@@ -267,9 +267,22 @@ func (w *writer) canAppend() bool {
 	return w.role == writing || w.proof && len(w.flight) == 0 && !w.reading
 }
 
+// full reports whether what is pending fills a batch, so that there is nobody to
+// wait for.
+func (w *writer) full() bool {
+	entries, size := 0, 0
+	for _, r := range w.pending {
+		entries, size = entries+len(r.d.Entries), size+r.size
+		if entries >= session.MaxBatchEntries || size >= maxBatchSize {
+			return true
+		}
+	}
+	return false
+}
+
 // flushAt is when the pending decisions must go out.
 func (w *writer) flushAt(now time.Time) time.Time {
-	if len(w.flight) == 0 || w.proof || len(w.pending) >= maxReqs {
+	if len(w.flight) == 0 || w.proof || w.full() {
 		return now
 	}
 	oldest := now.Sub(w.flight[0].first)
@@ -948,12 +961,15 @@ type slot struct {
 }
 
 func newTally(set *filter.Set, quota func(session.TenantID) int, limit int) *tally {
-	return &tally{set: set, quota: quota, max: limit, fresh: map[slot]struct{}{}, per: map[session.TenantID]int{}}
+	return &tally{set: set, quota: quota, max: limit, per: map[session.TenantID]int{}}
 }
 
 // add counts the entries of one decision, or none of them.
 func (t *tally) add(entries []session.Entry) error {
-	var mine []slot
+	mine := make([]slot, 0, len(entries))
+	if len(t.fresh) == 0 {
+		t.fresh = make(map[slot]struct{}, len(entries))
+	}
 	per := map[session.TenantID]int{}
 	for i := range entries {
 		e := &entries[i]
