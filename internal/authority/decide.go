@@ -113,8 +113,8 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := &plan{}
-	seen := map[session.Key]bool{}
+	out := &plan{entries: make([]session.Entry, 0, len(r.Targets))}
+	seen := make(map[session.Key]bool, len(r.Targets))
 	for _, t := range r.Targets {
 		n, err := p.name(t)
 		if err != nil {
@@ -322,10 +322,12 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 	}
 	everything := n.shape == session.Shape(session.KindGlobal) || n.shape == session.Shape(session.KindTenant)
 	inForce := map[session.Effect]*session.Record{}
-	records := p.state.Lookup(n.key)
-	for i := range records {
-		if records[i].Drill == r.Drill {
-			inForce[records[i].Effect] = &records[i]
+	if base.Op == session.OpLift { // what is set does not depend on it
+		records := p.state.Lookup(n.key)
+		for i := range records {
+			if records[i].Drill == r.Drill {
+				inForce[records[i].Effect] = &records[i]
+			}
 		}
 	}
 	lift := func(e session.Effect) {
