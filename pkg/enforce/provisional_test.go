@@ -362,7 +362,8 @@ func TestMemoryIsBounded(t *testing.T) {
 				}
 				b.with(func(b *bus) { b.mute = false })
 				b.as(func(b *bus) { b.silent = false })
-				time.Sleep(5 * time.Second)
+				// Until the log is read anew, and the longest back-off twice.
+				time.Sleep(rereadMin + time.Second + 2*backMax + time.Second)
 				settle()
 				held()
 				mustDenyAs(t, e, prepare(t, e, caller("real99")), session.ErrRevoked, false)
