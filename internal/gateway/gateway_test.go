@@ -165,3 +165,39 @@ func TestBoundTokensNeedProof(t *testing.T) {
 		t.Error(v, err)
 	}
 }
+
+// A session belongs to who opened it, whatever token they hold, and there is a
+// bound to how many are kept.
+func TestSessionsBelongToTheirOwners(t *testing.T) {
+	w, x := newWorld(t), newTools(t)
+	g := w.start(w.load(strings.Replace(routeTo("mcp", "/mcp", x.URL, ""), "flush_timeout", "max_sessions: 1, session_timeout: 1s, flush_timeout", 1)), Proxy)
+	url := g.url() + "/mcp"
+	open := func(token string) *http.Response {
+		return post(t, url, token, `{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"raw","version":"1"}}}`)
+	}
+	resp := open(w.token("ann", "s-ann"))
+	id := resp.Header.Get("Mcp-Session-Id")
+	if resp.StatusCode != http.StatusOK || id == "" {
+		t.Fatal(resp.Status)
+	}
+	use := func(token string) int {
+		return post(t, url, token, `{"jsonrpc":"2.0","id":1,"method":"ping"}`, func(r *http.Request) {
+			r.Header.Set("Mcp-Session-Id", id)
+			r.Header.Set("Mcp-Protocol-Version", legacy)
+		}).StatusCode
+	}
+	if code := use(w.token("bob", "s-bob")); code != http.StatusForbidden {
+		t.Errorf("another caller's session: %d", code)
+	}
+	if code := use(w.token("ann", "s-ann")); code != http.StatusOK {
+		t.Errorf("a renewed token: %d", code)
+	}
+	if resp := open(w.token("bob", "s-bob")); resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Mcp-Session-Id") != "" {
+		t.Errorf("a session too many: %s", resp.Status)
+	}
+	eventually(t, "the one too many is closed upstream", func() bool { return x.sessions() == 1 })
+	eventually(t, "one that is not used is let go", func() bool { return g.sessions.Len() == 0 && g.Status().Enforcer.Running == 0 })
+	if resp := open(w.token("bob", "s-bob")); resp.StatusCode != http.StatusOK {
+		t.Errorf("after that: %s", resp.Status)
+	}
+}

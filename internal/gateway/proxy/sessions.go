@@ -42,6 +42,7 @@ type Sessions struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	log    *slog.Logger
 
 	mu     sync.Mutex
 	opts   SessionOptions
@@ -96,17 +97,17 @@ func NewSessions(o SessionOptions) *Sessions {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Sessions{opts: o, all: make(map[sessionKey]*tracked)}
+	s := &Sessions{opts: o, log: o.Logger, all: make(map[sessionKey]*tracked)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.wg.Go(s.forget)
+	every := min(max(o.Timeout/8, 100*time.Millisecond), time.Minute)
+	s.wg.Go(func() { s.forget(every) })
 	return s
 }
 
-// Configure changes the options.
+// Configure changes the options, but for the logger.
 func (s *Sessions) Configure(o SessionOptions) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	o.Logger = s.opts.Logger
 	s.opts = o
 }
 
@@ -250,7 +251,7 @@ func (s *Sessions) end() {
 			timer.Stop()
 		}
 		if err := s.say(t, http.MethodDelete, nil); err != nil {
-			s.opts.Logger.Warn("a revoked caller's session could not be closed upstream", "route", t.key.route, "error", err)
+			s.log.Warn("a revoked caller's session could not be closed upstream", "route", t.key.route, "error", err)
 		}
 	}
 }
@@ -284,7 +285,7 @@ func (s *Sessions) cancelled(t *tracked, id json.RawMessage) {
 		defer s.done(t)
 		body := fmt.Appendf(nil, `{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%s,"reason":"the caller was denied"}}`, id)
 		if err := s.say(t, http.MethodPost, body); err != nil {
-			s.opts.Logger.Debug("cancel upstream", "route", t.key.route, "error", err)
+			s.log.Debug("cancel upstream", "route", t.key.route, "error", err)
 		}
 	})
 	s.mu.Unlock()
@@ -384,8 +385,8 @@ func (s *Sessions) answered(x *exchange, res *http.Response) error {
 }
 
 // forget lets go of sessions that have not been used for long.
-func (s *Sessions) forget() {
-	tick := time.NewTicker(min(max(s.opts.Timeout/8, 100*time.Millisecond), time.Minute))
+func (s *Sessions) forget(every time.Duration) {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		select {
