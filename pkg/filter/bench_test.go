@@ -96,3 +96,12 @@ func BenchmarkApplyTo(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkShed copies what has arrived since a merge began.
+func BenchmarkShed(b *testing.B) {
+	s := filled(400_000)
+	top := &s.layers[len(s.layers)-1]
+	for b.Loop() {
+		top.t.shed(top)
+	}
+}

@@ -464,3 +464,18 @@ func BenchmarkApply(b *testing.B) {
 		}
 	}
 }
+
+// TestACopyOfATableDoesNotGrow: it is filled in the order of the places, which
+// takes forever where they are few. Growing shows as allocations, two each time.
+func TestACopyOfATableDoesNotGrow(t *testing.T) {
+	s := filled(20_000)
+	top := &s.layers[len(s.layers)-1]
+	for name, copied := range map[string]func(){
+		"shed": func() { top.t.shed(top) },
+		"copy": func() { copyLayers(s.layers) },
+	} {
+		if n := testing.AllocsPerRun(1, copied); n > 18 { // table, slots, fence, line, 11 chunks
+			t.Errorf("%s: %.0f allocations", name, n)
+		}
+	}
+}

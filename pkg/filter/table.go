@@ -108,8 +108,15 @@ const (
 // newest of them has.
 type line struct{ nodes atomic.Int64 }
 
-func newTable(l *line) *table {
-	return &table{line: l, slots: make([]uint64, firstSlots), fence: make([]uint64, firstSlots/8)}
+// newTable makes a table with room for that many keys. Whoever copies one table
+// into another must ask for it: keys come in the order of their places, and would
+// crowd at the beginning of a table that grows under them.
+func newTable(l *line, keys int) *table {
+	slots := firstSlots
+	for slots < 2*keys {
+		slots *= 2
+	}
+	return &table{line: l, slots: make([]uint64, slots), fence: make([]uint64, slots/8)}
 }
 
 // tagOf is what a slot keeps of a key. Its top bits are the key's place, and all
@@ -326,14 +333,14 @@ func (ls layers) open() (layers, uint32) {
 	for n := len(out); n > 1 && 2*out[n-1].n >= out[n-2].n; n = len(out) {
 		out = append(out[:n-2], copyLayers(out[n-2:]))
 	}
-	t := newTable(new(line))
+	t := newTable(new(line), 0)
 	t.tip.Store(1)
 	return append(out, layer{t: t, slots: t.slots, fence: t.fence}), 1
 }
 
 // copyLayers returns one layer with what the given ones hold.
 func copyLayers(ls layers) layer {
-	t := newTable(new(line))
+	t := newTable(new(line), ls.nodes())
 	ls.each(func(n *node) bool {
 		to := t.put(&n.key, 1)
 		to.first, to.more = n.first, n.more
@@ -347,7 +354,7 @@ func copyLayers(ls layers) layer {
 // it has taken the next version. The nodes keep their versions, so that the copy
 // can be put onto a segment that was sealed before.
 func (t *table) shed(l *layer) layer {
-	out := newTable(t.line)
+	out := newTable(t.line, int(l.n))
 	out.base = l.from
 	l.each(func(n *node) bool {
 		to := out.put(&n.key, n.ver)
