@@ -656,9 +656,24 @@ func fixed(a, b *config.Config) error {
 			return fmt.Errorf("%w: %s cannot change while the process runs: restart it", config.ErrInvalid, x.key)
 		}
 	}
-	for _, l := range a.Proxy.Listeners {
-		for _, m := range b.Proxy.Listeners {
-			if l.Listen == m.Listen && (l.TLS.Cert == "") != (m.TLS.Cert == "") {
+	type place struct {
+		kind string
+		config.Listener
+	}
+	places := func(c *config.Config) []place {
+		out := []place{{"authz.grpc", c.Authz.GRPC}, {"authz.http", c.Authz.HTTP}}
+		for _, l := range c.Proxy.Listeners {
+			out = append(out, place{"proxy", l})
+		}
+		return out
+	}
+	for _, l := range places(a) {
+		for _, m := range places(b) {
+			switch {
+			case l.Listen == "" || l.Listen != m.Listen:
+			case l.kind != m.kind:
+				return fmt.Errorf("%w: listener %s cannot become one of %s while the process runs: restart it", config.ErrInvalid, l.Listen, m.kind)
+			case (l.TLS.Cert == "") != (m.TLS.Cert == ""):
 				return fmt.Errorf("%w: listener %s cannot turn TLS on or off while the process runs: restart it", config.ErrInvalid, l.Listen)
 			}
 		}

@@ -65,6 +65,8 @@ func TestHostileRequestsAreRefused(t *testing.T) {
 			r.URL.Path, r.URL.RawPath = "/mcp/../admin", "/mcp/%2e%2e/admin"
 		}, 400},
 		"encoded slash": {good, func(r *http.Request) { r.URL.Path, r.URL.RawPath = "/mcp/a/b", "/mcp/a%2Fb" }, 400},
+		"empty segment": {good, func(r *http.Request) { r.URL.Path = "//mcp" }, 400},
+		"parameter":     {good, func(r *http.Request) { r.URL.Path = "/mcp/..;/admin" }, 400},
 		"no route":      {good, func(r *http.Request) { r.URL.Path = "/mcpx" }, 404},
 		"no token":      {good, func(r *http.Request) { r.Header.Del("Authorization") }, 401},
 		"two tokens":    {good, func(r *http.Request) { r.Header.Add("Authorization", "Bearer x") }, 401},
@@ -90,6 +92,109 @@ func TestHostileRequestsAreRefused(t *testing.T) {
 	}
 	if resp := post(t, url, ann, good); resp.StatusCode != http.StatusOK {
 		t.Fatal(resp.Status)
+	}
+}
+
+// An agent may take a message of JSON-RPC at any path and of any type: it must not
+// pass for another operation.
+func TestA2AOperationsHaveOneName(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	g := w.start(w.load(routeTo("a2a", "/a2a", up.URL, "")), Proxy)
+	w.decide(authority.Suspend, "tool", "SendMessage")
+	ann := w.token("ann", "s-ann")
+	send := `{"jsonrpc":"2.0","id":1,"method":"SendMessage","params":{}}`
+	eventually(t, "sending is denied", func() bool { return post(t, g.url()+"/a2a", ann, send).StatusCode == http.StatusForbidden })
+	for len(reached) > 0 {
+		<-reached
+	}
+	grpc := func(r *http.Request) { r.Header.Set("Content-Type", "application/grpc") }
+	for name, c := range map[string]struct {
+		path, body string
+		change     func(*http.Request)
+		tr         http.RoundTripper
+	}{
+		"as gRPC, HTTP/1":        {"/a2a", send, grpc, nil},
+		"as gRPC":                {"/a2a/GetTask", send, grpc, h2c()},
+		"as gRPC, no method":     {"/a2a/", send, grpc, h2c()},
+		"at a path of REST":      {"/a2a/tasks/t1:cancel", send, nil, nil},
+		"by the name of A2A 0.3": {"/a2a", strings.Replace(send, "SendMessage", "message/stream", 1), nil, nil},
+		"as REST, further down":  {"/a2a/x/y/z/message:send", strings.Replace(send, "SendMessage", "GetTask", 1), nil, nil},
+		"REST":                   {"/a2a/message:send", "{}", nil, nil},
+		"gRPC":                   {"/a2a/lf.a2a.v1.A2AService/SendMessage", "\x00\x00\x00\x00\x00", grpc, h2c()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			resp := post(t, g.url()+c.path, ann, c.body, func(r *http.Request) {
+				if c.change != nil {
+					c.change(r)
+				}
+			})
+			if c.tr != nil {
+				req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, g.url()+c.path, strings.NewReader(c.body))
+				must(t, err)
+				req.Header.Set("Authorization", "Bearer "+ann)
+				c.change(req)
+				resp, err = c.tr.RoundTrip(req)
+				must(t, err)
+				defer resp.Body.Close()
+			}
+			if resp.StatusCode == http.StatusOK && resp.Header.Get("Grpc-Status") != "7" {
+				t.Errorf("%s", resp.Status)
+			}
+			for len(reached) > 0 {
+				if b, _ := io.ReadAll((<-reached).Body); len(b) > 0 {
+					t.Errorf("the agent reads %q", b)
+				}
+			}
+		})
+	}
+}
+
+// What the upstream would take for a request, or for requests of ours, is no
+// upgrade.
+func TestUpgradesHideNothing(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	g := w.start(w.load(routeTo("mcp", "/mcp", up.URL, "allow_upgrade: true,")), Proxy)
+	ann := w.token("ann", "s-ann")
+	for name, change := range map[string]func(*http.Request){
+		"with a body": func(*http.Request) {},
+		"chunked":     func(r *http.Request) { r.Method, r.ContentLength = http.MethodGet, -1 },
+		"no body":     func(r *http.Request) { r.Body, r.ContentLength = nil, 0 },
+		"h2c": func(r *http.Request) {
+			r.Method, r.Body, r.ContentLength = http.MethodGet, nil, 0
+			r.Header.Set("Upgrade", "websocket, h2c")
+		},
+	} {
+		resp := post(t, g.url()+"/mcp", ann, toolCall("echo"), func(r *http.Request) {
+			r.Header.Set("Connection", "Upgrade")
+			r.Header.Set("Upgrade", "websocket")
+			change(r)
+		})
+		if resp.StatusCode != http.StatusBadRequest || len(reached) != 0 {
+			t.Errorf("%s: %s", name, resp.Status)
+		}
+	}
+}
+
+// One caller cannot take the place of all sessions, also not of those that no
+// upstream has.
+func TestSessionsAreShared(t *testing.T) {
+	w := newWorld(t)
+	up, _ := plainUpstream(t)
+	g := w.start(w.load(strings.Replace(routeTo("mcp", "/mcp", up.URL, ""), "flush_timeout", "max_sessions: 8, flush_timeout", 1)), Proxy)
+	list := `{"jsonrpc":"2.0","id":7,"method":"tools/list"}`
+	ask := func(token, sid string) int {
+		return post(t, g.url()+"/mcp", token, list, func(r *http.Request) { r.Header.Set("Mcp-Session-Id", sid) }).StatusCode
+	}
+	ann := w.token("ann", "s-ann")
+	for i := range 20 {
+		if got, want := ask(ann, fmt.Sprint("made-up-", i)), map[bool]int{true: 200, false: 503}[i < 2]; got != want {
+			t.Errorf("session %d: %d", i, got)
+		}
+	}
+	if got := ask(w.token("bob", "s-bob"), "bob's"); got != http.StatusOK {
+		t.Errorf("another caller: %d", got)
 	}
 }
 
@@ -237,6 +342,12 @@ func TestWhatPasses(t *testing.T) {
 		r.Header.Set("Connection", "X-Hop")
 		r.Header.Set("X-Hop", "1")
 		r.Header.Set("X-Http-Method-Override", "DELETE")
+		r.Header["X_http_method_override"] = []string{"DELETE"}
+		r.Header.Set("X-Forwarded-User", "root")
+		r.Header.Set("X-Forwarded-For", "127.0.0.9")
+		r.Header["Mcp_session_id"] = []string{"another"}
+		r.ContentLength = -1
+		r.Trailer = http.Header{"X-End": {"end"}, "Interlock-Session": {"s-root"}}
 	})
 	if resp.StatusCode != http.StatusOK {
 		t.Fatal(resp.Status)
@@ -247,13 +358,19 @@ func TestWhatPasses(t *testing.T) {
 		t.Errorf("%s %q", r.URL, got)
 	}
 	h := r.Header
-	for _, name := range []string{"Authorization", "X-Hop", "X-Http-Method-Override", "Interlock_Roles"} {
+	for _, name := range []string{"Authorization", "X-Hop", "X-Http-Method-Override", "Interlock_Roles", "X_http_method_override", "Mcp_session_id", "X-Forwarded-User"} {
 		if h.Get(name) != "" || h[name] != nil {
 			t.Errorf("%s passed: %v", name, h[name])
 		}
 	}
 	if h.Get("X-Own") != "kept" || h.Get("Interlock-Subject") != "%C3%A4nn%2Cx" || len(h["Interlock-Subject"]) != 1 || h.Get("Interlock-Tenant") != "default" {
 		t.Errorf("%v", h)
+	}
+	if got := h["X-Forwarded-For"]; len(got) != 1 || got[0] != "127.0.0.1" || h.Get("X-Forwarded-Proto") != "http" {
+		t.Errorf("forwarded for %q", got)
+	}
+	if len(r.Trailer) != 1 || r.Trailer.Get("X-End") != "end" {
+		t.Errorf("trailers %v", r.Trailer)
 	}
 	resp = get(t, g.url()+"/.well-known/oauth-protected-resource/mcp")
 	meta, _ := io.ReadAll(resp.Body)

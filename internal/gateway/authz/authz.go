@@ -39,6 +39,8 @@ var (
 	errNoRoute   = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "no such resource"}
 	errDescribed = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the request is not described: see authz.forward_headers"}
 	errUnread    = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the message was not sent along whole: raise max_request_bytes"}
+	errMethod    = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the method is not one of MCP"}
+	errOverride  = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "a header asks for another method than the request's"}
 )
 
 // decide decides on r, whose body, where it is known, is body. partial says that
@@ -67,14 +69,36 @@ func (s *Service) decide(r *http.Request, body []byte, partial bool) (g *route.G
 	return g, p, op, err
 }
 
+// overridden reports whether a server could take the request for another one. The
+// headers of a dialect are those of whoever asks here.
+func overridden(h http.Header) bool {
+	for name := range h {
+		if route.Overrides(name) && !strings.HasPrefix(strings.ToLower(name), "x-original-") {
+			return true
+		}
+	}
+	return false
+}
+
 func operationOf(g *route.Guard, r *http.Request, below string, body []byte, partial bool) (op operation.Operation, err error) {
 	proto := g.Route.Protocol
 	_, rest := operation.REST(r.Method, below)
+	rest = rest && proto == config.A2A
+	byPath := proto == config.HTTP || proto == config.A2A && (r.Method != http.MethodPost || rest || operation.GRPC(r.Header))
 	switch {
-	case proto == config.HTTP || proto == config.A2A && (r.Method != http.MethodPost || rest || operation.GRPC(r.Header)):
+	case overridden(r.Header):
+		return op, errOverride
+	case byPath && (len(body) == 0 || proto == config.HTTP || r.Method != http.MethodPost):
 		return g.ByPath(r.Method, r.URL, below, r.Header), nil
-	case r.Method != http.MethodPost:
+	case byPath && !rest:
+		if !operation.Framed(body[0]) {
+			return op, operation.ErrFrame
+		}
+		return g.ByPath(r.Method, r.URL, below, r.Header), nil
+	case r.Method == http.MethodGet || r.Method == http.MethodDelete:
 		return op, op.MatchHeaders(r.Header)
+	case r.Method != http.MethodPost:
+		return op, errMethod
 	case body == nil:
 		if proto == config.MCP {
 			if op, err = operation.Mirrored(r.Header); err != nil || op.Method != "" {
@@ -92,6 +116,11 @@ func operationOf(g *route.Guard, r *http.Request, below string, body []byte, par
 	}
 	if err != nil {
 		return op, err
+	}
+	if rest {
+		op = g.ByPath(r.Method, r.URL, below, r.Header)
+		op.Arguments = body
+		return op, operation.CheckREST(body)
 	}
 	if op, err = operation.Parse(body, proto); err == nil && proto == config.MCP {
 		err = op.MatchHeaders(r.Header)
@@ -166,7 +195,7 @@ func described(ctx context.Context, h *auth.AttributeContext_HttpRequest) (*http
 	if h == nil || h.GetMethod() == "" || h.GetHost() == "" {
 		return nil, errDescribed
 	}
-	u, err := url.ParseRequestURI(h.GetPath())
+	u, err := parse(h.GetPath())
 	if err != nil {
 		return nil, err
 	}
@@ -180,6 +209,15 @@ func described(ctx context.Context, h *auth.AttributeContext_HttpRequest) (*http
 		}
 	}
 	return r.WithContext(ctx), nil
+}
+
+// parse reads a request target. One that is not a path is refused, and a
+// fragment, which others cut off.
+func parse(target string) (*url.URL, error) {
+	if !strings.HasPrefix(target, "/") || strings.Contains(target, "#") {
+		return nil, errDescribed
+	}
+	return url.ParseRequestURI(target)
 }
 
 // secured is the state of a connection that somebody else has, as far as the
@@ -311,7 +349,7 @@ func forwarded(r *http.Request, dialect string) (*http.Request, error) {
 	if method == "" || uri == "" || host == "" {
 		return nil, errDescribed
 	}
-	u, err := url.ParseRequestURI(uri)
+	u, err := parse(uri)
 	if err != nil {
 		return nil, err
 	}

@@ -275,9 +275,10 @@ func (r *Route) validate(key string) error {
 }
 
 // CleanPath reports whether a decoded path means the same to everybody: no dot
-// segments, no backslashes and no control characters.
+// segments, no empty ones, which many servers merge, no backslashes and no
+// control characters.
 func CleanPath(path string) bool {
-	if strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\\' }) {
+	if strings.Contains(path, "//") || strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\\' }) {
 		return false
 	}
 	for seg := range strings.SplitSeq(path, "/") {

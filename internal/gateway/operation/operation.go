@@ -157,6 +157,9 @@ func Parse(body []byte, protocol config.Protocol) (Operation, error) {
 		return fail(refuse(codeInvalid, "the method is not a string that is fit for one"))
 	}
 	o.Method = string(name)
+	if now := renamed[o.Method]; now != "" && protocol == config.A2A {
+		o.Method = now
+	}
 	o.Arguments = params
 	if protocol != config.MCP {
 		if params != nil && params[0] == '{' {
@@ -169,6 +172,37 @@ func Parse(body []byte, protocol config.Protocol) (Operation, error) {
 		return fail(r)
 	}
 	return o, nil
+}
+
+// renamed are the methods of A2A 0.3 by what A2A 1.0 calls them: many agents
+// speak both, and a decision on an operation is on it in either.
+var renamed = map[string]string{
+	"message/send": "SendMessage", "message/stream": "SendStreamingMessage",
+	"tasks/get": "GetTask", "tasks/cancel": "CancelTask", "tasks/resubscribe": "SubscribeToTask",
+	"tasks/pushNotificationConfig/set":    "CreateTaskPushNotificationConfig",
+	"tasks/pushNotificationConfig/get":    "GetTaskPushNotificationConfig",
+	"tasks/pushNotificationConfig/list":   "ListTaskPushNotificationConfigs",
+	"tasks/pushNotificationConfig/delete": "DeleteTaskPushNotificationConfig",
+	"agent/getAuthenticatedExtendedCard":  "GetExtendedAgentCard",
+}
+
+// CheckREST checks the body of a request that stands for an A2A method by its
+// path. A message of JSON-RPC is refused: an agent may take those at any path,
+// and would do what the message says, and not what the path does. The error is a
+// *Refusal.
+func CheckREST(body []byte) error {
+	if len(body) == 0 {
+		return nil
+	}
+	if !utf8.Valid(body) || !json.Valid(body) {
+		return refuse(codeParse, "the body is not JSON")
+	}
+	return members(body, func(key []byte, _ json.RawMessage) error {
+		if strings.EqualFold(string(key), "jsonrpc") {
+			return refuse(codeInvalid, "a message of JSON-RPC at a path of REST")
+		}
+		return nil
+	})
 }
 
 // named are the methods of MCP that name what they are about, and the member
@@ -393,12 +427,20 @@ func GRPC(h http.Header) bool {
 	return ok && (rest == "" || rest[0] == '+' || rest[0] == ';')
 }
 
-// REST is the method of A2A 1.0 that an HTTP request stands for (§11.3), by its
-// path below the agent's, which may begin with a tenant. ok is false for one that
-// stands for none.
+// Framed reports whether the first byte of a gRPC request can begin its first
+// message. None of JSON can: an agent that does not look at the content type
+// would read a message of JSON-RPC there.
+func Framed(first byte) bool { return first <= 1 }
+
+// ErrFrame is the refusal of a request whose first byte cannot.
+var ErrFrame = &Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "the body is not one of gRPC"}
+
+// REST is the method of A2A 1.0 that an HTTP request stands for (§11.3), by the
+// end of its path: where the agent's own begins, and whether there is a tenant in
+// front, only the agent knows. ok is false for one that stands for none.
 func REST(method, path string) (name string, ok bool) {
 	segs := strings.Split(strings.Trim(path, "/"), "/")
-	for skip := 0; skip < min(2, len(segs)); skip++ {
+	for skip := range segs {
 		if name := rest(method, segs[skip:]); name != "" {
 			return name, true
 		}

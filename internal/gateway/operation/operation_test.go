@@ -127,11 +127,33 @@ func TestREST(t *testing.T) {
 		"POST /message:send": "SendMessage", "POST /acme/message:stream": "SendStreamingMessage",
 		"GET /tasks": "ListTasks", "GET /tasks/t1": "GetTask", "POST /tasks/t1:cancel": "CancelTask", "POST /tasks/t1:subscribe": "SubscribeToTask",
 		"GET /tasks/t1/pushNotificationConfigs": "ListTaskPushNotificationConfigs", "DELETE /tasks/t1/pushNotificationConfigs/c": "DeleteTaskPushNotificationConfig",
-		"GET /extendedAgentCard": "GetExtendedAgentCard", "GET /message:send": "", "POST /tasks/t1": "", "GET /": "", "GET /a/b/tasks": "",
+		"GET /extendedAgentCard": "GetExtendedAgentCard", "GET /message:send": "", "POST /tasks/t1": "", "GET /": "", "GET /a/b/tasks": "ListTasks", "POST /a/b/c/v1/message:send": "SendMessage",
 	} {
 		method, path, _ := strings.Cut(in, " ")
 		if got, ok := REST(method, path); got != want || ok != (want != "") {
 			t.Errorf("%s: %q", in, got)
+		}
+	}
+}
+
+func TestRESTBody(t *testing.T) {
+	for in, ok := range map[string]bool{
+		``: true, `{}`: true, `{"message":{"jsonrpc":"2.0"}}`: true,
+		`{"jsonrpc":"2.0","method":"SendMessage","id":1}`: false, `{"JSONRPC":"2.0"}`: false, `{"json\u0072pc":"2.0"}`: false,
+		`[{"jsonrpc":"2.0"}]`: false, `{"a":1,"a":2}`: false, `x`: false, "{\"a\":\"\xff\"}": false,
+	} {
+		if err := CheckREST([]byte(in)); (err == nil) != ok {
+			t.Errorf("%s: %v", in, err)
+		}
+	}
+}
+
+// An operation of A2A has one name, whichever version it comes by.
+func TestA2AVersions(t *testing.T) {
+	for old, now := range renamed {
+		o, err := Parse([]byte(`{"jsonrpc":"2.0","id":1,"method":"`+old+`","params":{}}`), config.A2A)
+		if err != nil || o.Method != now {
+			t.Errorf("%s: %+v, %v", old, o, err)
 		}
 	}
 }

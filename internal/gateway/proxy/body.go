@@ -41,19 +41,27 @@ func (b *Budget) give(n int) { b.used.Add(-int64(n)) }
 // read finds out what a request asks for. A body of JSON-RPC is read whole, and
 // put back; anything else is left to stream. The CancelFunc gives back what the
 // body takes of the budget. The error is a *operation.Refusal, or a denial.
-func (x *exchange) read(w http.ResponseWriter, r *http.Request, below string) (release func(), err error) {
+func (x *exchange) read(w http.ResponseWriter, r *http.Request) (release func(), err error) {
 	nothing := func() {}
 	proto := x.g.Route.Protocol
 	if upgrade(r.Header) {
-		if !x.g.Route.AllowUpgrade {
+		switch {
+		case !x.g.Route.AllowUpgrade:
 			return nil, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "upgrades are not accepted"}
+		case r.Method != http.MethodGet || r.ContentLength != 0:
+			// A server that declines would take it for what it is otherwise, and
+			// nobody had read it.
+			return nil, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "an upgrade is a GET without a body"}
+		case plainUpgrade(r.Header):
+			// Whatever was said in it would come from us.
+			return nil, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "no upgrade to another HTTP"}
 		}
-		x.op = x.g.ByPath(r.Method, r.URL, below, r.Header)
+		x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
 		return nothing, nil
 	}
 	switch proto {
 	case config.HTTP:
-		x.op = x.g.ByPath(r.Method, r.URL, below, r.Header)
+		x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
 		return nothing, nil
 	case config.MCP:
 		switch r.Method {
@@ -64,13 +72,39 @@ func (x *exchange) read(w http.ResponseWriter, r *http.Request, below string) (r
 			return nil, &operation.Refusal{Status: http.StatusMethodNotAllowed, Code: codeInvalid, Why: "the method is not one of MCP"}
 		}
 	case config.A2A:
-		_, rest := operation.REST(r.Method, below)
-		if r.Method != http.MethodPost || rest || operation.GRPC(r.Header) {
-			x.op = x.g.ByPath(r.Method, r.URL, below, r.Header)
+		switch {
+		case r.Method != http.MethodPost:
+			x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
+			return nothing, nil
+		case operation.GRPC(r.Header):
+			if r.ProtoMajor < 2 {
+				return nil, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "gRPC wants HTTP/2"}
+			}
+			x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
+			r.Body = &framed{ReadCloser: r.Body}
+			return nothing, nil
+		case r.ContentLength == 0 && x.rest(r):
+			x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
 			return nothing, nil
 		}
 	}
 	return x.readJSON(w, r, x.g.Route.MaxBody, x.p.opts.Config.Proxy.BodyTimeout)
+}
+
+// framed is the body of a gRPC request, if it is one.
+type framed struct {
+	io.ReadCloser
+	begun bool
+}
+
+func (f *framed) Read(p []byte) (int, error) {
+	n, err := f.ReadCloser.Read(p)
+	if n > 0 && !f.begun {
+		if f.begun = operation.Framed(p[0]); !f.begun {
+			return 0, operation.ErrFrame
+		}
+	}
+	return n, err
 }
 
 // readJSON reads a message of at most limit bytes. It has to come within timeout,
@@ -98,10 +132,7 @@ func (x *exchange) readJSON(w http.ResponseWriter, r *http.Request, limit int, t
 		err = rc.SetReadDeadline(time.Time{})
 	}
 	if err == nil {
-		x.op, err = operation.Parse(body, x.g.Route.Protocol)
-	}
-	if err == nil && x.g.Route.Protocol == config.MCP {
-		err = x.op.MatchHeaders(r.Header)
+		err = x.parse(r, body)
 	}
 	if err != nil {
 		release()
@@ -112,6 +143,25 @@ func (x *exchange) readJSON(w http.ResponseWriter, r *http.Request, limit int, t
 		r.ContentLength = int64(len(body))
 	}
 	return release, nil
+}
+
+// parse finds out what a message that has been read asks for.
+func (x *exchange) parse(r *http.Request, body []byte) (err error) {
+	if x.rest(r) {
+		x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
+		x.op.Arguments = body
+		return operation.CheckREST(body)
+	}
+	if x.op, err = operation.Parse(body, x.g.Route.Protocol); err == nil && x.g.Route.Protocol == config.MCP {
+		err = x.op.MatchHeaders(r.Header)
+	}
+	return err
+}
+
+// rest reports whether a request stands for a method of A2A by its path.
+func (x *exchange) rest(r *http.Request) bool {
+	_, ok := operation.REST(r.Method, x.path)
+	return ok && x.g.Route.Protocol == config.A2A
 }
 
 var tooLong = &operation.Refusal{Status: http.StatusRequestEntityTooLarge, Code: codeInvalid, Why: "the message is too long"}
@@ -152,6 +202,20 @@ func (b *Budget) readAll(r io.Reader, limit int, length int64) (body []byte, tak
 			buf = append(make([]byte, 0, cap(buf)+grow), buf...)
 		}
 	}
+}
+
+// plainUpgrade reports whether a request asks for what the upstream would take
+// for requests that come from here, such as HTTP/2 without TLS.
+func plainUpgrade(h http.Header) bool {
+	for _, v := range h.Values("Upgrade") {
+		for t := range strings.SplitSeq(v, ",") {
+			name, _, _ := strings.Cut(strings.TrimSpace(t), "/")
+			if strings.EqualFold(name, "h2c") || strings.EqualFold(name, "http") || strings.EqualFold(name, "tls") {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // upgrade reports whether a request asks for another protocol.

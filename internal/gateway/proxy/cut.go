@@ -9,6 +9,7 @@ import (
 	"mime"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
@@ -157,6 +158,10 @@ func percent(s string) string {
 
 // denyGRPC answers with trailers alone.
 func denyGRPC(w http.ResponseWriter, r *http.Request, a *denial.Answer) {
+	if r.ProtoMajor == 1 {
+		// What is left of its body is not waited for.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedReadTime))
+	}
 	h := w.Header()
 	a.Header(h, r.Header.Get("Authorization") != "")
 	h.Set("Content-Type", "application/grpc")

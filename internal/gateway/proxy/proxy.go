@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
@@ -100,6 +101,7 @@ type exchange struct {
 	op     operation.Operation
 	call   session.Call
 	below  string // of the path, escaped
+	path   string // the same, decoded
 
 	traceparent string
 	session     *tracked
@@ -137,7 +139,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, &operation.Refusal{Status: http.StatusNotFound, Code: codeInvalid, Why: "no such resource"})
 		return
 	}
-	x := &exchange{p: p, g: g, up: p.upstreams[g]}
+	x := &exchange{p: p, g: g, up: p.upstreams[g], path: below}
 	var ok bool
 	if x.below, ok = strings.CutPrefix(r.URL.EscapedPath(), strings.TrimSuffix(g.Route.Path, "/")); !ok {
 		refuse(w, r, route.ErrPath)
@@ -154,7 +156,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.deny(w, r, x, err, known, mark)
 		return
 	}
-	release, err := x.read(w, r, below)
+	release, err := x.read(w, r)
 	if err != nil {
 		refuse(w, r, err)
 		return
@@ -229,19 +231,29 @@ func (p *Proxy) deny(w http.ResponseWriter, r *http.Request, x *exchange, err er
 		refuse(w, r, err)
 		return
 	}
-	x.g.Note(&x.op, trail.Event{Mark: mark, Caller: x.caller, Call: x.call, Traceparent: r.Header.Get("Traceparent"), Err: err})
+	e := trail.Event{Mark: mark, Caller: x.caller, Traceparent: r.Header.Get("Traceparent"), Err: err, Took: mark.Took()}
+	note := func() {
+		if known && x.op.Method == "" && x.g.Route.Protocol != config.MCP {
+			x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
+		}
+		e.Call = x.g.Call(&x.op)
+		x.g.Note(&x.op, e)
+	}
 	a := x.g.Resource.Answer(err)
 	if operation.GRPC(r.Header) {
+		note()
 		denyGRPC(w, r, &a)
 		return
 	}
 	a.WriteBody(w, r, func(readable bool) []byte {
-		if readable && x.op.ID == nil && known && r.Method == http.MethodPost && x.g.Route.Protocol != config.HTTP {
-			// So that its client can tell which call the answer is to.
+		if readable && x.op.Method == "" && known && r.Method == http.MethodPost && x.g.Route.Protocol != config.HTTP {
+			// So that its client can tell which call the answer is to, and the
+			// trail what was asked for.
 			if release, err := x.readJSON(w, r, maxDeniedBody, 0); err == nil {
 				release()
 			}
 		}
+		note()
 		return x.inWords(&a)
 	})
 }
@@ -331,8 +343,9 @@ func (p *Proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
 			refusal = &operation.Refusal{Status: http.StatusGatewayTimeout, Code: -31504, Why: "the upstream did not answer in time"}
 		}
 	}
-	refusal.ID = x.op.ID
-	refuse(w, r, refusal)
+	own := *refusal // others may share it
+	own.ID = x.op.ID
+	refuse(w, r, &own)
 }
 
 // rewrite makes the upstream's request from the client's.
@@ -342,18 +355,15 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	x.up.address(out.URL, x.below)
 	out.URL.RawQuery = pr.In.URL.RawQuery
 	out.Host = ""
-	// It is filled in as the body is read.
-	out.Trailer = pr.In.Trailer
-	pr.SetXForwarded()
+	if pr.In.Trailer != nil {
+		// It is filled in as the body is read.
+		out.Trailer = pr.In.Trailer
+		drop(out.Trailer)
+		out.Body = &trailed{out.Body, out.Trailer}
+	}
 	h := out.Header
-	for name := range h {
-		if route.Spoofed(name) {
-			delete(h, name)
-		}
-	}
-	for _, name := range untrusted {
-		delete(h, name)
-	}
+	drop(h)
+	pr.SetXForwarded()
 	up := &x.g.Route.Upstream
 	if !up.ForwardToken {
 		delete(h, "Authorization")
@@ -366,10 +376,50 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	}
 }
 
-// untrusted are headers that say something which only a proxy may say, or by which
-// an upstream would do something else than was checked, in canonical form.
-var untrusted = []string{
-	"X-Forwarded-Client-Cert", "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Original-Uri", "X-Rewrite-Url",
+// dropped reports whether a header of a client's does not pass: it names the
+// caller, says something which only a proxy may say, would have an upstream do
+// something else than was checked, or is one that was looked at, in a spelling
+// that is the same to a server which does not tell - from _.
+func dropped(name string) bool {
+	if route.Spoofed(name) || route.Overrides(name) {
+		return true
+	}
+	plain := !strings.Contains(name, "_")
+	name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
+	if strings.HasPrefix(name, "X-Forwarded-") || name == "X-Real-Ip" {
+		return true
+	}
+	if plain {
+		return false
+	}
+	for _, p := range [...]string{"Mcp-", "Content-", "Transfer-"} {
+		if strings.HasPrefix(name, p) {
+			return true
+		}
+	}
+	return false
+}
+
+func drop(h http.Header) {
+	for name := range h {
+		if dropped(name) {
+			delete(h, name)
+		}
+	}
+}
+
+// trailed is a body behind which trailers come, less those that do not pass.
+type trailed struct {
+	io.ReadCloser
+	trailer http.Header
+}
+
+func (t *trailed) Read(p []byte) (int, error) {
+	n, err := t.ReadCloser.Read(p)
+	if err != nil {
+		drop(t.trailer)
+	}
+	return n, err
 }
 
 // router sends each request by the transport of its route.

@@ -48,8 +48,9 @@ type Sessions struct {
 	opts   SessionOptions
 	closed bool
 	all    map[sessionKey]*tracked
-	ending []*tracked // to be closed upstream
-	active int        // goroutines that do so
+	owned  map[string]int // how many of all each owner has
+	ending []*tracked     // to be closed upstream
+	active int            // goroutines that do so
 }
 
 type sessionKey struct{ route, id string }
@@ -97,7 +98,7 @@ func NewSessions(o SessionOptions) *Sessions {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Sessions{opts: o, log: o.Logger, all: make(map[sessionKey]*tracked)}
+	s := &Sessions{opts: o, log: o.Logger, all: make(map[sessionKey]*tracked), owned: make(map[string]int)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	every := min(max(o.Timeout/8, 100*time.Millisecond), time.Minute)
 	s.wg.Go(func() { s.forget(every) })
@@ -123,9 +124,9 @@ func (s *Sessions) Len() int {
 func (s *Sessions) Close() {
 	s.mu.Lock()
 	s.closed = true
-	for k, t := range s.all {
+	for _, t := range s.all {
 		t.release()
-		delete(s.all, k)
+		s.removeLocked(t)
 	}
 	s.mu.Unlock()
 	s.cancel()
@@ -139,10 +140,41 @@ func (t *tracked) release() {
 	}
 }
 
+// shareOfOwner is the part of all sessions that one caller may have, so that none
+// takes those of all others.
+const shareOfOwner = 4
+
+var errFull = &session.DeniedError{Err: session.ErrOverloaded, Detail: "too many sessions"}
+
+// fullLocked reports whether there is no room for another session of a caller's.
+func (s *Sessions) fullLocked(owner string) bool {
+	return len(s.all)+len(s.ending) >= s.opts.Max || s.owned[owner] >= max(s.opts.Max/shareOfOwner, 1)
+}
+
+// removeLocked takes a session out, if it is there.
+func (s *Sessions) removeLocked(t *tracked) {
+	if s.all[t.key] != t {
+		return
+	}
+	delete(s.all, t.key)
+	if s.owned[t.owner]--; s.owned[t.owner] == 0 {
+		delete(s.owned, t.owner)
+	}
+}
+
 // use begins a request in a session. nil is a session that is not known, which it
 // becomes when the upstream has answered. done, or cancelled, ends it.
 func (s *Sessions) use(x *exchange, id string) (*tracked, error) {
 	switch {
+	case id == "" && x.op.Method == "initialize":
+		// Before the upstream opens one.
+		who := x.caller.Identity()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.fullLocked(who.Caller()) {
+			return nil, errFull
+		}
+		return nil, nil
 	case id == "":
 		return nil, nil
 	case len(id) > session.MaxValueLen:
@@ -212,7 +244,7 @@ func (s *Sessions) cut(t *tracked, h *hold, why *session.DeniedError) {
 // endLocked forgets a session and has the upstream close it.
 func (s *Sessions) endLocked(t *tracked) {
 	t.closing = true
-	delete(s.all, t.key)
+	s.removeLocked(t)
 	s.ending = append(s.ending, t)
 	if s.active < enders {
 		s.active++
@@ -332,9 +364,7 @@ func (s *Sessions) answered(x *exchange, res *http.Response) error {
 			defer s.mu.Unlock()
 			t.closing = true
 			t.release()
-			if s.all[t.key] == t {
-				delete(s.all, t.key)
-			}
+			s.removeLocked(t)
 		}
 		return nil
 	}
@@ -360,16 +390,17 @@ func (s *Sessions) answered(x *exchange, res *http.Response) error {
 	case other != nil:
 		s.mu.Unlock()
 		return nil
-	case s.closed || len(s.all) >= s.opts.Max:
+	case s.closed || s.fullLocked(t.owner):
 		// A session that nobody could close is not handed out.
-		if !s.closed {
+		if !s.closed && len(s.ending) < s.opts.Max {
 			s.endLocked(t)
 			t.busy = 0
 		}
 		s.mu.Unlock()
-		return &session.DeniedError{Err: session.ErrOverloaded, Detail: "too many sessions"}
+		return errFull
 	}
 	s.all[t.key] = t
+	s.owned[t.owner]++
 	s.mu.Unlock()
 	if err := s.bind(x, t); err != nil {
 		s.mu.Lock()
@@ -394,11 +425,11 @@ func (s *Sessions) forget(every time.Duration) {
 			return
 		case now := <-tick.C:
 			s.mu.Lock()
-			for k, t := range s.all {
+			for _, t := range s.all {
 				if t.busy == 0 && now.Sub(t.last) > s.opts.Timeout {
 					t.closing = true
 					t.release()
-					delete(s.all, k)
+					s.removeLocked(t)
 				}
 			}
 			s.mu.Unlock()

@@ -142,12 +142,14 @@ func (t *Table) Find(host, path string) (g *Guard, below string) {
 }
 
 // ErrPath is the refusal of a path that two servers could read differently.
-var ErrPath = &operation.Refusal{Status: http.StatusBadRequest, Code: -32600, Why: "the path is ambiguous: no dot segments, backslashes or encoded slashes"}
+var ErrPath = &operation.Refusal{Status: http.StatusBadRequest, Code: -32600, Why: "the path is ambiguous: no dot or empty segments, backslashes, parameters or encoded slashes"}
 
 // CheckPath refuses a path that two servers could read differently: one of them
 // would see another route or operation.
 func CheckPath(u *url.URL) error {
-	if !config.CleanPath(u.Path) {
+	// Some servers take what follows a semicolon out of a segment, and see dots
+	// there, or the path of another route.
+	if !config.CleanPath(u.Path) || strings.Contains(u.EscapedPath(), ";") {
 		return ErrPath
 	}
 	if raw := u.RawPath; raw != "" {
@@ -164,10 +166,11 @@ func CheckPath(u *url.URL) error {
 // or gRPC its method, and else the HTTP method and the path as it was sent.
 func (g *Guard) ByPath(method string, u *url.URL, below string, h http.Header) operation.Operation {
 	if g.Route.Protocol == config.A2A {
-		if operation.GRPC(h) {
-			return operation.Operation{Method: u.Path[strings.LastIndexByte(u.Path, '/')+1:]}
-		}
-		if name, ok := operation.REST(method, below); ok {
+		if method == http.MethodPost && operation.GRPC(h) {
+			if name := u.Path[strings.LastIndexByte(u.Path, '/')+1:]; name != "" {
+				return operation.Operation{Method: name}
+			}
+		} else if name, ok := operation.REST(method, below); ok {
 			return operation.Operation{Method: name}
 		}
 	}
@@ -190,6 +193,16 @@ func IdentityHeaders() []string {
 // by its name, or by one that is the same to a server that does not tell - from _.
 func Spoofed(name string) bool {
 	return len(name) >= len(headerPrefix) && strings.EqualFold(strings.ReplaceAll(name[:len(headerPrefix)], "_", "-"), headerPrefix)
+}
+
+// Overrides reports whether by a header an upstream could take another method or
+// path for that of the request.
+func Overrides(name string) bool {
+	switch http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-")) {
+	case "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Original-Uri", "X-Rewrite-Url":
+		return true
+	}
+	return false
 }
 
 // Identity returns the headers that name a caller, as name and value. Whatever is
