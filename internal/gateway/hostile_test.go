@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -427,5 +429,32 @@ func TestCutAnswers(t *testing.T) {
 		if err := within(t, path, c); (err == nil) != (path == "/events") {
 			t.Errorf("%s: %v", path, err)
 		}
+	}
+}
+
+// The trail of a caller who is denied at the door says what was asked for.
+func TestDeniedCallsAreNamed(t *testing.T) {
+	w := newWorld(t)
+	up, _ := plainUpstream(t)
+	seen := make(chan *route.Decision, 64)
+	g, err := Start(Options{Config: w.load(routeTo("mcp", "/mcp", up.URL, "")), Kind: Proxy, Observe: func(d *route.Decision) {
+		c := *d
+		c.Arguments = bytes.Clone(d.Arguments)
+		seen <- &c
+	}})
+	must(t, err)
+	defer g.Shutdown(context.Background())
+	eventually(t, "ready", func() bool { return g.unready() == "" })
+	ann := w.token("ann", "s-ann")
+	w.decide(authority.Revoke, "session", "s-ann")
+	eventually(t, "denied", func() bool {
+		return post(t, g.url()+"/mcp", ann, toolCall("echo")).StatusCode == http.StatusUnauthorized
+	})
+	var last *route.Decision
+	for len(seen) > 0 {
+		last = <-seen
+	}
+	if last == nil || last.Err == nil || last.Method != "tools/call" || last.Call.Tool != "echo" || last.Call.Audience != resource || len(last.Arguments) == 0 || last.Took <= 0 {
+		t.Errorf("%+v", last)
 	}
 }
