@@ -458,3 +458,19 @@ func TestDeniedCallsAreNamed(t *testing.T) {
 		t.Errorf("%+v", last)
 	}
 }
+
+// A session that nobody watches any more does not stay open at its upstream.
+func TestUnwatchedSessionsAreClosed(t *testing.T) {
+	w := newWorld(t)
+	up, reached := plainUpstream(t)
+	g := w.start(w.load(strings.Replace(routeTo("mcp", "/mcp", up.URL, ""), "flush_timeout", "session_timeout: 1s, flush_timeout", 1)), Proxy)
+	resp := post(t, g.url()+"/mcp", w.token("ann", "s-ann"), `{"jsonrpc":"2.0","id":7,"method":"tools/list"}`, func(r *http.Request) { r.Header.Set("Mcp-Session-Id", "ann's") })
+	if resp.StatusCode != http.StatusOK || g.sessions.Len() != 1 {
+		t.Fatal(resp.Status)
+	}
+	within(t, "it arrives", reached)
+	w.decide(authority.Suspend, "session", "s-ann")
+	if r := within(t, "the upstream is told", reached); r.Method != http.MethodDelete || r.Header.Get("Mcp-Session-Id") != "ann's" {
+		t.Errorf("%s %v", r.Method, r.Header)
+	}
+}

@@ -426,7 +426,13 @@ func (s *Sessions) forget(every time.Duration) {
 		case now := <-tick.C:
 			s.mu.Lock()
 			for _, t := range s.all {
-				if t.busy == 0 && now.Sub(t.last) > s.opts.Timeout {
+				switch {
+				case t.busy > 0 || now.Sub(t.last) <= s.opts.Timeout:
+				case t.held == nil:
+					// Its caller was suspended, or its token has expired, and
+					// nobody would hear of a revocation.
+					s.endLocked(t)
+				default:
 					t.closing = true
 					t.release()
 					s.removeLocked(t)
