@@ -69,6 +69,7 @@ type Options struct {
 type Gateway struct {
 	opts     Options
 	log      *slog.Logger
+	feed     *natsfeed.Feed
 	enforcer *enforce.Enforcer
 	trail    *trail.Recorder
 	proofs   *credential.ProofChecker
@@ -173,6 +174,12 @@ func secret(path string) ([]byte, error) {
 	return bytes.TrimSpace(b), err
 }
 
+// lasting is a feed that outlives its enforcer: the trail of what is cut when that
+// is closed goes the same way.
+type lasting struct{ *natsfeed.Feed }
+
+func (lasting) Close() error { return nil }
+
 func (g *Gateway) openEnforcer(c *config.Config) error {
 	e, err := session.LoadEnrollment(c.Enrollment)
 	if err != nil {
@@ -194,7 +201,8 @@ func (g *Gateway) openEnforcer(c *config.Config) error {
 	if err != nil {
 		return err
 	}
-	g.enforcer, err = enforce.Start(feed, &enforce.Options{
+	g.feed = feed
+	g.enforcer, err = enforce.Start(lasting{feed}, &enforce.Options{
 		Enrollment: e, Mode: mode, MaxStale: c.MaxStale, MaxStaleRunning: c.MaxStaleRunning, StateDir: c.StateDir,
 		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Logger: g.log,
 	})
@@ -717,10 +725,6 @@ func (g *Gateway) Shutdown(ctx context.Context) {
 	if g.sessions != nil {
 		g.sessions.Close()
 	}
-	// Before the enforcer, whose connection takes its last report.
-	if err := g.trail.Close(); err != nil {
-		g.log.Warn("close the trail", "error", err)
-	}
 	if g.enforcer != nil {
 		if err := g.enforcer.Close(); err != nil {
 			g.log.Warn("close the enforcer", "error", err)
@@ -729,6 +733,15 @@ func (g *Gateway) Shutdown(ctx context.Context) {
 	if rt := g.current.Load(); rt != nil {
 		rt.release()
 		<-rt.gone // handlers end once their connections are closed
+	}
+	// What was cut is the last that it tells.
+	if err := g.trail.Close(); err != nil {
+		g.log.Warn("close the trail", "error", err)
+	}
+	if g.feed != nil {
+		if err := g.feed.Close(); err != nil {
+			g.log.Warn("close the connection to the bus", "error", err)
+		}
 	}
 	if g.admin != nil {
 		g.admin.close()

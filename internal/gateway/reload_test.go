@@ -188,6 +188,10 @@ func TestShutdownDrains(t *testing.T) {
 		t.Errorf("the stream ended with %q", got)
 	}
 	within(t, "nothing runs", gone)
+	// The trail has the end of what was cut, and has told the bus.
+	if s := g.trail.Stats(); s.Denied == 0 || s.Reports == 0 || s.Failures != 0 {
+		t.Errorf("the trail ends with %+v", s)
+	}
 	if took := time.Since(began); took < 500*time.Millisecond {
 		t.Errorf("the stream was given %v", took)
 	}
