@@ -132,7 +132,7 @@ type watched struct {
 func (b *watched) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.tail = append(b.tail, p[:n]...)
-	b.tail = bytes.Clone(b.tail[max(0, len(b.tail)-4096):])
+	b.tail = bytes.Clone(b.tail[max(0, len(b.tail)-512):])
 	if err != nil {
 		b.once.Do(func() {
 			o := outcome{at: time.Now(), said: string(b.tail), err: err}
