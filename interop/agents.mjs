@@ -1,5 +1,5 @@
 // The official A2A client, on the transports that it has without gRPC, through the
-// same cases.
+// same cases, with an agent that is guarded itself and with one behind the proxy.
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { Role, TaskState } from '@a2a-js/sdk';
@@ -8,11 +8,11 @@ import { ClientFactory, DefaultAgentCardResolver, JsonRpcTransportFactory, RestT
 export const agents = [
   { name: '@a2a-js/sdk 1.3.0, JSON-RPC', transport: JsonRpcTransportFactory },
   { name: '@a2a-js/sdk 1.3.0, REST', transport: RestTransportFactory },
-].map(stack => ({ name: stack.name, cases: (url, control) => cases(stack, url, control) }));
+].map(stack => ({ name: stack.name, cases: (url, control, proxied = false) => cases(stack, url, control, proxied) }));
 
-const agent = 'https://agents.interop.example/worker';
+export const agent = 'https://agents.interop.example/worker';
 
-function cases({ transport }, url, control) {
+function cases({ transport }, url, control, proxied) {
   const caller = async () => {
     const session = randomUUID();
     const token = await control('token', { user: session, session });
@@ -65,6 +65,11 @@ function cases({ transport }, url, control) {
     }
   };
   const cut = async s => {
+    if (proxied) {
+      // The task is the agent's, which knows nothing of it; the stream has an error.
+      await assert.rejects(s.end, /denied: revoked: stolen-token \(seq \d+, INC-142\)/);
+      return;
+    }
     await s.end;
     assert.equal(s.last.$case, 'statusUpdate');
     const { status } = s.last.value;
@@ -83,7 +88,7 @@ function cases({ transport }, url, control) {
     assert.partialDeepStrictEqual(info, { domain: 'a2a-protocol.org', metadata: { error: 'revoked', reason: 'stolen-token', incident: 'INC-142' } });
   };
 
-  return {
+  const all = {
     'allows': async () => {
       const res = await (await connect(await caller())).sendMessage(say('echo'));
       assert.equal(res.status.state, TaskState.TASK_STATE_COMPLETED);
@@ -109,6 +114,8 @@ function cases({ transport }, url, control) {
       await assert.rejects(client.sendMessage(say('echo', s.task)));
       refused(seen);
       await goesOn(theirs);
+      // An agent that is not guarded itself works on, for whoever asks.
+      if (proxied) await other.cancelTask({ tenant: '', id: s.task, metadata: {} });
       const ended = await other.cancelTask({ tenant: '', id: theirs.task, metadata: {} });
       assert.equal(ended.status.state, TaskState.TASK_STATE_CANCELED);
       await theirs.end;
@@ -120,19 +127,22 @@ function cases({ transport }, url, control) {
       await one.revoke();
       await cut(s);
     },
+    'does not show an agent that is suspended': async () => {
+      const one = await caller();
+      await connect(one);
+      await control('suspend', { kind: 'agent', value: agent });
+      await assert.rejects(connect(one));
+      await control('resume', { kind: 'agent', value: agent });
+      await connect(one);
+    },
+  };
+  // Whose a task is, only the agent's own guard knows.
+  return proxied ? all : { ...all,
     'keeps the tasks of one from another': async () => {
       const [mine, theirs] = [await connect(await caller()), await connect(await caller())];
       const { id } = await mine.sendMessage(say('echo'));
       await assert.rejects(theirs.getTask({ tenant: '', id, historyLength: 0 }), err => /not ?found/i.test(`${err.name} ${err.message}`));
       assert.equal((await mine.getTask({ tenant: '', id, historyLength: 0 })).id, id);
-    },
-    'does not show an agent that is suspended': async () => {
-      const one = await caller();
-      await connect(one);
-      await control('suspend', { agent });
-      await assert.rejects(connect(one));
-      await control('resume', { agent });
-      await connect(one);
     },
   };
 }

@@ -1,9 +1,10 @@
-// The official clients, each in the eras that it speaks, through the same cases.
+// The official clients, each in the eras that it speaks, through the same cases,
+// with a server that is guarded itself and with one behind the proxy.
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { Client as ClientV1 } from '@modelcontextprotocol/sdk/client/index.js';
 import { StreamableHTTPClientTransport as TransportV1 } from '@modelcontextprotocol/sdk/client/streamableHttp.js';
-import { CallToolResultSchema } from '@modelcontextprotocol/sdk/types.js';
+import { CallToolResultSchema, LoggingMessageNotificationSchema } from '@modelcontextprotocol/sdk/types.js';
 import { Client as ClientV2, StreamableHTTPClientTransport as TransportV2 } from '@modelcontextprotocol/client';
 
 const who = { name: 'interop', version: '1' };
@@ -13,12 +14,14 @@ const v1 = {
   make: () => new ClientV1(who),
   transport: TransportV1,
   version: client => client.transport.protocolVersion,
+  onMessage: (client, handle) => client.setNotificationHandler(LoggingMessageNotificationSchema, n => handle(n.params)),
   call: (client, name, options) => client.callTool({ name, arguments: {} }, CallToolResultSchema, options),
 };
 const v2 = mode => ({
   make: () => new ClientV2(who, { versionNegotiation: { mode } }),
   transport: TransportV2,
   version: client => client.getNegotiatedProtocolVersion(),
+  onMessage: (client, handle) => client.setNotificationHandler('notifications/message', n => handle(n.params)),
   call: (client, name, options) => client.callTool({ name, arguments: {} }, options),
 });
 
@@ -36,12 +39,14 @@ function cases({ sdk, version }, url, control) {
     return { token, revoke: () => control('revoke', { session }) };
   };
   /** Keeps what the server answered, which not every client shows. */
-  const connect = async (token, seen = []) => {
+  const connect = async (token, seen = [], watch = {}) => {
     const client = sdk.make();
+    if (watch.said) sdk.onMessage(client, watch.said);
     const transport = new sdk.transport(new URL(url), {
       requestInit: { headers: { Authorization: `Bearer ${token}` } },
       fetch: async (input, init) => {
         const res = await fetch(input, init);
+        if (res.ok && init.method === 'GET') watch.opened?.();
         if (!res.ok && res.status !== 405) {
           seen.push({ status: res.status, challenge: res.headers.get('www-authenticate'), body: await res.clone().json().catch(() => null) });
         }
@@ -81,7 +86,16 @@ function cases({ sdk, version }, url, control) {
     assert.ok(error.data.seq > 0);
   };
 
-  return {
+  /** Resolves once the client has opened a stream of its own. */
+  const listening = async (token, seen) => {
+    const l = { streams: 0, messages: [] };
+    const open = new Promise(resolve => { l.opened = () => { l.streams++; resolve(); }; });
+    l.told = new Promise(resolve => { l.said = params => { l.messages.push(params); resolve(params); }; });
+    l.client = await connect(token, seen, l);
+    await open;
+    return l;
+  };
+  const all = {
     'allows': async () => {
       const { token } = await caller();
       await using(await connect(token), async client => {
@@ -133,6 +147,24 @@ function cases({ sdk, version }, url, control) {
           assert.equal(await Promise.race([theirs.settled, sdk.call(other, 'echo').then(() => 'running')]), 'running');
         });
       });
+    },
+  };
+  // 2026-07-28 has no stream but those of calls.
+  return version !== '2025-11-25' ? all : { ...all,
+    'cuts a stream that answers no call': async () => {
+      const [one, bystander] = [await caller(), await caller()];
+      const seen = [];
+      const [mine, theirs] = [await listening(one.token, seen), await listening(bystander.token)];
+      await using(mine.client, () => using(theirs.client, async () => {
+        await one.revoke();
+        const { level, data } = await mine.told;
+        assert.equal(level, 'error');
+        assert.partialDeepStrictEqual(data, denied);
+        await assert.rejects(sdk.call(mine.client, 'echo'));
+        refused(seen);
+        assert.equal((await sdk.call(theirs.client, 'echo')).content[0].text, 'hello');
+        assert.deepEqual([theirs.streams, theirs.messages], [1, []]);
+      }));
     },
   };
 }

@@ -412,7 +412,7 @@ func TestCutAnswers(t *testing.T) {
 		must(t, err)
 		reading <- struct{}{}
 		all, err := io.ReadAll(resp.Body)
-		if path == "/events" && err == nil && !strings.HasPrefix(string(all), "\nevent: interrupted\n\nevent: message\ndata: {\"jsonrpc\":\"2.0\",\"error\":{\"code\":-31401") {
+		if path == "/events" && err == nil && !strings.HasPrefix(string(all), "\nevent: interrupted\n\nevent: error\ndata: {\"jsonrpc\":\"2.0\",\"error\":{\"code\":-31401") {
 			err = fmt.Errorf("ended with %q", all)
 		}
 		return err

@@ -78,16 +78,31 @@ func newA2A(enforcer a2aguard.Enforcer, verifier *credential.Verifier, let <-cha
 	return &a2aSide{
 		guard: guard, enforcer: enforcer,
 		rpc: guard.JSONRPC(a2asrv.NewJSONRPCHandler(handler)), rest: guard.REST(a2asrv.NewRESTHandler(handler)),
-		upstream: a2asrv.NewStaticAgentCardHandler(&a2a.AgentCard{
-			Name: "worker", Description: "works", Version: "1", DefaultInputModes: []string{"text/plain"}, DefaultOutputModes: []string{"text/plain"},
-			Capabilities: a2a.AgentCapabilities{Streaming: true},
-			SupportedInterfaces: []*a2a.AgentInterface{
-				a2a.NewAgentInterface("http://upstream.invalid/rpc", a2a.TransportProtocolJSONRPC),
-				a2a.NewAgentInterface("http://upstream.invalid/rest", a2a.TransportProtocolHTTPJSON),
-			},
-			Skills: []a2a.AgentSkill{},
-		}),
+		upstream: upstreamCard(),
 	}, nil
+}
+
+func upstreamCard() http.Handler {
+	return a2asrv.NewStaticAgentCardHandler(&a2a.AgentCard{
+		Name: "worker", Description: "works", Version: "1", DefaultInputModes: []string{"text/plain"}, DefaultOutputModes: []string{"text/plain"},
+		Capabilities: a2a.AgentCapabilities{Streaming: true},
+		SupportedInterfaces: []*a2a.AgentInterface{
+			a2a.NewAgentInterface("http://upstream.invalid/rpc", a2a.TransportProtocolJSONRPC),
+			a2a.NewAgentInterface("http://upstream.invalid/rest", a2a.TransportProtocolHTTPJSON),
+		},
+		Skills: []a2a.AgentSkill{},
+	})
+}
+
+// unguardedAgent is the same agent as its author would serve it, on both
+// transports at one address, which checks nobody.
+func unguardedAgent(let <-chan struct{}) http.Handler {
+	handler := a2asrv.NewHandler(agent{let})
+	mux := http.NewServeMux()
+	mux.Handle("POST /mcp", a2asrv.NewJSONRPCHandler(handler))
+	mux.Handle("GET /mcp"+a2asrv.WellKnownAgentCardPath, upstreamCard())
+	mux.Handle("/mcp/", http.StripPrefix("/mcp", a2asrv.NewRESTHandler(handler)))
+	return mux
 }
 
 // cards is the gateway's view of the agent, at the addresses that it has by now.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"time"
@@ -22,8 +23,6 @@ type fabric struct {
 	enforcer *enforce.Enforcer
 	client   *authority.Client
 	close    func() error
-	// followers say what the gateways have applied.
-	followers []func() uint64
 }
 
 func openFabric(ctx context.Context) (_ *fabric, err error) {
@@ -80,12 +79,19 @@ func openFabric(ctx context.Context) (_ *fabric, err error) {
 
 // revoke ends a session.
 func (f *fabric) revoke(ctx context.Context, sid string) error {
-	return f.decide(ctx, authority.Revoke, "session", sid)
+	return f.decide(ctx, authority.Revoke, "session", issuer, sid)
 }
 
-// decide decides on one value, and returns once it is in force: what lifts waits
-// for the log to confirm it.
-func (f *fabric) decide(ctx context.Context, op authority.Operation, kind, value string) error {
+// enroll makes an enrolment for an enforcer of its own process. From then on a
+// decision waits for it, too.
+func (f *fabric) enroll(ctx context.Context, name string) (string, error) {
+	raw, err := f.client.Enroll(ctx, authority.EnrollRequest{Name: name})
+	return string(raw), err
+}
+
+// decide decides on one value, and returns once every enforcer has said that it is
+// in force: what lifts waits for the log to confirm it.
+func (f *fabric) decide(ctx context.Context, op authority.Operation, kind, issuer, value string) error {
 	d, err := f.client.Decide(ctx, authority.Request{
 		Operation: op, Targets: []authority.Target{authority.One("", kind, issuer, value)},
 		Reason: "stolen-token", Incident: "INC-142", Commit: true,
@@ -93,13 +99,23 @@ func (f *fabric) decide(ctx context.Context, op authority.Operation, kind, value
 	if err != nil {
 		return err
 	}
+	cov, err := f.client.Coverage(ctx, d.Epoch, d.Number, 10*time.Second)
+	if err != nil {
+		return err
+	}
+	if cov.InEffect != cov.Enforcers {
+		return fmt.Errorf("in effect on %d of %d enforcers: %+v", cov.InEffect, cov.Enforcers, cov.Detail)
+	}
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	behind := func() bool {
-		return op.Lifts() && f.enforcer.Status().Confirmed < d.Number ||
-			slices.ContainsFunc(f.followers, func(applied func() uint64) bool { return applied() < d.Number })
-	}
-	for behind() {
+	for op.Lifts() {
+		all, err := f.client.Enforcers(ctx)
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(all, func(e authority.Enforcer) bool { return e.Confirmed < d.Number }) {
+			break
+		}
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)

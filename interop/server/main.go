@@ -2,6 +2,9 @@
 // features that the conformance suite asks for, behind a real authority, a real
 // enforcer and the guard, and the same server without any of them.
 //
+// For enforcers of their own process it has upstreams that guard nothing, and
+// enrols them.
+//
 // It listens on loopback, writes one line of JSON with its addresses to standard
 // output, and ends when its standard input does.
 package main
@@ -19,13 +22,13 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
-	"github.com/interlock-fabric/interlock/internal/gateway"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 )
@@ -50,14 +53,13 @@ type addresses struct {
 	Signed  string `json:"signed"`
 	Plain   string `json:"plain"`
 	Control string `json:"control"`
-	// A2A is where the agent's card is found.
-	A2A string `json:"a2a"`
-	// Proxied is the plain one behind enforcer proxy. Original and Forwarded are
-	// enforcer authz in its two dialects, and Echo is a host behind neither.
-	Proxied   string `json:"proxied"`
-	Original  string `json:"original"`
-	Forwarded string `json:"forwarded"`
-	Echo      string `json:"echo"`
+	// A2A is where the agent's card is found; PlainA2A is the agent without a guard.
+	A2A      string `json:"a2a"`
+	PlainA2A string `json:"plain_a2a"`
+	// Mirror answers with the request that it was sent.
+	Mirror string `json:"mirror"`
+	// Keys verify the tokens.
+	Keys jose.JSONWebKeySet `json:"keys"`
 }
 
 func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
@@ -74,11 +76,12 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	keys := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1"}}}
 	verifier, err := credential.New(credential.Options{
 		Audiences: []string{resource},
 		Issuers: []credential.Issuer{{
 			URL: issuer, Tenant: tenant,
-			Keys: jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1"}}},
+			Keys: keys,
 		}},
 	})
 	if err != nil {
@@ -119,7 +122,8 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 	defer func() { err = errors.Join(err, agents.guard.Close()) }()
 	defer open()
 
-	var at addresses
+	seen := new(mirror)
+	at := addresses{Keys: keys}
 	var rpc, rest, card string
 	var cards http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h, err := agents.cards(card, rpc, rest) // these are known once all listen
@@ -133,9 +137,9 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		url     *string
 		handler http.Handler
 	}{
-		{&at.Guarded, guarded}, {&at.Signed, signed}, {&at.Plain, plain}, {&at.Control, control(f, mint, open)},
+		{&at.Guarded, guarded}, {&at.Signed, signed}, {&at.Plain, plain}, {&at.Control, control(f, mint, seen, open)},
 		{&rpc, agents.rpc}, {&rest, http.StripPrefix("/mcp", agents.rest)}, {&card, agents.upstream}, {&at.A2A, cards},
-		{&at.Echo, http.HandlerFunc(echo)},
+		{&at.PlainA2A, unguardedAgent(let)}, {&at.Mirror, seen},
 	} {
 		l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
@@ -147,24 +151,6 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		defer func() { _ = srv.Close(); <-done }()
 		*s.url = "http://" + l.Addr().String() + "/mcp"
 	}
-	const routes = "routes: [{name: tools, protocol: %s, path: %s, resource: %q, upstream: {url: %q}}]\n"
-	for _, x := range []struct {
-		url        *string
-		kind       gateway.Kind
-		name, rest string
-	}{
-		{&at.Proxied, gateway.Proxy, "proxy", fmt.Sprintf(routes, "mcp", "/mcp", resource, at.Plain) + "proxy: {listeners: [{listen: 127.0.0.1:0}]}\n"},
-		{&at.Original, gateway.Authz, "original", fmt.Sprintf(routes, "http", "/", resource, at.Echo) + "authz: {forward_headers: x-original, http: {listen: 127.0.0.1:0}}\n"},
-		{&at.Forwarded, gateway.Authz, "forwarded", fmt.Sprintf(routes, "http", "/", resource, at.Echo) + "authz: {forward_headers: x-forwarded, http: {listen: 127.0.0.1:0}}\n"},
-	} {
-		addr, stop, err := newGateway(ctx, f, key, x.kind, x.name, x.rest)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = stop() }() // a temporary folder
-		*x.url = addr
-	}
-	at.Proxied += "/mcp"
 	if err := json.NewEncoder(out).Encode(at); err != nil {
 		return err
 	}
@@ -174,11 +160,14 @@ func run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 
 // control is the runner's way to tokens and decisions. It listens on loopback
 // and lives for one run.
-func control(f *fabric, m *mint, open func()) http.Handler {
+func control(f *fabric, m *mint, seen *mirror, open func()) http.Handler {
 	type request struct {
 		User    string `json:"user"`
 		Session string `json:"session"`
-		Agent   string `json:"agent"`
+		// Kind and Value are what a decision names; Name is an enforcer's.
+		Kind  string `json:"kind"`
+		Value string `json:"value"`
+		Name  string `json:"name"`
 	}
 	handle := func(do func(context.Context, request) (any, error)) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
@@ -204,14 +193,36 @@ func control(f *fabric, m *mint, open func()) http.Handler {
 	}))
 	for op, path := range map[authority.Operation]string{authority.Suspend: "suspend", authority.Resume: "resume"} {
 		mux.Handle("POST /mcp/"+path, handle(func(ctx context.Context, r request) (any, error) {
-			return true, f.decide(ctx, op, "agent", r.Agent)
+			return true, f.decide(ctx, op, r.Kind, "", r.Value)
 		}))
 	}
+	mux.Handle("POST /mcp/enroll", handle(func(ctx context.Context, r request) (any, error) {
+		return f.enroll(ctx, r.Name)
+	}))
+	mux.Handle("POST /mcp/mirrored", handle(func(context.Context, request) (any, error) {
+		return seen.seen.Load(), nil
+	}))
 	mux.Handle("POST /mcp/release", handle(func(context.Context, request) (any, error) {
 		open()
 		return true, nil
 	}))
 	return mux
+}
+
+// mirror answers with the request as it came, and counts.
+type mirror struct{ seen atomic.Int64 }
+
+func (m *mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	m.seen.Add(1)
+	body, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(map[string]any{ // the client may have gone
+		"method": r.Method, "uri": r.RequestURI, "header": r.Header, "body": string(body),
+	})
 }
 
 // mint is the token issuer.

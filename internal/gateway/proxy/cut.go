@@ -119,8 +119,10 @@ func (b *body) event(a *denial.Answer) []byte {
 		// client acts on.
 		out = append(out, "\nevent: interrupted\n\n"...)
 	}
-	data := b.x.inWords(a)
-	if b.x.op.ID == nil && b.x.g.Route.Protocol == config.MCP {
+	kind, data := "message", b.x.inWords(a)
+	switch {
+	case b.x.op.ID != nil:
+	case b.x.g.Route.Protocol == config.MCP:
 		// A stream that answers no call.
 		var err error
 		if data, err = json.Marshal(map[string]any{
@@ -129,8 +131,11 @@ func (b *body) event(a *denial.Answer) []byte {
 		}); err != nil { // strings and numbers
 			return out
 		}
+	default:
+		// A2A's TypeScript client knows an error over REST by the type alone.
+		kind = "error"
 	}
-	return fmt.Appendf(out, "event: message\ndata: %s\n\n", data)
+	return fmt.Appendf(out, "event: %s\ndata: %s\n\n", kind, data)
 }
 
 // setGRPC sets the trailers that end a call of gRPC.
