@@ -474,3 +474,17 @@ func TestUnwatchedSessionsAreClosed(t *testing.T) {
 		t.Errorf("%s %v", r.Method, r.Header)
 	}
 }
+
+// What no decision can name is not denied for that.
+func TestLongPathsPass(t *testing.T) {
+	w := newWorld(t)
+	up, _ := plainUpstream(t)
+	g := w.start(w.load(routeTo("http", "/", up.URL, "")), Proxy)
+	ann := w.token("ann", "s-ann")
+	path := "/files/" + strings.Repeat("a", 500)
+	if resp := post(t, g.url()+path, ann, ""); resp.StatusCode != http.StatusOK {
+		t.Fatal(resp.Status)
+	}
+	w.decide(authority.Revoke, "session", "s-ann")
+	eventually(t, "denied", func() bool { return post(t, g.url()+path, ann, "").StatusCode == http.StatusUnauthorized })
+}

@@ -70,6 +70,9 @@ func (g *Guard) Call(o *operation.Operation) session.Call {
 	}
 	call := g.calls[o.Label(g.Route.Protocol)]
 	call.Audience, call.Tool = g.Route.Resource, o.Tool(g.Route.Protocol)
+	if _, err := session.Canonical(session.KindTool, call.Tool); err != nil {
+		call.Tool = "" // too long a path, as a rule: no decision can name it
+	}
 	switch g.Route.Protocol {
 	case config.MCP:
 		call.LowRisk = call.LowRisk || mcpguard.LowRisk(o.Method)
