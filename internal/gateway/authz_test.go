@@ -158,6 +158,17 @@ func TestForwardAuth(t *testing.T) {
 			if resp := ask(ann, "/nowhere", prefix+"Uri", "/files/a"); resp.StatusCode != 403 {
 				t.Error(resp.Status)
 			}
+			if resp := ask(ann, "/files/a", "Interlock_subject", "root"); resp.StatusCode != 403 {
+				t.Error(resp.Status)
+			}
+			for _, uri := range []string{"http:files", "/files/a#/x", "//files/a", "/files/..;/a"} {
+				if resp := ask(ann, uri); resp.StatusCode != 403 {
+					t.Errorf("%s: %s", uri, resp.Status)
+				}
+			}
+			if resp := ask(ann, "/files/a", "X-Http-Method-Override", "DELETE"); resp.StatusCode != 403 {
+				t.Error(resp.Status)
+			}
 			w.decide(authority.Revoke, "session", sid)
 			eventually(t, "denied", func() bool { return ask(ann, "/files/a").StatusCode == 401 })
 		})

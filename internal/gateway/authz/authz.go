@@ -39,6 +39,7 @@ var (
 	errNoRoute   = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "no such resource"}
 	errDescribed = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the request is not described: see authz.forward_headers"}
 	errUnread    = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the message was not sent along whole: raise max_request_bytes"}
+	errSpoofed   = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "a header could be taken for one that names the caller"}
 	errMethod    = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the method is not one of MCP"}
 	errOverride  = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "a header asks for another method than the request's"}
 )
@@ -297,6 +298,14 @@ func (x *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		answerRefusal(w, errDescribed)
 		return
+	}
+	for name := range r.Header {
+		if route.Spoofed(name) && strings.Contains(name, "_") {
+			// Whoever asks replaces the headers that it knows by name; this one
+			// would pass, and is the same to some servers.
+			answerRefusal(w, errSpoofed)
+			return
+		}
 	}
 	g, p, _, err := s.decide(orig, nil, false)
 	var refusal *operation.Refusal
