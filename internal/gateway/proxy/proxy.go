@@ -402,6 +402,11 @@ func dropped(name string) bool {
 
 func drop(h http.Header) {
 	for name := range h {
+		// Nearly all headers are neither: what is read of a request has its
+		// names in canonical form.
+		if c := name[0]; c != 'X' && c != 'I' && strings.IndexByte(name, '_') < 0 {
+			continue
+		}
 		if dropped(name) {
 			delete(h, name)
 		}
