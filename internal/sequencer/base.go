@@ -44,6 +44,7 @@ type described struct {
 type base struct {
 	*resume
 	segment *filter.Segment
+	signers []session.Signer // as its description says
 	// stale: the log does not have the segment's batch where it was.
 	stale bool
 	// trimmed: without a segment, the log begins later than it once did.
@@ -122,6 +123,7 @@ func (s *Sequencer) openBase(ctx context.Context, d *described) (b base, err err
 	if b.segment, err = s.openSegment(ctx, d); err != nil {
 		return base{}, err
 	}
+	b.signers = d.Signers
 	return b, nil
 }
 
@@ -188,7 +190,8 @@ func (s *Sequencer) described(ctx context.Context) (all []described, last uint64
 }
 
 // describes verifies who signed a description: a key that may speak for all
-// tenants, and was not withdrawn before that number.
+// tenants, and was not withdrawn before that number; and that no other key was
+// whose batches it says are in it.
 func (s *Sequencer) describes(m *stored) (described, error) {
 	f, err := session.ParseFrame(m.Data)
 	if err != nil {
@@ -211,6 +214,9 @@ func (s *Sequencer) describes(m *stored) (described, error) {
 	}
 	if !key.May(session.GlobalKey()) {
 		return described{}, fmt.Errorf("%w: the key may not speak for all tenants", session.ErrUntrusted)
+	}
+	if len(ref.Signers) > 0 && ref.Cut(t.KeySet()) {
+		return described{}, errCut
 	}
 	if l, ok := s.hashes.at(ref.Epoch, ref.Number); ok && s.IsWriter() && l.hash != ref.Head {
 		return described{}, errCut

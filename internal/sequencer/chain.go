@@ -1,7 +1,9 @@
 package sequencer
 
 import (
+	"bytes"
 	"errors"
+	"slices"
 	"sync"
 
 	"github.com/interlock-fabric/interlock/pkg/filter"
@@ -25,6 +27,24 @@ type chain struct {
 	// epoch does, so that what was in force before is missing. stale: it was read
 	// behind a published segment and has not led up to it so far.
 	headless, stale bool
+	// signers are the keys that signed the epoch's batches up to number, with the
+	// newest of each, ascending by key. None are known behind a published segment
+	// that does not say.
+	signers []session.Signer
+}
+
+// signed notes who signed a batch that becomes the head.
+func (c *chain) signed(id session.KeyID, number uint64) {
+	if number == 1 {
+		c.signers = nil
+	} else if len(c.signers) == 0 {
+		return
+	}
+	i, ok := slices.BinarySearchFunc(c.signers, id, func(s session.Signer, id session.KeyID) int { return bytes.Compare(s.Key[:], id[:]) })
+	if !ok {
+		c.signers = slices.Insert(c.signers, i, session.Signer{Key: id})
+	}
+	c.signers[i].Last = number
 }
 
 // link is a batch of the chain.
@@ -124,6 +144,7 @@ func (c *chain) adopt(j judged, v verdict) {
 	}
 	c.set = c.set.Apply(b, func(e *session.Entry) bool { return j.key.May(e.Key) })
 	c.epoch, c.number, c.head = b.Epoch, b.Number, j.hash
+	c.signed(j.id, b.Number)
 	c.time, c.horizon = max(c.time, b.Time), max(c.horizon, b.Horizon)
 	c.stale = false
 	if c.epoch == firstEpoch {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -222,7 +223,7 @@ func (w *writer) startAt(b base) {
 	if r := b.resume; r != nil {
 		w.chain = chain{
 			epoch: r.epoch, number: r.number, head: r.head, set: b.segment.Set(), time: r.time, horizon: r.horizon,
-			pos: r.at, at: r.at, stale: b.stale,
+			pos: r.at, at: r.at, stale: b.stale, signers: slices.Clone(b.signers),
 		}
 		if b.stale {
 			w.pos = 0

@@ -185,7 +185,9 @@ func (w *writer) snapshot() (snapshot, bool) {
 		return snapshot{}, false
 	}
 	n := len(w.taken)
-	return snapshot{w.chain, trustedUpTo(ks), w.taken[:n:n]}, true
+	c := w.chain
+	c.signers = slices.Clone(c.signers)
+	return snapshot{c, trustedUpTo(ks), w.taken[:n:n]}, true
 }
 
 // resume adds the hashes to a snapshot.

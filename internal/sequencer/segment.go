@@ -43,6 +43,7 @@ func (s *Sequencer) publishSegments() {
 	tick := time.NewTicker(min(segmentPoll, s.o.SegmentEvery))
 	defer tick.Stop()
 	at, took := time.Now(), time.Duration(0)
+	answered := uint64(0) // the version of the newest key set that was published for
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -57,13 +58,20 @@ func (s *Sequencer) publishSegments() {
 		}
 		news := v.epoch != last.Epoch || v.number > last.Number
 		due := v.epoch != last.Epoch || v.number >= last.Number+s.o.SegmentBatches || since >= s.o.SegmentEvery
-		if !s.IsWriter() || !news || !due || v.number == 0 || since < segmentRest*took {
+		// A withdrawal leaves nobody anything to start from, and the chain that
+		// it leaves may be shorter: it does not wait for a batch.
+		ks := s.trust.KeySet()
+		cut := ks.Version != answered && last.Cut(ks)
+		if !s.IsWriter() || !cut && (!news || !due) || v.number == 0 || since < segmentRest*took {
 			continue
 		}
 		start := time.Now()
 		err := s.publishSegment()
 		at = time.Now() // also when it fails: the next attempt has its time, too
 		took = at.Sub(start)
+		if err == nil && s.published.Load() != last {
+			answered = ks.Version
+		}
 		if err != nil && s.ctx.Err() == nil {
 			s.log.Warn("sequencer: the state was not published, or the log not trimmed behind it: both go on with the next segment", "err", err)
 		}
@@ -104,7 +112,7 @@ func (s *Sequencer) publishSegment() error {
 	}
 	if len(all) > 0 {
 		s.published.Store(&all[0].SegmentRef)
-		if d := &all[0]; d.Epoch > x.epoch || d.Epoch == x.epoch && d.Number >= x.number {
+		if d := &all[0]; d.Epoch > x.epoch || d.Epoch == x.epoch && d.Number >= x.number && !d.Cut(s.trust.KeySet()) {
 			return nil // another has been faster
 		}
 	}
@@ -127,6 +135,7 @@ func (s *Sequencer) publishSegment() error {
 	ref := session.SegmentRef{
 		Epoch: x.epoch, Number: x.number, Head: x.head, State: g.Digest(), Time: now,
 		Entries: uint64(g.Len()), Size: uint64(g.Size()), ResumeSize: uint64(len(more)), ResumeSum: sha256.Sum256(more),
+		Signers: x.signers,
 	}
 	sum.Sum(ref.Sum[:0])
 	err = s.publishObject(ctx, ref.Sum, g)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"maps"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -87,5 +89,90 @@ func TestPublishedSegments(t *testing.T) {
 	sums, count, err := q.State().Recount()
 	if err != nil || count != n+1 || sums.Total() != q.State().Digest() {
 		t.Error(count, err)
+	}
+}
+
+// TestPublishedAfterAWithdrawal: a description says who signed what is in the
+// segment, also behind a restart. When a key is withdrawn behind that, the segments
+// with its batches are refused, and the chain that is left is published without
+// waiting for a batch: it is shorter than what was published, and nothing else
+// comes.
+func TestPublishedAfterAWithdrawal(t *testing.T) {
+	s := newStore(t)
+	second := newKey(t)
+	first := session.KeyIDOf(writerKey(s.key).Public)
+	s.set = s.keySet(t, 1, writerKey(s.key), writerKey(second))
+	k := s.keys(t, s.key, s.set)
+	mod := func(o *Options) { byHand(o); o.Keys = k }
+	q := s.open(mod)
+	for n := range 10 {
+		must(t, decideDurable(q, n))
+	}
+	_, by1, _ := q.Head()
+	k.use(second)
+	publish(t, q, 10)
+	q.Close()
+	q = s.open(mod) // from the segment
+	for n := 11; n < 30; n++ {
+		must(t, decideDurable(q, n))
+	}
+	must(t, q.publishSegment())
+	_, by2, _ := q.Head()
+	check := func(last map[session.KeyID]uint64) {
+		t.Helper()
+		all := s.refs(q)
+		got := map[session.KeyID]uint64{}
+		for _, x := range all[len(all)-1].Signers {
+			got[x.Key] = x.Last
+		}
+		if !maps.Equal(got, last) {
+			t.Fatalf("signers %v, want %v", got, last)
+		}
+	}
+	id2 := session.KeyIDOf(writerKey(second).Public)
+	check(map[session.KeyID]uint64{first: by1, id2: by2})
+
+	old := writerKey(s.key)
+	old.Withdrawn, old.LastEpoch, old.LastNumber = true, 1, 5
+	must(t, q.PublishKeySet(context.Background(), s.keySet(t, 1, old, writerKey(second))))
+	eventually(t, "what is left is published", func() bool { return len(s.refs(q)) == 1 })
+	_, number, _ := q.Head()
+	if number >= by2 || q.State().Len() < 6 {
+		t.Fatalf("%d entries at batch %d, was at %d", q.State().Len(), number, by2)
+	}
+	check(map[session.KeyID]uint64{first: 5, id2: s.refs(q)[0].Number})
+	if s.first(natsfeed.LogStream) != 1 {
+		t.Error("the log was trimmed by segments that nobody may start from any more")
+	}
+}
+
+// TestPublishedAgainWithoutSigners: behind a segment that does not say who signed
+// what is in it, nothing published later can. What was sealed before a withdrawal
+// is then refused by its time alone, so that the same state is published again,
+// once.
+func TestPublishedAgainWithoutSigners(t *testing.T) {
+	s := newStore(t)
+	second := newKey(t)
+	s.set = s.keySet(t, 1, writerKey(s.key), writerKey(second))
+	k := s.keys(t, s.key, s.set)
+	var late atomic.Int64
+	late.Store(int64(2 * time.Hour)) // before a key set is issued
+	q := s.open(byHand, func(o *Options) {
+		o.Keys = k
+		o.Hooks.Now = func() time.Time { return time.Now().Add(-time.Duration(late.Load())) }
+	})
+	must(t, decideDurable(q, 1))
+	q.post(func() { q.w.signers = nil })
+	publish(t, q, 2)
+	before := s.refs(q)[0]
+	old := writerKey(second)
+	old.Withdrawn, old.LastEpoch = true, 1
+	late.Store(0)
+	must(t, q.PublishKeySet(context.Background(), s.keySet(t, 1, writerKey(s.key), old)))
+	eventually(t, "it is published again", func() bool { return len(s.refs(q)) == 2 })
+	again := s.refs(q)[1]
+	ks := q.trust.KeySet()
+	if len(before.Signers)+len(again.Signers) > 0 || !before.Cut(ks) || again.Cut(ks) || again.Number != before.Number || again.State != before.State {
+		t.Fatalf("%+v, then %+v", before, again)
 	}
 }

@@ -600,6 +600,7 @@ func (w *writer) confirm() {
 		h(f.batch.Number)
 	}
 	w.number, w.head, w.set, w.at = f.batch.Number, f.hash, f.set, w.pos
+	w.signed(f.key, f.batch.Number)
 	w.chain.time, w.chain.horizon = max(w.time, f.batch.Time), max(w.chain.horizon, f.batch.Horizon)
 	w.s.hashes.put(link{epoch: f.batch.Epoch, number: f.batch.Number, hash: f.hash, key: f.key, own: true})
 	w.beat.prove(f.first) // which of the attempts succeeded is not known

@@ -113,20 +113,8 @@ func (s *state) signed(id session.KeyID, number uint64) {
 	s.signers = append(s.signers, signer{id, number})
 }
 
-// revoked reports whether ks no longer trusts the key for that batch of its
-// epoch.
-func revoked(ks *session.KeySet, id session.KeyID, number uint64) bool {
-	for i := range ks.Keys {
-		if k := &ks.Keys[i]; session.KeyIDOf(k.Public) == id {
-			return k.Use != session.UseWriter ||
-				k.Withdrawn && (k.LastEpoch < ks.Epoch || k.LastEpoch == ks.Epoch && number > k.LastNumber)
-		}
-	}
-	return true
-}
-
 func anyRevoked(ks *session.KeySet, signers []signer) bool {
-	return slices.ContainsFunc(signers, func(s signer) bool { return revoked(ks, s.Key, s.Last) })
+	return slices.ContainsFunc(signers, func(s signer) bool { return ks.Revoked(s.Key, s.Last) })
 }
 
 // link is a batch that was heard, with the rights of who signed it.
@@ -178,6 +166,7 @@ func newChain(origin session.Hash, floor head) *chain {
 // start makes a state the beginning of a chain that has nothing yet.
 func (c *chain) start(s state) {
 	c.base, c.confirmed = s, s
+	c.base.signers = slices.Clone(s.signers)
 	c.look()
 }
 
@@ -555,7 +544,7 @@ func (c *chain) retrust(ks *session.KeySet) bool {
 	}
 	var gone []*link
 	each := func(l *link) {
-		if revoked(ks, l.signer, l.batch.Number) {
+		if ks.Revoked(l.signer, l.batch.Number) {
 			gone = append(gone, l)
 		}
 	}

@@ -138,7 +138,7 @@ func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *se
 			continue
 		}
 		ref, ferr := session.UnmarshalSegmentRef(frame.Body)
-		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= want.above || want.most > 0 && ref.Number > want.most || ref.Sum == want.not || predates(ref, ks) {
+		if ferr != nil || ref.Epoch != ks.Epoch || ref.Number <= want.above || want.most > 0 && ref.Number > want.most || ref.Sum == want.not || ref.Cut(ks) {
 			continue
 		}
 		found = append(found, candidate{frame, ref})
@@ -170,14 +170,6 @@ func (f *follower) fetchSegment(ctx context.Context, feed SegmentFeed, trust *se
 		}
 	}
 	return fetchedSegment{}, err
-}
-
-// predates reports whether a segment is from before a key was withdrawn whose
-// batches may be in it.
-func predates(ref session.SegmentRef, ks *session.KeySet) bool {
-	return ref.Time <= ks.Issued && slices.ContainsFunc(ks.Keys, func(k session.SigningKey) bool {
-		return k.Withdrawn && (k.LastEpoch < ks.Epoch || k.LastEpoch == ks.Epoch && k.LastNumber < ref.Number)
-	})
 }
 
 // download fetches one segment, into the state directory if there is one.
@@ -272,7 +264,7 @@ func (f *follower) adoptSegment(x fetchedSegment) {
 	floor := f.chain.floor
 	at := head{x.ref.Number, x.ref.Head}
 	switch ks := f.trust.KeySet(); {
-	case ks.Epoch != x.ref.Epoch || revoked(ks, x.signer, x.ref.Number):
+	case ks.Epoch != x.ref.Epoch || ks.Revoked(x.signer, x.ref.Number) || x.ref.Cut(ks):
 		return
 	case at.number <= f.chain.base.number || f.chain.live && len(f.beats) == 0 && f.keep.gap == 0:
 		return // the log was faster
@@ -287,7 +279,12 @@ func (f *follower) adoptSegment(x fetchedSegment) {
 			"entries", n, "after", f.chain.base.number, "until", at.number)
 	}
 	beats := f.beats
-	f.again(floor, &state{head: at, set: x.g.Set(), signers: []signer{{x.signer, at.number}}})
+	from := state{head: at, set: x.g.Set()}
+	for _, s := range x.ref.Signers {
+		from.signed(s.Key, s.Last)
+	}
+	from.signed(x.signer, at.number) // who vouched for it
+	f.again(floor, &from)
 	f.chain.trial, f.chain.source = true, x.ref.Sum
 	f.rewind(1) // the log's positions are at least the batches' numbers
 	f.keep.sealedAt = never

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -471,5 +472,143 @@ func TestRolledBackBehindASegment(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// signers is what a description says of who signed what is in the segment.
+func (b *bus) signers(last map[string]uint64) (out []session.Signer) {
+	for name, n := range last {
+		out = append(out, session.Signer{Key: session.KeyIDOf(b.pub(name)), Last: n})
+	}
+	slices.SortFunc(out, func(a, b session.Signer) int { return bytes.Compare(a.Key[:], b.Key[:]) })
+	return out
+}
+
+// withdrawB trusts key b up to batch 1 alone, in a key set that is newer than
+// everything that was sealed so far.
+func (b *bus) withdrawB() {
+	b.newKeySet(func(ks *session.KeySet) {
+		ks.Issued = b.now()
+		ks.Keys[1].Withdrawn, ks.Keys[1].LastEpoch, ks.Keys[1].LastNumber = true, 1, 1
+	})
+}
+
+// TestWithdrawalBehindAPublishedSegment: an enforcer begins at a published
+// segment, which the writer's own key describes, and in which a stolen key has a
+// batch. The key is withdrawn behind that, and the log grows anew: an enforcer
+// that runs, and one that was down meanwhile, take nothing of the thief's and go
+// on from what is published then. Without the description's signers both keep to
+// a log that was rolled back, until the next epoch.
+func TestWithdrawalBehindAPublishedSegment(t *testing.T) {
+	for _, down := range []bool{false, true} {
+		t.Run(fmt.Sprintf("down %t", down), func(t *testing.T) {
+			within(t, func(t *testing.T, b *bus) {
+				p := &publishing{busFeed: b.feed()}
+				dir := t.TempDir()
+				keep := func(o *Options) { o.StateDir = dir }
+				b.newKeySet(func(ks *session.KeySet) {
+					ks.Keys = append(ks.Keys, session.SigningKey{Public: b.pub("b"), Use: session.UseWriter})
+				})
+				b.decide(revoke(b.session("s0")))
+				good := b.chainNow()
+				b.as(func(b *bus) { b.signer = b.keys["b"] }) // stolen
+				b.decide(revoke(b.session("s1")))
+				b.as(func(b *bus) { b.signer = b.keys["a"] })
+				b.decide(revoke(b.session("s2")))
+				p.publishState(func(r *session.SegmentRef, _ []byte) { r.Signers = b.signers(map[string]uint64{"a": 3, "b": 2}) })
+				b.trim(0)
+				e := p.open(t, keep)
+				defer func() { e.Close() }()
+				mustDeny(t, e, prepare(t, e, caller("s1")), session.Call{}, session.ErrRevoked)
+				if p.reads != 1 {
+					t.Fatalf("%d segments were fetched", p.reads)
+				}
+				time.Sleep(1500 * time.Millisecond) // the floor is saved
+				if down {
+					e.Close()
+				}
+				log := b.log
+				b.restore(good)
+				b.with(func(b *bus) { b.log = log })
+				b.withdrawB()
+				b.decide(revoke(b.session("s3")))
+				if !down {
+					settle()
+					mustDeny(t, e, prepare(t, e, caller("ok")), session.Call{}, session.ErrStale)
+				}
+				time.Sleep(time.Second)
+				p.publishState(func(r *session.SegmentRef, _ []byte) { r.Signers = b.signers(map[string]uint64{"a": 2}) })
+				if down {
+					p.busFeed = b.feed()
+					e = p.open(t, keep)
+				}
+				time.Sleep(5 * time.Second)
+				for _, id := range []string{"s0", "s3"} {
+					mustDeny(t, e, prepare(t, e, caller(id)), session.Call{}, session.ErrRevoked)
+				}
+				for _, id := range []string{"s1", "s2", "ok"} {
+					mustAllow(t, e, prepare(t, e, caller(id)), session.Call{})
+				}
+				if s := e.Status(); s.Confirmed != 2 || s.RolledBack != 0 || s.Diverged != 0 || p.reads != 2 {
+					t.Fatalf("%d segments fetched, %+v", p.reads, s)
+				}
+			})
+		})
+	}
+}
+
+// TestSegmentsAfterAWithdrawal: a segment that says who signed what is in it is
+// judged by that, also when the withdrawal comes while it is fetched, and one that
+// does not by when it was sealed. The log is whole.
+func TestSegmentsAfterAWithdrawal(t *testing.T) {
+	for name, tt := range map[string]struct {
+		signers map[string]uint64
+		// before and during: when the key is withdrawn; otherwise the segment is
+		// sealed after that.
+		before, during bool
+		want           bool
+	}{
+		"taken back":                       {signers: map[string]uint64{"a": 3, "b": 2}},
+		"taken back while it is fetched":   {signers: map[string]uint64{"a": 3, "b": 2}, during: true},
+		"not taken back, sealed before":    {signers: map[string]uint64{"a": 3, "b": 1}, before: true, want: true},
+		"signers not known":                {want: true},
+		"signers not known, sealed before": {before: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			within(t, func(t *testing.T, b *bus) {
+				p := &publishing{busFeed: b.feed()}
+				b.newKeySet(func(ks *session.KeySet) {
+					ks.Keys = append(ks.Keys, session.SigningKey{Public: b.pub("b"), Use: session.UseWriter})
+				})
+				for _, id := range []string{"s0", "s1", "s2"} {
+					b.decide(revoke(b.session(id)))
+				}
+				publish := func() {
+					time.Sleep(time.Second)
+					p.publishState(func(r *session.SegmentRef, _ []byte) { r.Signers = b.signers(tt.signers) })
+				}
+				switch {
+				case tt.during:
+					publish()
+					p.during = func() { b.withdrawB(); settle() }
+				case tt.before:
+					publish()
+					b.withdrawB()
+				default:
+					b.withdrawB()
+					publish()
+				}
+				e := p.open(t, nil)
+				defer e.Close()
+				mustDeny(t, e, prepare(t, e, caller("s2")), session.Call{}, session.ErrRevoked)
+				mustAllow(t, e, prepare(t, e, caller("ok")), session.Call{})
+				if got := e.view.Load().set.Segment() != nil; got != tt.want {
+					t.Errorf("believed: %t", got)
+				}
+				if fetched := p.reads > 0; fetched != (tt.want || tt.during) {
+					t.Errorf("fetched: %t", fetched)
+				}
+			})
+		})
 	}
 }

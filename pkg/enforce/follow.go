@@ -498,7 +498,7 @@ func (f *follower) again(floor head, from *state) {
 	if from != nil {
 		f.chain.start(*from)
 	}
-	f.chain.carry(old, func(l *link) bool { return !revoked(ks, l.signer, l.batch.Number) })
+	f.chain.carry(old, func(l *link) bool { return !ks.Revoked(l.signer, l.batch.Number) })
 }
 
 // rebuild denies everything and reads the log anew.

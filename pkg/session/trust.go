@@ -54,6 +54,11 @@ func (s *SigningKey) May(k Key) bool {
 	return s.Tenants == nil || k.Tenant != 0 && slices.Contains(s.Tenants, k.Tenant)
 }
 
+// signs reports whether the key is trusted for a batch, if it is a writer's.
+func (s *SigningKey) signs(epoch, number uint64) bool {
+	return !s.Withdrawn || s.LastEpoch > epoch || s.LastEpoch == epoch && number <= s.LastNumber
+}
+
 // KeySet is the one document that the offline root key signs. Versions only
 // grow; the newest that has not expired counts alone.
 type KeySet struct {
@@ -237,6 +242,17 @@ func UnmarshalKeySet(body []byte) (*KeySet, error) {
 	return ks, nil
 }
 
+// Revoked reports whether the key set does not trust a key for the batch with
+// that number of its epoch.
+func (ks *KeySet) Revoked(id KeyID, number uint64) bool {
+	for i := range ks.Keys {
+		if k := &ks.Keys[i]; KeyIDOf(k.Public) == id {
+			return k.Use != UseWriter || !k.signs(ks.Epoch, number)
+		}
+	}
+	return true
+}
+
 // Trust decides which frames to believe: a pinned root and the newest key set
 // that the root signed. Reads take no lock and may run beside one Update; it
 // must be made by NewTrust.
@@ -349,7 +365,7 @@ func (t *Trust) Writer(f *Frame, number uint64, live bool, now Instant) (*Signin
 	if k == nil || k.Use != UseWriter {
 		return nil, fmt.Errorf("%w: %s", ErrUntrusted, f.Key)
 	}
-	if k.Withdrawn && (live || k.LastEpoch < c.set.Epoch || k.LastEpoch == c.set.Epoch && number > k.LastNumber) {
+	if k.Withdrawn && live || !k.signs(c.set.Epoch, number) {
 		return nil, fmt.Errorf("%w: %s is withdrawn", ErrUntrusted, f.Key)
 	}
 	if err := f.Verify(k.Public); err != nil {
