@@ -143,12 +143,22 @@ func TestClusterLosesItsLeader(t *testing.T) {
 	must(t, err)
 	defer func() { _ = sub.Unsubscribe() }()
 	must(t, nc.Flush())
+	const n = 300
+	// Servers tell each other of a subscription in their own time.
+	probe := n
+	eventually(t, "all servers know of the subscription", func() bool {
+		if _, ok := heard.Load(id(probe)); ok {
+			return true
+		}
+		probe++
+		must(t, decideDurable(a, probe))
+		return false
+	})
 
 	type told struct {
 		durable bool
 		number  uint64
 	}
-	const n = 300
 	first := make([]told, n)
 	var slowest time.Duration
 	var late int
