@@ -33,6 +33,11 @@ const (
 	// segmentRest is how many times as long as the last one took nothing is
 	// published: sealing must leave the machine to those who decide.
 	segmentRest = 4
+	// storeLimit bounds each write to the store: an acknowledgement that is lost
+	// with its leader never comes. failedRest bounds the rest after such waiting,
+	// which was no work.
+	storeLimit = 5 * time.Second
+	failedRest = 2 * time.Second
 	// pauseAtMost bounds the rest after each chunk.
 	pauseAtMost = 50 * time.Millisecond
 )
@@ -71,6 +76,9 @@ func (s *Sequencer) publishSegments() {
 		took = at.Sub(start)
 		if err == nil && s.published.Load() != last {
 			answered = ks.Version
+		}
+		if err != nil {
+			took = min(took, failedRest)
 		}
 		if err != nil && s.ctx.Err() == nil {
 			s.log.Warn("sequencer: the state was not published, or the log not trimmed behind it: both go on with the next segment", "err", err)
@@ -212,6 +220,8 @@ func (s *Sequencer) describe(ctx context.Context, ref *session.SegmentRef, fence
 	}
 	frame, err := session.Seal(session.TypeSegment, ref.MarshalBody(), key)
 	if err == nil {
+		ctx, cancel := context.WithTimeout(ctx, storeLimit)
+		defer cancel()
 		_, err = s.js.Publish(ctx, natsfeed.SegmentSubject, frame,
 			jetstream.WithExpectStream(natsfeed.SegmentStream), jetstream.WithExpectLastSequencePerSubject(fence))
 	}
@@ -280,6 +290,8 @@ func (s *Sequencer) objectStart(ctx context.Context, d *described) (uint64, erro
 
 // purge removes what a stream has before a position.
 func (s *Sequencer) purge(ctx context.Context, name string, before uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, storeLimit)
+	defer cancel()
 	stream, err := s.js.Stream(ctx, name)
 	if err == nil {
 		err = stream.Purge(ctx, jetstream.WithPurgeSequence(before))
@@ -357,7 +369,9 @@ func (c *chunker) flush() error {
 	if c.buf.Len() == 0 {
 		return nil
 	}
-	_, err := c.js.Publish(c.ctx, c.subject, bytes.Clone(c.buf.Bytes()))
+	ctx, cancel := context.WithTimeout(c.ctx, storeLimit)
+	_, err := c.js.Publish(ctx, c.subject, bytes.Clone(c.buf.Bytes()))
+	cancel()
 	c.buf.Reset()
 	if err == nil {
 		err = c.pace.rest()
