@@ -290,8 +290,8 @@ func dial(t testing.TB, url, era, token string) (*agent, error) {
 	defer cancel()
 	var err error
 	a.ClientSession, err = mcp.NewClient(&mcp.Implementation{Name: "agent", Version: "1"}, &mcp.ClientOptions{
-		//nolint:staticcheck // the notification is how a legacy stream says why it ends
-		LoggingMessageHandler: func(_ context.Context, r *mcp.LoggingMessageRequest) { a.notes <- r },
+		//lint:ignore SA1019 the notification is how a legacy stream says why it ends
+		LoggingMessageHandler: func(_ context.Context, r *mcp.LoggingMessageRequest) { a.notes <- r }, //nolint:staticcheck // as above
 	}).Connect(ctx, &mcp.StreamableClientTransport{Endpoint: url, HTTPClient: &http.Client{Transport: bearer{token, base}}},
 		&mcp.ClientSessionOptions{ProtocolVersion: era})
 	if err != nil {
