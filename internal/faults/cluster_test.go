@@ -254,7 +254,7 @@ func loseServer(t *testing.T, killWriter bool) {
 		}
 	}
 	through := c.other(writer, victim)
-	stop := c.measure(guards, crowd, through.client, 25*time.Millisecond)
+	stop := c.measure(guards, crowd, through.client, slack*25*time.Millisecond)
 	durable := func() uint64 {
 		st, err := through.client.Status(f.ctx)
 		if err != nil {
@@ -273,12 +273,12 @@ func loseServer(t *testing.T, killWriter bool) {
 	victim.kill()
 	after := durable()
 	if !killWriter {
-		eventually(t, patience, "the log has another leader", func() bool {
+		eventually(t, slack*patience, "the log has another leader", func() bool {
 			n := c.leader(nc)
 			return n != victim
 		})
 	}
-	eventually(t, patience, "decisions are durable again", func() bool { return durable() > after+3 })
+	eventually(t, slack*patience, "decisions are durable again", func() bool { return durable() > after+3 })
 	gap := time.Since(killed)
 	eventually(t, patience, "decisions afterwards", func() bool { return time.Since(killed) > gap+2*time.Second })
 	samples := stop()
