@@ -70,6 +70,11 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 	kept := t != nil && t.held.keeps(c.prepared)
 	g.mu.Unlock()
 	if closed {
+		// A session that is closing was cut: its caller is to read why, also from
+		// a request that was let in just before.
+		if err := g.enforcer.Check(c.prepared, g.connect()); err != nil {
+			return err
+		}
 		return errClosed()
 	}
 	if kept {
