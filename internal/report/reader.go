@@ -32,6 +32,9 @@ const (
 	// what is refused is noticed while it is there.
 	pollEvery   = 2 * time.Second
 	pollTimeout = time.Minute
+	// askTimeout bounds each question to the store: the answer to one that was
+	// with a server when it died never comes.
+	askTimeout = 2 * time.Second
 	// maxBoots is how many earlier boots of an enforcer are remembered.
 	maxBoots = 64
 )
@@ -71,8 +74,13 @@ type Reader struct {
 	o   Options
 	log *slog.Logger
 
+	// reading is held by whoever reads the stream; next is its own. What has been
+	// read is behind mu, which nobody holds while he waits for the store: status
+	// must answer when the store does not.
+	reading chan struct{}
+	next    uint64 // stream sequence
+
 	mu        sync.Mutex
-	next      uint64 // stream sequence
 	all       map[string]*member
 	strangers uint64
 }
@@ -99,7 +107,7 @@ func NewReader(o Options) *Reader {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Reader{o: o, log: o.Logger, next: 1, all: map[string]*member{}}
+	return &Reader{o: o, log: o.Logger, reading: make(chan struct{}, 1), next: 1, all: map[string]*member{}}
 }
 
 // Follow reads until ctx ends.
@@ -128,20 +136,26 @@ func (r *Reader) Follow(ctx context.Context) {
 
 // CatchUp reads what the stream had when it was called.
 func (r *Reader) CatchUp(ctx context.Context) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	s, err := r.o.JetStream.Stream(ctx, natsfeed.ReportStream)
+	select {
+	case r.reading <- struct{}{}:
+		defer func() { <-r.reading }()
+	case <-ctx.Done():
+		return fmt.Errorf("report: %w", ctx.Err())
+	}
+	s, err := r.stream(ctx)
 	if err != nil {
-		return fmt.Errorf("report: %w", err)
+		return err
 	}
 	state := s.CachedInfo().State
 	if state.LastSeq+1 < r.next {
 		r.next = 1 // the stream was made anew, and what is known of it is not of it
+		r.mu.Lock()
 		clear(r.all)
+		r.mu.Unlock()
 	}
 	r.next = max(r.next, state.FirstSeq)
 	for r.next <= state.LastSeq {
-		m, err := s.GetMsg(ctx, r.next, jetstream.WithGetMsgSubject(natsfeed.ReportSubjects))
+		m, err := get(ctx, s, r.next, jetstream.WithGetMsgSubject(natsfeed.ReportSubjects))
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			r.next = state.LastSeq + 1 // the rest has given way meanwhile
 			break
@@ -157,10 +171,28 @@ func (r *Reader) CatchUp(ctx context.Context) error {
 	return nil
 }
 
-// take believes a stored message, or says why not. r.mu is held.
+func (r *Reader) stream(ctx context.Context) (jetstream.Stream, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	s, err := r.o.JetStream.Stream(ctx, natsfeed.ReportStream)
+	if err != nil {
+		return nil, fmt.Errorf("report: %w", err)
+	}
+	return s, nil
+}
+
+func get(ctx context.Context, s jetstream.Stream, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	return s.GetMsg(ctx, seq, opts...)
+}
+
+// take believes a stored message, or says why not.
 func (r *Reader) take(m *jetstream.RawStreamMsg) error {
 	name := strings.TrimPrefix(m.Subject, natsfeed.ReportSubject(""))
-	key, ok := r.o.ReceiptKey(name)
+	key, ok := r.o.ReceiptKey(name) // may wait
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if !ok {
 		r.strangers++
 		return ErrNotEnrolled
@@ -290,13 +322,13 @@ func (r *Reader) contents(ctx context.Context, enforcer string, since time.Time,
 	}
 	r.mu.Unlock()
 	slices.SortFunc(items, func(a, b item) int { return int(b.seq) - int(a.seq) })
-	s, err := r.o.JetStream.Stream(ctx, natsfeed.ReportStream)
+	s, err := r.stream(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("report: %w", err)
+		return nil, err
 	}
 	newest := map[string]bool{}
 	for _, i := range items {
-		m, err := s.GetMsg(ctx, i.seq)
+		m, err := get(ctx, s, i.seq)
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			continue
 		}

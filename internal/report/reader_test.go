@@ -432,3 +432,35 @@ func TestAcceptIsBounded(t *testing.T) {
 		t.Errorf("an earlier boot: %v", err)
 	}
 }
+
+// A question that was with a server when it died is never answered. What has
+// been read is there all the same, and the next question is asked soon.
+func TestStoreThatDoesNotAnswer(t *testing.T) {
+	w := newWorld(t)
+	asked := make(chan struct{}, 16)
+	sub, err := w.js.Conn().Subscribe("_INBOX.dead.>", func(*nats.Msg) { asked <- struct{}{} })
+	must(t, err)
+	defer func() { must(t, sub.Unsubscribe()) }()
+	w.opts.JetStream, err = jetstream.NewWithAPIPrefix(w.js.Conn(), "_INBOX.dead")
+	must(t, err)
+	r := NewReader(w.opts)
+	reading, told := make(chan error, 1), make(chan struct{})
+	go func() { reading <- r.CatchUp(w.ctx) }()
+	select {
+	case <-asked:
+	case err := <-reading:
+		t.Fatal("nothing was asked:", err)
+	}
+	go func() {
+		r.Enforcers()
+		close(told)
+	}()
+	select {
+	case <-told:
+	case <-reading:
+		t.Fatal("what is known waited for the store")
+	}
+	if err := <-reading; !errors.Is(err, context.DeadlineExceeded) || w.ctx.Err() != nil {
+		t.Errorf("a question without an answer: %v, and the caller's time: %v", err, w.ctx.Err())
+	}
+}
