@@ -308,7 +308,7 @@ func (s *story) cascade() error {
 	}
 	defer parent.close()
 	began := time.Now()
-	_, err = s.fabric.client.Decide(s.ctx, authority.Request{
+	d, err := s.fabric.client.Decide(s.ctx, authority.Request{
 		Operation: authority.Revoke, Targets: []authority.Target{authority.One("", "user", issuer, "carol")},
 		Reason: "compromised", Incident: "INC-144", Commit: true,
 	})
@@ -317,6 +317,15 @@ func (s *story) cascade() error {
 	}
 	first := parent.untilDenied(s.ctx, began)
 	s.step("the user's agent is denied", first.at.Sub(began), expect(first.err, session.ErrRevoked, "INC-144"))
+	// The sub-agent goes to the other server: what has been seen of the first
+	// says nothing of that one, its receipt does.
+	cover, err := s.fabric.client.Coverage(s.ctx, d.Epoch, d.Number, 10*time.Second)
+	if err == nil && !cover.Effective {
+		err = fmt.Errorf("coverage: %+v", *cover)
+	}
+	if err != nil {
+		return s.failed("in effect everywhere", time.Since(began), err)
+	}
 	began = time.Now()
 	child := s.mint.child("carol", "s-child", "s-parent", "spiffe://demo/agent/worker", "spiffe://demo/agent/planner")
 	_, err = s.modern.dial(s.ctx, child)
