@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/gateway"
 )
 
@@ -34,7 +35,7 @@ func ask(ctx context.Context, g *globals, path, method, what string, in, out any
 			return err
 		}
 		if path = c.Admin.Socket; path == "" {
-			return usagef("the configuration has neither admin.socket nor state_dir: give --socket")
+			return cli.Usagef("the configuration has neither admin.socket nor state_dir: give --socket")
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
@@ -61,15 +62,15 @@ func ask(ctx context.Context, g *globals, path, method, what string, in, out any
 		if errors.Is(err, fs.ErrPermission) {
 			mend = "run it as the user who runs the enforcer"
 		}
-		return &exitError{exitUnreachable, fmt.Errorf("%w: %s", err, mend)}
+		return cli.Exit(cli.ExitUnreachable, fmt.Errorf("%w: %s", err, mend))
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return &exitError{exitUnreachable, err}
+		return cli.Exit(cli.ExitUnreachable, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return usagef("%s", strings.TrimSpace(string(b)))
+		return cli.Usagef("%s", strings.TrimSpace(string(b)))
 	}
 	return json.Unmarshal(b, out)
 }
@@ -78,7 +79,7 @@ func newCheckCommand(g *globals) *cobra.Command {
 	var q gateway.Question
 	var socket, tokenFile string
 	cmd := &cobra.Command{
-		Use: "check", Short: "Say whether a token would be allowed now", Args: noArgs,
+		Use: "check", Short: "Say whether a token would be allowed now", Args: cli.NoArgs,
 		Long: `Asks the running enforcer whether a token would be allowed, verified as that of a
 request would be, and prints why not. Without --tool or --method the question is
 whether its bearer may talk to the resource at all.
@@ -87,7 +88,7 @@ whether its bearer may talk to the resource at all.
 		Example: `  enforcer check --token-file t.jwt --tool delete_repo; echo $?`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if tokenFile == "" {
-				return usagef("no token: give --token-file, or - for standard input")
+				return cli.Usagef("no token: give --token-file, or - for standard input")
 			}
 			var err error
 			if q.Token, err = readToken(cmd.InOrStdin(), tokenFile); err != nil {
@@ -98,12 +99,12 @@ whether its bearer may talk to the resource at all.
 				return err
 			}
 			if g.json {
-				err = printJSON(cmd.OutOrStdout(), v)
+				err = cli.PrintJSON(cmd.OutOrStdout(), v)
 			} else {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), oneLine(v.Message))
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), cli.OneLine(v.Message))
 			}
 			if err == nil && !v.Allowed {
-				return &exitError{code: exitDenied}
+				return cli.Exit(exitDenied, nil)
 			}
 			return err
 		},
@@ -126,19 +127,19 @@ func readToken(stdin io.Reader, path string) (string, error) {
 	if path != "-" {
 		f, err := os.Open(path)
 		if err != nil {
-			return "", usagef("--token-file: %w", err)
+			return "", cli.Usagef("--token-file: %w", err)
 		}
 		defer func() { _ = f.Close() }() // only read
 		in = f
 	}
 	b, err := io.ReadAll(io.LimitReader(in, maxToken+1))
 	if err != nil {
-		return "", usagef("--token-file: %w", err)
+		return "", cli.Usagef("--token-file: %w", err)
 	}
 	token := strings.TrimPrefix(strings.TrimSpace(string(b)), "Bearer ")
 	if len(b) > maxToken || token == "" || strings.ContainsAny(token, "\r\n\x00") {
 		// No part of a token goes into an error.
-		return "", usagef("--token-file %s holds no token of one line and at most %d bytes", path, maxToken)
+		return "", cli.Usagef("--token-file %s holds no token of one line and at most %d bytes", path, maxToken)
 	}
 	return token, nil
 }
@@ -146,7 +147,7 @@ func readToken(stdin io.Reader, path string) (string, error) {
 func newStatusCommand(g *globals) *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
-		Use: "status", Short: "Say how the running enforcer is", Args: noArgs,
+		Use: "status", Short: "Say how the running enforcer is", Args: cli.NoArgs,
 		Long:    "Says how the running enforcer is.\n\n" + helpExitCodes,
 		Example: `  enforcer status --json | jq .enforcer.fresh`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -156,12 +157,12 @@ func newStatusCommand(g *globals) *cobra.Command {
 				return err
 			}
 			if g.json {
-				err = printJSON(cmd.OutOrStdout(), s)
+				err = cli.PrintJSON(cmd.OutOrStdout(), s)
 			} else {
 				_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(&s))
 			}
 			if err == nil && !s.Enforcer.Fresh && s.Enforcer.Mode == "strict" {
-				return &exitError{code: exitDenied}
+				return cli.Exit(exitDenied, nil)
 			}
 			return err
 		},
@@ -177,9 +178,9 @@ func statusText(s *gateway.Status) string {
 	case e.Fresh:
 		fmt.Fprintf(&b, "%s: fresh, %s old of %s\n", e.Enforcer, e.Age.Round(time.Millisecond), e.MaxStale)
 	case e.Mode == "strict":
-		fmt.Fprintf(&b, "%s: denying everything: %s\n", e.Enforcer, oneLine(e.Why))
+		fmt.Fprintf(&b, "%s: denying everything: %s\n", e.Enforcer, cli.OneLine(e.Why))
 	default:
-		fmt.Fprintf(&b, "%s: exposed (%s): %s\n", e.Enforcer, e.Mode, oneLine(e.Why))
+		fmt.Fprintf(&b, "%s: exposed (%s): %s\n", e.Enforcer, e.Mode, cli.OneLine(e.Why))
 	}
 	fmt.Fprintf(&b, "epoch %d, seq %d, confirmed %d; %s in force\n", e.Epoch, e.Applied, e.Confirmed, entries(e.Entries+e.Inherited))
 	fmt.Fprintf(&b, "running %d, MCP sessions %d; denied %d, cut %d\n", e.Running, s.Sessions, e.Denied, e.Cut)
@@ -188,7 +189,7 @@ func statusText(s *gateway.Status) string {
 		fmt.Fprintf(&b, "MODE: %s, %d would have been denied\n", e.Mode, e.WouldDeny+e.Exposed)
 	}
 	if s.Config.Error != "" {
-		fmt.Fprintf(&b, "CONFIGURATION: the last one was refused: %s\n", oneLine(s.Config.Error))
+		fmt.Fprintf(&b, "CONFIGURATION: the last one was refused: %s\n", cli.OneLine(s.Config.Error))
 	}
 	if s.Draining {
 		b.WriteString("DRAINING\n")
@@ -208,21 +209,4 @@ func count(n int, what string) string {
 		return "1 " + what
 	}
 	return fmt.Sprintf("%d %ss", n, what)
-}
-
-func printJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
-	e.SetEscapeHTML(false)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
-}
-
-// oneLine keeps what others wrote from taking over a terminal.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < 0x20 || r >= 0x7f && r < 0xa0 || r == 0x2028 || r == 0x2029 {
-			return ' '
-		}
-		return r
-	}, s)
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/gateway"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 )
@@ -21,7 +22,7 @@ nothing that runs is disturbed, and a file that is not valid changes nothing.`
 
 func newProxyCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
-		Use: "proxy", Short: "Run a reverse proxy that enforces", Args: noArgs,
+		Use: "proxy", Short: "Run a reverse proxy that enforces", Args: cli.NoArgs,
 		Long: `Runs a reverse proxy in front of the upstreams of the configuration's routes.
 Every request is checked before its upstream sees anything of it, and cut when
 its caller must stop.
@@ -33,7 +34,7 @@ its caller must stop.
 
 func newAuthzCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
-		Use: "authz", Short: "Run an authorization service for another proxy", Args: noArgs,
+		Use: "authz", Short: "Run an authorization service for another proxy", Args: cli.NoArgs,
 		Long: `Answers Envoy's ext_authz v3 over gRPC, and the forward-auth requests of nginx
 (auth_request), Caddy (forward_auth) and Traefik (ForwardAuth) over HTTP. Each
 request is decided when it begins; what runs is not cut, since none of these can
@@ -53,11 +54,11 @@ func serve(cmd *cobra.Command, g *globals, kind gateway.Kind) error {
 	if err != nil {
 		return err
 	}
-	log, err := logger(cmd.ErrOrStderr(), c.Log)
+	log, err := cli.Logger(cmd.ErrOrStderr(), c.Log.Level, c.Log.Format)
 	if err != nil {
 		return err
 	}
-	gw, err := gateway.Start(gateway.Options{Config: c, Kind: kind, Version: version(), Logger: log})
+	gw, err := gateway.Start(gateway.Options{Config: c, Kind: kind, Version: cli.Version(), Logger: log})
 	if err != nil {
 		return err
 	}
@@ -89,10 +90,10 @@ func serve(cmd *cobra.Command, g *globals, kind gateway.Kind) error {
 func newConfigCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "config", Short: "Check the configuration, or print a sample",
-		RunE: subcommands,
+		RunE: cli.Subcommands,
 	}
 	cmd.AddCommand(&cobra.Command{
-		Use: "check", Short: "Check the configuration, with its overrides", Args: noArgs,
+		Use: "check", Short: "Check the configuration, with its overrides", Args: cli.NoArgs,
 		Long: `Checks the configuration file with what the environment and --set override, and
 says what is wrong with it, naming the key. Nothing is started.
 
@@ -107,13 +108,13 @@ INTERLOCK_ADMIN_LISTEN, or by --set admin.listen=…, which goes before. They ar
 				return err
 			}
 			if g.json {
-				return printJSON(cmd.OutOrStdout(), map[string]any{"valid": true, "routes": len(c.Routes), "issuers": len(c.Issuers)})
+				return cli.PrintJSON(cmd.OutOrStdout(), map[string]any{"valid": true, "routes": len(c.Routes), "issuers": len(c.Issuers)})
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is valid: %s, %s\n", g.config, count(len(c.Routes), "route"), count(len(c.Issuers), "issuer"))
 			return err
 		},
 	}, &cobra.Command{
-		Use: "sample", Short: "Print a configuration with every key explained", Args: noArgs,
+		Use: "sample", Short: "Print a configuration with every key explained", Args: cli.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprint(cmd.OutOrStdout(), config.Sample)
 			return err

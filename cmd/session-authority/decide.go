@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -84,8 +85,8 @@ session-authority help targets.
 		RunE: func(cmd *cobra.Command, args []string) error { return decide(cmd, g, v, d, args) },
 	}
 	f := cmd.Flags()
-	f.StringVar(&d.issuer, "issuer", env("INTERLOCK_ISSUER", ""), "who minted the target's ids (INTERLOCK_ISSUER)")
-	f.StringVar(&d.tenant, "tenant", env("INTERLOCK_TENANT", ""), "the tenant, where there is more than one (INTERLOCK_TENANT)")
+	f.StringVar(&d.issuer, "issuer", cli.Env("INTERLOCK_ISSUER", ""), "who minted the target's ids (INTERLOCK_ISSUER)")
+	f.StringVar(&d.tenant, "tenant", cli.Env("INTERLOCK_TENANT", ""), "the tenant, where there is more than one (INTERLOCK_TENANT)")
 	f.StringVar(&d.incident, "incident", "", "incident id; shown in every denial")
 	f.StringVar(&d.key, "idempotency-key", "", "a decision sent twice under one key is taken once")
 	f.BoolVar(&d.drill, "drill", false, "match and report, but deny nobody")
@@ -123,18 +124,18 @@ func parseTarget(args []string, tenant, issuer string) (authority.Target, error)
 	mend := `name a target like "session s_9f2c" or "user alice and agent bot": see session-authority help targets`
 	for i := 0; ; i++ {
 		if i >= len(args) {
-			return t, usagef("no target: %s", mend)
+			return t, cli.Usagef("no target: %s", mend)
 		}
 		kind, err := session.ParseKind(args[i])
 		if err != nil {
-			return t, usagef("unknown target kind %.64q: %s", args[i], mend)
+			return t, cli.Usagef("unknown target kind %.64q: %s", args[i], mend)
 		}
 		term := authority.Term{Kind: args[i]}
 		if kind == session.KindGlobal {
 			t.Tenant = ""
 		} else {
 			if i++; i >= len(args) {
-				return t, usagef("%s what? %s", kind, mend)
+				return t, cli.Usagef("%s what? %s", kind, mend)
 			}
 			term.Value = args[i]
 			if kind.Scoped() || kind == session.KindAgent {
@@ -149,7 +150,7 @@ func parseTarget(args []string, tenant, issuer string) (authority.Target, error)
 			return t, nil
 		}
 		if args[i] != "and" {
-			return t, usagef(`unexpected %.64q after the target: join targets with "and", and quote a value with spaces`, args[i])
+			return t, cli.Usagef(`unexpected %.64q after the target: join targets with "and", and quote a value with spaces`, args[i])
 		}
 	}
 }
@@ -174,7 +175,7 @@ func parseMoment(flag, s string, now time.Time) (time.Time, error) {
 	if d, err := time.ParseDuration(s); err == nil && d > 0 {
 		return now.Add(-d), nil
 	}
-	return time.Time{}, usagef("--%s %.64q is not a time: give one like 2026-11-22T09:00:00Z, 09:00Z or 30m", flag, s)
+	return time.Time{}, cli.Usagef("--%s %.64q is not a time: give one like 2026-11-22T09:00:00Z, 09:00Z or 30m", flag, s)
 }
 
 func parseShare(s string) (float64, error) {
@@ -184,7 +185,7 @@ func parseShare(s string) (float64, error) {
 	n, ok := strings.CutSuffix(s, "%")
 	v, err := strconv.ParseFloat(n, 64)
 	if !ok || err != nil || v < 0.01 || v > 100 {
-		return 0, usagef("--share %.64q is not a share: give one like 25%%, from 0.01%% to 100%%", s)
+		return 0, cli.Usagef("--share %.64q is not a share: give one like 25%%, from 0.01%% to 100%%", s)
 	}
 	return v, nil
 }
@@ -204,11 +205,11 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 	}
 	if d.until != "" {
 		if r.Expires, err = time.Parse(time.RFC3339Nano, d.until); err != nil {
-			return r, usagef("--until %.64q is not a time: give one like 2026-11-22T09:00:00Z, or use --for 30m", d.until)
+			return r, cli.Usagef("--until %.64q is not a time: give one like 2026-11-22T09:00:00Z, or use --for 30m", d.until)
 		}
 	}
 	if d.forTime < 0 {
-		return r, usagef("--for %s is in the past: give a time to come", d.forTime)
+		return r, cli.Usagef("--for %s is in the past: give a time to come", d.forTime)
 	}
 	if r.Share, err = parseShare(d.share); err != nil {
 		return r, err
@@ -216,7 +217,7 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 	for _, x := range d.exceptList {
 		kind, value, ok := strings.Cut(x, ":")
 		if !ok {
-			return r, usagef("--except %.64q names nobody: give one like user:alice", x)
+			return r, cli.Usagef("--except %.64q names nobody: give one like user:alice", x)
 		}
 		t, err := parseTarget([]string{kind, value}, d.tenant, d.issuer)
 		if err != nil {
@@ -226,7 +227,7 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 	}
 	if d.reason != "" {
 		if _, err := session.ParseReason(d.reason); err != nil {
-			return r, usagef("unknown reason %.64q: use one of %s", d.reason, strings.Join(session.Reasons(), ", "))
+			return r, cli.Usagef("unknown reason %.64q: use one of %s", d.reason, strings.Join(session.Reasons(), ", "))
 		}
 	}
 	return r, nil
@@ -234,10 +235,10 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 
 func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []string) error {
 	if d.until != "" && d.forTime != 0 {
-		return usagef("both --until and --for: give one of them")
+		return cli.Usagef("both --until and --for: give one of them")
 	}
 	if d.wait < 0 || d.wait > authority.MaxWait {
-		return usagef("--wait %s is out of range: give at most %s, or 0 not to wait", d.wait, authority.MaxWait)
+		return cli.Usagef("--wait %s is out of range: give at most %s, or 0 not to wait", d.wait, authority.MaxWait)
 	}
 	r, err := d.request(v.op, args, time.Now())
 	if err != nil {
@@ -245,7 +246,7 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 	}
 	// One from the environment is a default; one that was given is meant.
 	if term := r.Targets[0].Terms[0]; r.Targets[0].Tenant == "" && d.tenant != "" && cmd.Flags().Changed("tenant") && term.Value != d.tenant {
-		return usagef("--tenant %.64s and the target %s contradict each other: leave one of them out", d.tenant, strings.TrimSpace(term.Kind+" "+term.Value))
+		return cli.Usagef("--tenant %.64s and the target %s contradict each other: leave one of them out", d.tenant, strings.TrimSpace(term.Kind+" "+term.Value))
 	}
 	c, err := g.client()
 	if err != nil {
@@ -267,10 +268,10 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 	}
 	// What cannot be said on stderr is no reason to deny what was done.
 	for _, w := range res.Warnings {
-		_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "warning:", oneLine(w))
+		_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "warning:", cli.OneLine(w))
 	}
 	if g.json {
-		err = printJSON(cmd.OutOrStdout(), out)
+		err = cli.PrintJSON(cmd.OutOrStdout(), out)
 	} else {
 		_, err = fmt.Fprint(cmd.OutOrStdout(), out.text(v, &r, time.Now()))
 	}
@@ -279,11 +280,11 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 	}
 	switch {
 	case !res.Committed:
-		return exit(exitCommit)
+		return cli.Exit(exitCommit, nil)
 	case !out.durable():
-		return exit(exitNotDurable)
+		return cli.Exit(exitNotDurable, nil)
 	case out.Coverage != nil && !out.Coverage.Effective:
-		return exit(exitFailed)
+		return cli.Exit(exitFailed, nil)
 	}
 	return nil
 }

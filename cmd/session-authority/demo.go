@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/demo"
 )
 
@@ -19,10 +20,10 @@ temporary folder, and is gone afterwards.
 
 Exit code 0 means that every expectation held, 1 that one did not.`,
 		Example: "  session-authority demo\n  session-authority demo --json | jq '.steps[] | select(.ok | not)'",
-		Args:    noArgs,
+		Args:    cli.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Fleet < 1 || o.Fleet > 500 {
-				return usagef("--fleet %d is out of range: give 1 to 500", o.Fleet)
+				return cli.Usagef("--fleet %d is out of range: give 1 to 500", o.Fleet)
 			}
 			o.Out = cmd.OutOrStdout()
 			_, err := demo.Run(cmd.Context(), o)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -22,16 +23,16 @@ type authorityEnroll struct {
 
 func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error {
 	if !session.ValidEnforcerName(name) {
-		return usagef("%.64q cannot name an enforcer: use 1 to 64 of a-z, 0-9, \"-\" and \"_\"", name)
+		return cli.Usagef("%.64q cannot name an enforcer: use 1 to 64 of a-z, 0-9, \"-\" and \"_\"", name)
 	}
 	if r.out != "" {
 		// The identity is shown once: what would keep it from being written is
 		// best found out before it is made.
 		if _, err := os.Lstat(r.out); err == nil {
-			return usagef("--out %s is there already: give a new file", r.out)
+			return cli.Usagef("--out %s is there already: give a new file", r.out)
 		}
 		if _, err := os.Stat(filepath.Dir(r.out)); err != nil {
-			return usagef("--out: %w: make the directory first", err)
+			return cli.Usagef("--out: %w: make the directory first", err)
 		}
 	}
 	c, err := g.client()
@@ -52,7 +53,7 @@ func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error
 			return fmt.Errorf("%w: the enrolment is lost: retire %s, and enrol it again into a new file", err, name)
 		}
 		if g.json {
-			return printJSON(cmd.OutOrStdout(), map[string]string{"enforcer": name, "file": r.out})
+			return cli.PrintJSON(cmd.OutOrStdout(), map[string]string{"enforcer": name, "file": r.out})
 		}
 		_, err = fmt.Fprintf(cmd.OutOrStdout(), "enrolled %s: %s\n", name, r.out)
 		return err
@@ -68,7 +69,7 @@ func (r *authorityEnroll) run(cmd *cobra.Command, g *globals, name string) error
 func newEnforcersCommand(g *globals) *cobra.Command {
 	var busConfig bool
 	cmd := &cobra.Command{
-		Use: "enforcers", Short: "Show the roster", Args: noArgs,
+		Use: "enforcers", Short: "Show the roster", Args: cli.NoArgs,
 		Example: `  session-authority enforcers
   session-authority enforcers --json | jq '.[] | select(.condition != "fresh")'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -90,7 +91,7 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 				return err
 			}
 			if g.json {
-				return printJSON(cmd.OutOrStdout(), list)
+				return cli.PrintJSON(cmd.OutOrStdout(), list)
 			}
 			if len(list) == 0 {
 				_, err := fmt.Fprintln(cmd.OutOrStdout(), "no enforcers are enrolled")

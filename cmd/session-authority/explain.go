@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -24,7 +25,7 @@ func newExplainCommand(g *globals) *cobra.Command {
 	var tokenFile, tool, audience, authTime, sessionStart string
 	var lowRisk bool
 	cmd := &cobra.Command{
-		Use: "explain", Short: "Say why a caller is denied", Args: noArgs,
+		Use: "explain", Short: "Say why a caller is denied", Args: cli.NoArgs,
 		Long: `Says which entries in force match a caller, by its ids or by a token's claims. The
 answer comes from the rules that enforcers run. It is of the state that is stored;
 what an enforcer holds only provisionally, or denies for staleness, is not in it.
@@ -46,7 +47,7 @@ A token's signature is not verified, and nothing of it is kept.
 			if tokenFile != "" {
 				for _, name := range identityFlags {
 					if cmd.Flags().Changed(name) {
-						return usagef("--token-file and --%s are both given: the caller is one or the other", name)
+						return cli.Usagef("--token-file and --%s are both given: the caller is one or the other", name)
 					}
 				}
 				if r.Claims, r.SigningInputHash, err = readClaims(cmd.InOrStdin(), tokenFile); err != nil {
@@ -55,7 +56,7 @@ A token's signature is not verified, and nothing of it is kept.
 				r.Tenant = id.Tenant
 				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "note: the token's signature was not verified; this holds if it is genuine")
 			} else if !slices.ContainsFunc(identityFlags[1:], cmd.Flags().Changed) {
-				return usagef("no caller: name one by its ids, as in --user alice, or give --token-file")
+				return cli.Usagef("no caller: name one by its ids, as in --user alice, or give --token-file")
 			} else {
 				r.Identity = &id
 			}
@@ -69,20 +70,20 @@ A token's signature is not verified, and nothing of it is kept.
 				return err
 			}
 			if g.json {
-				err = printJSON(cmd.OutOrStdout(), x)
+				err = cli.PrintJSON(cmd.OutOrStdout(), x)
 			} else {
 				_, err = fmt.Fprint(cmd.OutOrStdout(), explainText(x))
 			}
 			if err == nil && x.Denied {
-				return exit(exitFailed)
+				return cli.Exit(exitFailed, nil)
 			}
 			return err
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&tokenFile, "token-file", "", "a JWT to take the caller from; - reads it from standard input")
-	f.StringVar(&id.Tenant, "tenant", env("INTERLOCK_TENANT", ""), "the tenant, where there is more than one (INTERLOCK_TENANT)")
-	f.StringVar(&id.Issuer, "issuer", env("INTERLOCK_ISSUER", ""), "who minted the ids (INTERLOCK_ISSUER)")
+	f.StringVar(&id.Tenant, "tenant", cli.Env("INTERLOCK_TENANT", ""), "the tenant, where there is more than one (INTERLOCK_TENANT)")
+	f.StringVar(&id.Issuer, "issuer", cli.Env("INTERLOCK_ISSUER", ""), "who minted the ids (INTERLOCK_ISSUER)")
 	f.StringVar(&id.User, "user", "", "the user")
 	f.StringArrayVar(&id.Actors, "agent", nil, "an agent of the chain, the current one first; may be repeated")
 	f.StringVar(&id.Client, "client", "", "the OAuth client")
@@ -115,17 +116,17 @@ func readClaims(stdin io.Reader, path string) (claims json.RawMessage, hash stri
 	if path != "-" {
 		f, err := os.Open(path)
 		if err != nil {
-			return nil, "", usagef("--token-file: %w", err)
+			return nil, "", cli.Usagef("--token-file: %w", err)
 		}
 		defer func() { _ = f.Close() }() // only read
 		in = f
 	}
 	b, err := io.ReadAll(io.LimitReader(in, maxToken+1))
 	if err != nil {
-		return nil, "", usagef("--token-file: %w", err)
+		return nil, "", cli.Usagef("--token-file: %w", err)
 	}
 	// No part of a token goes into an error.
-	bad := usagef("--token-file %s holds no JWT of at most %d bytes: give three parts of base64url with dots between", path, maxToken)
+	bad := cli.Usagef("--token-file %s holds no JWT of at most %d bytes: give three parts of base64url with dots between", path, maxToken)
 	token := strings.TrimPrefix(strings.TrimSpace(string(b)), "Bearer ")
 	parts := strings.Split(token, ".")
 	if len(b) > maxToken || len(parts) != 3 {
@@ -140,11 +141,11 @@ func readClaims(stdin io.Reader, path string) (claims json.RawMessage, hash stri
 
 func explainText(x *authority.Explanation) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n", oneLine(x.Verdict))
+	fmt.Fprintf(&b, "%s\n", cli.OneLine(x.Verdict))
 	line := func(m *authority.Match, why string) {
 		fmt.Fprintf(&b, "  %s on the %s: %s", m.Effect, strings.ReplaceAll(m.On, "+", " and "), m.Reason)
 		if m.Incident != "" {
-			fmt.Fprintf(&b, ", %s", oneLine(m.Incident))
+			fmt.Fprintf(&b, ", %s", cli.OneLine(m.Incident))
 		}
 		fmt.Fprintf(&b, "; seq %d, since %s", m.Number, m.Since.UTC().Format(time.RFC3339))
 		if !m.IssuedBefore.IsZero() {
@@ -154,7 +155,7 @@ func explainText(x *authority.Explanation) string {
 			fmt.Fprintf(&b, ", until %s", m.Expires.UTC().Format(time.RFC3339))
 		}
 		if m.ACR != "" {
-			fmt.Fprintf(&b, ", requires %s", oneLine(m.ACR))
+			fmt.Fprintf(&b, ", requires %s", cli.OneLine(m.ACR))
 		}
 		if m.Share > 0 {
 			fmt.Fprintf(&b, ", %g%% set free", m.Share)

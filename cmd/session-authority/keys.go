@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -22,19 +23,19 @@ import (
 func newInitCommand(g *globals) *cobra.Command {
 	var o trust.InitOptions
 	cmd := &cobra.Command{
-		Use: "init", Short: "Make a deployment's keys", Args: noArgs,
+		Use: "init", Short: "Make a deployment's keys", Args: cli.NoArgs,
 		Long: `Makes the root key, the first signing key, the tenants' keys and the first key
 set. Nothing is overwritten. The root key signs key sets and nothing else: keep it
 off this machine, and bring it for keys and epoch.`,
 		Example: `  session-authority init --root /media/usb/root.key --tenant acme --tenant globex`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Validity < 0 || o.Validity > 0 && o.Validity < time.Hour {
-				return usagef("--validity %s is out of range: give at least 1h", o.Validity)
+				return cli.Usagef("--validity %s is out of range: give at least 1h", o.Validity)
 			}
 			o.Dir = filepath.Join(g.dataDir, service.KeysDir)
 			s, err := trust.Init(o, session.InstantOf(time.Now()))
 			if errors.Is(err, session.ErrInvalid) || errors.Is(err, session.ErrMalformed) {
-				return usagef("%w", err)
+				return cli.Usagef("%w", err)
 			}
 			if err != nil {
 				return err
@@ -44,7 +45,7 @@ off this machine, and bring it for keys and epoch.`,
 				root = filepath.Join(o.Dir, trust.RootFile)
 			}
 			if g.json {
-				return printJSON(cmd.OutOrStdout(), keySetOf(s))
+				return cli.PrintJSON(cmd.OutOrStdout(), keySetOf(s))
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "made keys in %s; tenants %s; valid until %s\nthe root key is %s: move it to a safe place, off this machine\n",
 				o.Dir, strings.Join(keySetOf(s).Tenants, ", "), s.KeySet().NotAfter.Time().Format(time.DateOnly), root)
@@ -126,7 +127,7 @@ func change(cmd *cobra.Command, g *globals, rootPath string, do rootChange) erro
 	}
 	said, err := do(cmd, s, r, session.InstantOf(time.Now()))
 	if errors.Is(err, session.ErrInvalid) {
-		return usagef("%w", err)
+		return cli.Usagef("%w", err)
 	}
 	if err != nil {
 		return err
@@ -143,7 +144,7 @@ func change(cmd *cobra.Command, g *globals, rootPath string, do rootChange) erro
 		return fmt.Errorf("%s, but it is not published: %w", said, err)
 	}
 	if g.json {
-		return printJSON(cmd.OutOrStdout(), struct {
+		return cli.PrintJSON(cmd.OutOrStdout(), struct {
 			keySet
 			Published bool `json:"published"`
 		}{keySetOf(s), published})
@@ -158,14 +159,14 @@ func change(cmd *cobra.Command, g *globals, rootPath string, do rootChange) erro
 func newKeysCommand(g *globals) *cobra.Command {
 	var root string
 	cmd := &cobra.Command{
-		Use: "keys", Short: "Show, renew, rotate and withdraw keys", RunE: subcommands,
+		Use: "keys", Short: "Show, renew, rotate and withdraw keys", RunE: cli.Subcommands,
 		Long: `Works on the data directory, with the root key. A running authority publishes the
 new key set at once; enforcers take it without a restart.`,
 	}
 	cmd.PersistentFlags().StringVar(&root, "root", "", "the root key; default is in the data directory")
 
 	show := &cobra.Command{
-		Use: "show", Short: "Show the key set", Args: noArgs,
+		Use: "show", Short: "Show the key set", Args: cli.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := trust.Open(filepath.Join(g.dataDir, service.KeysDir))
 			if err != nil {
@@ -173,7 +174,7 @@ new key set at once; enforcers take it without a restart.`,
 			}
 			k := keySetOf(s)
 			if g.json {
-				return printJSON(cmd.OutOrStdout(), k)
+				return cli.PrintJSON(cmd.OutOrStdout(), k)
 			}
 			_, _ = fmt.Fprintf(cmd.OutOrStdout(), "key set %d of root %s; epoch %d; until %s; tenants %s\n",
 				k.Version, k.Root, k.Epoch, k.NotAfter.Format(time.RFC3339), strings.Join(k.Tenants, ", "))
@@ -194,7 +195,7 @@ new key set at once; enforcers take it without a restart.`,
 
 	var audit bool
 	rotate := &cobra.Command{
-		Use: "rotate", Short: "Add a signing key and sign with it from now on", Args: noArgs,
+		Use: "rotate", Short: "Add a signing key and sign with it from now on", Args: cli.NoArgs,
 		Long: `Adds a signing key, which is used from now on. The old one stays trusted until it
 is withdrawn.
 
@@ -218,10 +219,10 @@ need a copy of keys/audit-*.key to read them.`,
 
 	var validity time.Duration
 	renew := &cobra.Command{
-		Use: "renew", Short: "Sign the key set anew, before it ends", Args: noArgs,
+		Use: "renew", Short: "Sign the key set anew, before it ends", Args: cli.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if validity < 0 || validity > 0 && validity < time.Hour {
-				return usagef("--validity %s is out of range: give at least 1h", validity)
+				return cli.Usagef("--validity %s is out of range: give at least 1h", validity)
 			}
 			return change(cmd, g, root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
 				err := s.Renew(r, validity, now)
@@ -233,7 +234,7 @@ need a copy of keys/audit-*.key to read them.`,
 
 	var epoch, last uint64
 	withdraw := &cobra.Command{
-		Use: "withdraw KEY-ID", Short: "End the trust in a signing key", Args: oneArg("the key's id, from keys show"),
+		Use: "withdraw KEY-ID", Short: "End the trust in a signing key", Args: cli.OneArg("the key's id, from keys show"),
 		Long: `Ends the trust in a signing key. What it signed up to --last stays in force; without
 it, that is all that the running authority knows. If the key may have been used by
 others, give the last number that is known to be good.`,
@@ -242,12 +243,12 @@ others, give the last number that is known to be good.`,
 			var id session.KeyID
 			b, err := hex.DecodeString(args[0])
 			if err != nil || len(b) != len(id) {
-				return usagef("%.64q is not a key's id: give 16 hex digits, from session-authority keys show", args[0])
+				return cli.Usagef("%.64q is not a key's id: give 16 hex digits, from session-authority keys show", args[0])
 			}
 			copy(id[:], b)
 			if !cmd.Flags().Changed("last") {
 				if cmd.Flags().Changed("epoch") {
-					return usagef("--epoch without --last: give both, or neither for all that is known here")
+					return cli.Usagef("--epoch without --last: give both, or neither for all that is known here")
 				}
 				c, err := g.client()
 				if err != nil {
@@ -273,7 +274,7 @@ others, give the last number that is known to be good.`,
 	withdraw.Flags().Uint64Var(&last, "last", 0, "the last number that is trusted")
 
 	addTenant := &cobra.Command{
-		Use: "add-tenant NAME", Short: "Add a tenant", Args: oneArg("the tenant's name"),
+		Use: "add-tenant NAME", Short: "Add a tenant", Args: cli.OneArg("the tenant's name"),
 		Long: "Adds a tenant with a digest key of its own. Enforcers that shall serve it are\nenrolled anew; other authorities need a copy of keys/tenants.json.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return change(cmd, g, root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
@@ -290,10 +291,10 @@ func newEpochCommand(g *globals) *cobra.Command {
 	var root string
 	var commit bool
 	cmd := &cobra.Command{
-		Use: "epoch", Short: "Begin the log anew after it was lost or rolled back", RunE: subcommands,
+		Use: "epoch", Short: "Begin the log anew after it was lost or rolled back", RunE: cli.Subcommands,
 	}
 	open := &cobra.Command{
-		Use: "open", Short: "Open a new epoch", Args: noArgs,
+		Use: "open", Short: "Open a new epoch", Args: cli.NoArgs,
 		Long: `Begins a new chain with a fresh origin. It is for a log that was lost, restored from
 a backup, or rolled back, which status says. Enforcers keep what they had in force
 until it is lifted by name.`,
@@ -301,7 +302,7 @@ until it is lifted by name.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !commit {
 				_, err := fmt.Fprintln(cmd.OutOrStdout(), "would open a new epoch: the log begins anew, with what is in force here; enforcers keep what they had until it is lifted by name; add --commit to do it")
-				return errors.Join(err, exit(exitCommit))
+				return errors.Join(err, cli.Exit(exitCommit, nil))
 			}
 			return change(cmd, g, root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
 				err := s.OpenEpoch(r, now)

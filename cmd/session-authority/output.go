@@ -1,31 +1,13 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
-
-func printJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
-	e.SetEscapeHTML(false)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
-}
-
-// oneLine keeps what others wrote from taking over a terminal.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < 0x20 || r >= 0x7f && r < 0xa0 || r == 0x2028 || r == 0x2029 {
-			return ' '
-		}
-		return r
-	}, s)
-}
 
 // outcome is what a verb prints with --json.
 type outcome struct {
@@ -42,7 +24,7 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 	if p := d.Preview; p != nil {
 		var b strings.Builder
 		for _, w := range p.Would {
-			fmt.Fprintf(&b, "would %s\n", oneLine(w))
+			fmt.Fprintf(&b, "would %s\n", cli.OneLine(w))
 		}
 		if n := p.Targets - len(p.Would); n > 0 {
 			fmt.Fprintf(&b, "and %s more\n", count(n, "target"))

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/interlock-fabric/interlock/internal/cli"
 )
 
 // answering runs the program against an API that answers as it is told to. What
@@ -44,7 +46,7 @@ func TestNotDurableHasAnExitCode(t *testing.T) {
 		}, "revoke", "session", "s", "--issuer", "https://i")
 		want, text := exitNotDurable, "revoked at seq 7; in effect on 2 of 2 enforcers, slowest 1.2 ms; not durable yet\n"
 		if durableLater {
-			want, text = exitOK, "revoked at seq 7; in effect on 2 of 2 enforcers, slowest 1.2 ms\n"
+			want, text = cli.ExitOK, "revoked at seq 7; in effect on 2 of 2 enforcers, slowest 1.2 ms\n"
 		}
 		if code != want || stdout != text {
 			t.Errorf("exit code %d, %q", code, stdout)
@@ -62,7 +64,7 @@ func TestLostAfterDeciding(t *testing.T) {
 		}
 		panic(http.ErrAbortHandler)
 	}, "revoke", "session", "s", "--issuer", "https://i")
-	if code != exitUnreachable || !strings.Contains(stderr, "revoked at seq 7, but where it is in force is not known") || strings.Count(stderr, "\n") != 1 {
+	if code != cli.ExitUnreachable || !strings.Contains(stderr, "revoked at seq 7, but where it is in force is not known") || strings.Count(stderr, "\n") != 1 {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }
@@ -73,7 +75,7 @@ func TestForeignTextIsOneLine(t *testing.T) {
 		w.WriteHeader(http.StatusBadRequest)
 		_, _ = fmt.Fprint(w, `{"type":"urn:interlock:problem:invalid-request","detail":"a\nb\u001b[2J","mend":"c"}`)
 	}, "status")
-	if code != exitUsage || strings.Count(stderr, "\n") != 1 || strings.Contains(stderr, "\x1b") {
+	if code != cli.ExitUsage || strings.Count(stderr, "\n") != 1 || strings.Contains(stderr, "\x1b") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }
@@ -147,7 +149,7 @@ func TestEveryCommandHelpsItself(t *testing.T) {
 	for _, name := range []string{"serve", "init", "keys", "epoch", "enroll", "retire", "enforcers", "revoke", "suspend", "step-up",
 		"reduce", "resume", "kill", "restore", "status", "watch", "explain", "version", "completion", "demo"} {
 		out.Reset()
-		if code := run([]string{name, "--help"}, strings.NewReader(""), &out, &out); code != exitOK || !strings.Contains(out.String(), "Usage:") {
+		if code := run([]string{name, "--help"}, strings.NewReader(""), &out, &out); code != cli.ExitOK || !strings.Contains(out.String(), "Usage:") {
 			t.Errorf("%s --help: exit code %d\n%s", name, code, out.String())
 		}
 	}

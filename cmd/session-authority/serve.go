@@ -15,6 +15,7 @@ import (
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 )
 
@@ -33,7 +34,7 @@ type serveFlags struct {
 func newServeCommand(g *globals) *cobra.Command {
 	s := &serveFlags{}
 	cmd := &cobra.Command{
-		Use: "serve", Short: "Run an authority", Args: noArgs,
+		Use: "serve", Short: "Run an authority", Args: cli.NoArgs,
 		Long: `Runs an authority until it is interrupted. By itself it also runs the bus; with
 --nats-url it uses a NATS cluster that is there already.
 
@@ -83,15 +84,15 @@ func issuers() []string {
 }
 
 func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
-	log, err := logger(cmd.ErrOrStderr(), s.level, s.format)
+	log, err := cli.Logger(cmd.ErrOrStderr(), s.level, s.format)
 	if err != nil {
 		return err
 	}
 	if s.o.SegmentEvery <= 0 || s.o.SegmentBatches == 0 {
-		return usagef("--segment-every and --segment-batches must be more than nothing")
+		return cli.Usagef("--segment-every and --segment-batches must be more than nothing")
 	}
 	o := s.o
-	o.DataDir, o.Socket, o.Version, o.Logger = g.dataDir, g.socket, version(), log
+	o.DataDir, o.Socket, o.Version, o.Logger = g.dataDir, g.socket, cli.Version(), log
 	if o.NATSURL != "" && !cmd.Flags().Changed("nats-listen") {
 		o.NATSListen = ""
 	}
@@ -109,7 +110,7 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	if s.enforCA != "" {
 		pem, err := os.ReadFile(s.enforCA)
 		if err != nil {
-			return usagef("--enforcer-ca: %w", err)
+			return cli.Usagef("--enforcer-ca: %w", err)
 		}
 		o.EnforcerCAs = string(pem)
 	}
@@ -137,11 +138,11 @@ func certificate(flag, cert, key string) (*tls.Config, error) {
 		return nil, nil
 	}
 	if cert == "" || key == "" {
-		return nil, usagef("--%s-cert and --%s-key go together: give both", flag, flag)
+		return nil, cli.Usagef("--%s-cert and --%s-key go together: give both", flag, flag)
 	}
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
-		return nil, usagef("--%s-cert: %w: give a certificate and its key in PEM", flag, err)
+		return nil, cli.Usagef("--%s-cert: %w: give a certificate and its key in PEM", flag, err)
 	}
 	return &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}, nil
 }
@@ -149,11 +150,11 @@ func certificate(flag, cert, key string) (*tls.Config, error) {
 func verifyBy(path string) (*tls.Config, error) {
 	pem, err := os.ReadFile(path)
 	if err != nil {
-		return nil, usagef("--nats-ca: %w", err)
+		return nil, cli.Usagef("--nats-ca: %w", err)
 	}
 	c := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
 	if !c.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, usagef("--nats-ca: %s has no certificate: give PEM", path)
+		return nil, cli.Usagef("--nats-ca: %s has no certificate: give PEM", path)
 	}
 	return c, nil
 }
@@ -162,21 +163,21 @@ func (s *serveFlags) clusterOptions() (*broker.Cluster, error) {
 	c := s.cluster
 	info, err := os.Stat(s.clusterSecret)
 	if err != nil {
-		return nil, usagef("--cluster-secret-file: %w", err)
+		return nil, cli.Usagef("--cluster-secret-file: %w", err)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return nil, usagef("--cluster-secret-file %s can be read by others: chmod 600 it", s.clusterSecret)
+		return nil, cli.Usagef("--cluster-secret-file %s can be read by others: chmod 600 it", s.clusterSecret)
 	}
 	b, err := os.ReadFile(s.clusterSecret)
 	if err != nil {
-		return nil, usagef("--cluster-secret-file: %w", err)
+		return nil, cli.Usagef("--cluster-secret-file: %w", err)
 	}
 	c.Secret = strings.TrimSpace(string(b))
 	if c.TLS, err = certificate("cluster-tls", s.clusterCert, s.clusterKey); err != nil || c.TLS == nil {
 		return &c, err
 	}
 	if s.natsCA == "" {
-		return nil, usagef("a cluster over TLS verifies both sides: give --nats-ca")
+		return nil, cli.Usagef("a cluster over TLS verifies both sides: give --nats-ca")
 	}
 	ca, err := verifyBy(s.natsCA)
 	if err != nil {
@@ -189,7 +190,7 @@ func (s *serveFlags) clusterOptions() (*broker.Cluster, error) {
 func newEnrollCommand(g *globals) *cobra.Command {
 	var r authorityEnroll
 	cmd := &cobra.Command{
-		Use: "enroll NAME", Short: "Give an enforcer its identity", Args: oneArg("the enforcer's name"),
+		Use: "enroll NAME", Short: "Give an enforcer its identity", Args: cli.OneArg("the enforcer's name"),
 		Long: `Makes an enforcer's identity, enters it in the roster, and prints the enrolment:
 the root key that it pins, its keys, and the digest keys of the tenants that it
 serves. It is full of secrets and is shown this once: keep it in a file of mode
@@ -207,7 +208,7 @@ serves. It is full of secrets and is shown this once: keep it in a file of mode
 
 func newRetireCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
-		Use: "retire NAME", Short: "Take an enforcer out of the roster and off the bus", Args: oneArg("the enforcer's name"),
+		Use: "retire NAME", Short: "Take an enforcer out of the roster and off the bus", Args: cli.OneArg("the enforcer's name"),
 		Long: `Takes an enforcer out of the roster, so that coverage counts without it, and off
 the bus at once: it hears nothing more, and denies everything when its state is
 older than its bound. Its name can be enrolled again.`,
@@ -222,7 +223,7 @@ older than its bound. Its name can be enrolled again.`,
 				return err
 			}
 			if g.json {
-				return printJSON(cmd.OutOrStdout(), map[string]string{"retired": args[0]})
+				return cli.PrintJSON(cmd.OutOrStdout(), map[string]string{"retired": args[0]})
 			}
 			_, err = fmt.Fprintln(cmd.OutOrStdout(), "retired", args[0])
 			return err

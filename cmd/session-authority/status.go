@@ -7,12 +7,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
 func newStatusCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
-		Use: "status", Short: "Show how the authority and its enforcers are", Args: noArgs,
+		Use: "status", Short: "Show how the authority and its enforcers are", Args: cli.NoArgs,
 		Example: "  session-authority status\n  session-authority status --json | jq .enforcers",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := g.client()
@@ -25,7 +26,7 @@ func newStatusCommand(g *globals) *cobra.Command {
 				return err
 			}
 			if g.json {
-				return printJSON(cmd.OutOrStdout(), s)
+				return cli.PrintJSON(cmd.OutOrStdout(), s)
 			}
 			_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(s))
 			return err
@@ -75,7 +76,7 @@ func statusText(s *authority.Status) string {
 		fmt.Fprintf(&b, "KILLED: %s\n", strings.Join(s.Kills, ", "))
 	}
 	for _, w := range s.Warnings {
-		fmt.Fprintf(&b, "warning: %s\n", oneLine(w))
+		fmt.Fprintf(&b, "warning: %s\n", cli.OneLine(w))
 	}
 	return b.String()
 }
@@ -90,11 +91,11 @@ func entries(n int) string {
 func newWatchCommand(g *globals) *cobra.Command {
 	var events int
 	cmd := &cobra.Command{
-		Use: "watch", Short: "Follow decisions, their coverage, and enforcers that come and go", Args: noArgs,
+		Use: "watch", Short: "Follow decisions, their coverage, and enforcers that come and go", Args: cli.NoArgs,
 		Example: "  session-authority watch\n  session-authority watch --json | jq 'select(.type == \"coverage\")'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if events < 0 {
-				return usagef("--events %d is negative: give how many to wait for, or 0", events)
+				return cli.Usagef("--events %d is negative: give how many to wait for, or 0", events)
 			}
 			c, err := g.client()
 			if err != nil {
@@ -110,7 +111,7 @@ func newWatchCommand(g *globals) *cobra.Command {
 					return err
 				}
 				if g.json {
-					err = printJSON(cmd.OutOrStdout(), e)
+					err = cli.PrintJSON(cmd.OutOrStdout(), e)
 				} else {
 					_, err = fmt.Fprintln(cmd.OutOrStdout(), eventText(&e))
 				}
@@ -147,11 +148,11 @@ func eventText(e *authority.Event) string {
 			}
 			parts = append(parts, s)
 		}
-		return oneLine(fmt.Sprintf("%s seq %d: %s", at, e.Decision.Number, strings.Join(parts, "; ")))
+		return cli.OneLine(fmt.Sprintf("%s seq %d: %s", at, e.Decision.Number, strings.Join(parts, "; ")))
 	case e.Coverage != nil:
 		return fmt.Sprintf("%s seq %d: %s", at, e.Coverage.Number, strings.Join(coverageText(e.Coverage, e.At), "; "))
 	case e.Enforcer != nil:
 		return fmt.Sprintf("%s enforcer %s: %s", at, e.Enforcer.Name, e.Enforcer.Condition)
 	}
-	return at + " " + oneLine(e.Type)
+	return at + " " + cli.OneLine(e.Type)
 }

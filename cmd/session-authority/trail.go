@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -18,7 +19,7 @@ func newTrailCommand(g *globals) *cobra.Command {
 	var q authority.TrailQuery
 	var since string
 	cmd := &cobra.Command{
-		Use: "trail", Short: "Show what enforcers denied, cut and allowed", Args: noArgs,
+		Use: "trail", Short: "Show what enforcers denied, cut and allowed", Args: cli.NoArgs,
 		Long: `Prints the newest records of the enforcers' sealed reports as JSON, one a line,
 oldest first: every denial and every call that was cut, with how often it came, and
 the share of the allowed calls that the enforcer samples. They name callers and what
@@ -66,14 +67,14 @@ func newAgentsCommand(g *globals) *cobra.Command {
 	var since string
 	var seen bool
 	cmd := &cobra.Command{
-		Use: "agents --seen", Short: "Show who was seen in use", Args: noArgs,
+		Use: "agents --seen", Short: "Show who was seen in use", Args: cli.NoArgs,
 		Long: `Lists the callers that enforcers saw, registered or not: agents, users, clients and
 sessions, when first and last, and how many calls they made. Enforcers report them
 about once a minute.`,
 		Example: "  session-authority agents --seen --since 24h\n  session-authority agents --seen --json | jq -r .client | sort -u",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !seen {
-				return usagef("give --seen: there is no registry of agents to list yet")
+				return cli.Usagef("give --seen: there is no registry of agents to list yet")
 			}
 			if err := trailQuery(&q, since); err != nil {
 				return err
@@ -109,7 +110,7 @@ about once a minute.`,
 func trailFlags(cmd *cobra.Command, q *authority.TrailQuery, since *string) {
 	f := cmd.Flags()
 	f.StringVar(&q.Enforcer, "enforcer", "", "of this enforcer")
-	f.StringVar(&q.Tenant, "tenant", env("INTERLOCK_TENANT", ""), "of this tenant (INTERLOCK_TENANT)")
+	f.StringVar(&q.Tenant, "tenant", cli.Env("INTERLOCK_TENANT", ""), "of this tenant (INTERLOCK_TENANT)")
 	f.StringVar(&q.User, "user", "", "of this user")
 	f.StringVar(&q.Agent, "agent", "", "with this agent in the chain")
 	f.StringVar(&q.Session, "session", "", "of this session, or one that descends from it")
@@ -120,7 +121,7 @@ func trailFlags(cmd *cobra.Command, q *authority.TrailQuery, since *string) {
 
 func trailQuery(q *authority.TrailQuery, since string) error {
 	if q.Limit < 1 || q.Limit > authority.MaxTrail {
-		return usagef("--limit %d is out of range: give 1 to %d", q.Limit, authority.MaxTrail)
+		return cli.Usagef("--limit %d is out of range: give 1 to %d", q.Limit, authority.MaxTrail)
 	}
 	var err error
 	q.Since, err = parseMoment("since", since, time.Now())
@@ -166,13 +167,13 @@ func seenTable(out io.Writer, list []authority.Sighting) error {
 		if s == "" {
 			return "-"
 		}
-		return oneLine(s)
+		return cli.OneLine(s)
 	}
 	now := time.Now()
 	for _, s := range list {
 		var agents []string
 		for _, a := range s.Actors {
-			agents = append(agents, oneLine(a.ID))
+			agents = append(agents, cli.OneLine(a.ID))
 		}
 		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s ago\t%s ago\t%d\t%d\t%s\n", dash(strings.Join(agents, " < ")), dash(s.User), dash(s.Client), dash(s.Session),
 			ago(now, s.Last), ago(now, s.First), s.Calls, s.Denied, strings.Join(s.Enforcers, ","))
