@@ -78,11 +78,14 @@ type world struct {
 	client  *authority.Client
 	signer  jose.Signer
 	stop    func()
+	// issuer is who mints the tokens, and issuers what the configuration says of
+	// it; newIssuer replaces both.
+	issuer, issuers string
 }
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{t: t, dir: t.TempDir()}
+	w := &world{t: t, dir: t.TempDir(), issuer: issuerURL, issuers: "{url: https://id.example, tenant: default, jwks_file: jwks.json}"}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	var err error
@@ -96,15 +99,23 @@ func newWorld(t testing.TB) *world {
 	raw, err := w.client.Enroll(ctx, authority.EnrollRequest{Name: "gateway"})
 	must(t, err)
 	w.write("enrollment.json", string(raw))
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	w.signer, err = jose.NewSigner(
-		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "k1"}}, (&jose.SignerOptions{}).WithType("at+jwt"))
-	must(t, err)
-	jwks, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1", Algorithm: "ES256", Use: "sig"}}})
+	var key jose.JSONWebKey
+	w.signer, key = newSigner(t, "k1")
+	jwks, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{key}})
 	must(t, err)
 	w.write("jwks.json", string(jwks))
 	return w
+}
+
+// newSigner signs tokens by a new key, whose public half it returns.
+func newSigner(t testing.TB, kid string) (jose.Signer, jose.JSONWebKey) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	s, err := jose.NewSigner(
+		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: kid}}, (&jose.SignerOptions{}).WithType("at+jwt"))
+	must(t, err)
+	return s, jose.JSONWebKey{Key: key.Public(), KeyID: kid, Algorithm: "ES256", Use: "sig"}
 }
 
 func (w *world) write(name, text string) string {
@@ -117,20 +128,30 @@ func (w *world) write(name, text string) string {
 // token mints one for a session of a user.
 func (w *world) token(user, sid string, change ...func(map[string]any)) string {
 	w.t.Helper()
-	now := time.Now()
-	claims := map[string]any{
-		"iss": issuerURL, "sub": user, "aud": resource, "sid": sid, "jti": rand.Text(),
-		"client_id": "cli", "iat": now.Unix(), "auth_time": now.Unix(), "exp": now.Add(time.Hour).Unix(),
-	}
+	claims := w.claims(user, sid)
 	for _, c := range change {
 		c(claims)
 	}
+	return sign(w.t, w.signer, claims)
+}
+
+// claims are those of a token for a session of a user.
+func (w *world) claims(user, sid string) map[string]any {
+	now := time.Now()
+	return map[string]any{
+		"iss": w.issuer, "sub": user, "aud": resource, "sid": sid, "jti": rand.Text(),
+		"client_id": "cli", "iat": now.Unix(), "auth_time": now.Unix(), "exp": now.Add(time.Hour).Unix(),
+	}
+}
+
+func sign(t testing.TB, by jose.Signer, claims map[string]any) string {
+	t.Helper()
 	payload, err := json.Marshal(claims)
-	must(w.t, err)
-	jws, err := w.signer.Sign(payload)
-	must(w.t, err)
+	must(t, err)
+	jws, err := by.Sign(payload)
+	must(t, err)
 	s, err := jws.CompactSerialize()
-	must(w.t, err)
+	must(t, err)
 	return s
 }
 
@@ -140,16 +161,16 @@ func (w *world) decide(op authority.Operation, kind, value string) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	_, err := w.client.Decide(ctx, authority.Request{
-		Operation: op, Targets: []authority.Target{authority.One("", kind, issuerFor(kind), value)},
+		Operation: op, Targets: []authority.Target{authority.One("", kind, w.issuerFor(kind), value)},
 		Reason: "stolen-token", Incident: "INC-142", Commit: true,
 	})
 	must(w.t, err)
 }
 
-func issuerFor(kind string) string {
+func (w *world) issuerFor(kind string) string {
 	switch kind {
 	case "user", "session", "token", "client":
-		return issuerURL
+		return w.issuer
 	}
 	return ""
 }
@@ -157,7 +178,7 @@ func issuerFor(kind string) string {
 const base = `
 enrollment: enrollment.json
 issuers:
-  - {url: https://id.example, tenant: default, jwks_file: jwks.json}
+  - %s
 admin: {listen: "127.0.0.1:0", socket: %s}
 drain_timeout: 500ms
 `
@@ -169,7 +190,7 @@ func (w *world) load(rest string) *config.Config {
 	dir, err := os.MkdirTemp("", "gw")
 	must(w.t, err)
 	w.t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	path := w.write("enforcer.yaml", fmt.Sprintf(base, filepath.Join(dir, "s"))+rest)
+	path := w.write("enforcer.yaml", fmt.Sprintf(base, w.issuers, filepath.Join(dir, "s"))+rest)
 	c, err := config.Load(path, nil, nil)
 	must(w.t, err)
 	return c
