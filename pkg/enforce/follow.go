@@ -42,6 +42,8 @@ type follower struct {
 	origin time.Duration
 	fresh  session.Instant
 	headAt time.Duration
+	// early is the newest heartbeat of a writer whose clock was not anchored yet.
+	early *session.Heartbeat
 	// beats are heartbeats whose head has not been heard of, oldest first.
 	beats []beat
 	// interim denies beside what was in force while a chain is made anew: what
@@ -325,7 +327,7 @@ func (f *follower) tick(ctx context.Context) {
 		f.e.count.jumps.Add(1)
 		f.e.opts.Logger.Warn("the wall clock jumped against the monotonic one: denying until the authority's clock is anchored anew",
 			"by", time.Duration(now.wall-int64(now.mono)-f.skew))
-		f.anchor, f.previous, f.beats, f.origin = nil, nil, nil, never
+		f.anchor, f.previous, f.early, f.beats, f.origin = nil, nil, nil, nil, never
 		f.publish()
 	}
 	if f.anchor == nil || now.mono-f.anchor.sent > reanchor {
@@ -690,7 +692,9 @@ func (f *follower) heartbeat(h session.Heartbeat) {
 	if a == nil || a.writer != h.Writer {
 		if a = f.previous; a == nil || a.writer != h.Writer {
 			// A writer whose clock is not known: until it is, nothing that it
-			// says can be told from a recording.
+			// says can be told from a recording. The answer that anchors it may
+			// be behind this in the queue.
+			f.early = &h
 			f.needAnchor()
 			return
 		}
@@ -972,6 +976,10 @@ func (f *follower) anchored(nonce [32]byte, sent, received reading, answer []byt
 	}
 	f.anchor, f.skew = next, skew
 	f.publish()
+	if h := f.early; h != nil && h.Writer == next.writer {
+		f.early = nil
+		f.heartbeat(*h)
+	}
 	return nil
 }
 

@@ -439,3 +439,39 @@ func TestOptions(t *testing.T) {
 		}
 	})
 }
+
+// TestHeartbeatBeforeItsAnchor: the heartbeat that an authority sends when it is
+// asked for its clock can overtake the answer. It counts as soon as the answer is
+// there, and by its age: one that was recorded counts for nothing.
+func TestHeartbeatBeforeItsAnchor(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		b.as(func(b *bus) { b.silent = true })
+		recorded := b.beat()
+		time.Sleep(time.Minute)
+		b.with(func(b *bus) { b.delay = 100 * time.Millisecond })
+		for _, c := range []struct {
+			name  string
+			frame func() []byte
+			want  error
+		}{
+			{"recorded", func() []byte { return recorded }, session.ErrStale},
+			{"its own", b.beat, nil},
+		} {
+			e, f := b.start(nil)
+			p := prepare(t, e, caller("s1"))
+			time.Sleep(50 * time.Millisecond)
+			frame := c.frame()
+			f.to().Beat(frame)
+			settle()
+			mustDeny(t, e, p, session.Call{}, session.ErrStale)
+			time.Sleep(100 * time.Millisecond)
+			settle()
+			if c.want != nil {
+				mustDeny(t, e, p, session.Call{}, c.want)
+			} else {
+				mustAllow(t, e, p, session.Call{})
+			}
+			e.Close()
+		}
+	})
+}
