@@ -2,6 +2,7 @@ package a2aguard
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -119,11 +120,9 @@ func NewCards(enforcer Enforcer, o CardOptions) (*Cards, error) {
 	if err != nil {
 		return nil, fmt.Errorf("a2aguard: agent: %w", err)
 	}
-	o.MaxAge, o.MaxStale = orDefault(o.MaxAge, time.Minute), orDefault(o.MaxStale, time.Hour)
-	o.Timeout = orDefault(o.Timeout, 5*time.Second)
-	if o.MaxSize <= 0 {
-		o.MaxSize = 256 << 10
-	}
+	o.MaxAge, o.MaxStale = cmp.Or(max(o.MaxAge, 0), time.Minute), cmp.Or(max(o.MaxStale, 0), time.Hour)
+	o.Timeout = cmp.Or(max(o.Timeout, 0), 5*time.Second)
+	o.MaxSize = cmp.Or(max(o.MaxSize, 0), 256<<10)
 	c := &Cards{enforcer: enforcer, agent: p, opts: o, client: o.HTTP, now: time.Now}
 	if c.client == nil {
 		c.client = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}

@@ -93,7 +93,7 @@ func (g *Guard) pump(seq iter.Seq2[a2a.Event, error], ended func(), late func(an
 			return false
 		}
 	}
-	err = g.start(func() {
+	err = g.work.Go(func() {
 		if ended != nil {
 			defer ended()
 		}
@@ -160,7 +160,7 @@ func (e *executor) Execute(ctx context.Context, ec *a2asrv.ExecutorContext) iter
 			var next item
 			select {
 			case <-bound.Done():
-			case <-e.g.closing:
+			case <-e.g.work.Stopped():
 			case next = <-items:
 			}
 			why := e.g.whyCut(bound)
@@ -246,7 +246,7 @@ func (e *executor) ending(id a2a.TaskID) bool {
 	e.mu.Lock()
 	r, ok := e.runs[id]
 	e.mu.Unlock()
-	if !ok || e.g.isClosed() {
+	if !ok || e.g.work.Err() != nil {
 		return true
 	}
 	call := e.g.call(opSend, r.skill)
@@ -272,7 +272,7 @@ func (e *executor) Cleanup(ctx context.Context, ec *a2asrv.ExecutorContext, resu
 		select {
 		case <-returned:
 		default:
-			if e.g.start(func() { <-returned; cleaner.Cleanup(ctx, ec, result, err) }) == nil {
+			if e.g.work.Go(func() { <-returned; cleaner.Cleanup(ctx, ec, result, err) }) == nil {
 				return
 			}
 		}

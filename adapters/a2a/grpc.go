@@ -58,7 +58,7 @@ func (g *Guard) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Stre
 		panicked any
 	}
 	done := make(chan outcome, 1)
-	err = g.start(func() {
+	err = g.work.Go(func() {
 		out := outcome{panicked: errGoexit}
 		defer func() {
 			if r := recover(); r != nil {
@@ -95,7 +95,7 @@ func (g *Guard) StreamInterceptor(srv any, ss grpc.ServerStream, info *grpc.Stre
 		// return.
 		err := g.enforcer.Check(p, g.connect())
 		if err == nil {
-			err = errClosed()
+			err = &session.DeniedError{Err: session.ErrClosed}
 		}
 		st, trailer := g.grpcStatus(ss.Context(), err)
 		ss.SetTrailer(trailer)

@@ -1,11 +1,11 @@
 package a2aguard
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
@@ -73,17 +73,12 @@ type Guard struct {
 	opts     Options
 	resource denial.Resource
 	logger   *slog.Logger
-	closing  chan struct{} // closed by Close
-
-	mu     sync.Mutex
-	closed bool
-	wg     sync.WaitGroup
-	work   int // goroutines in wg
+	work     *guard.Work
 }
 
 // New makes a guard. Errors wrap session.ErrInvalid.
 func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
-	g := &Guard{enforcer: enforcer, verifier: verifier, closing: make(chan struct{})}
+	g := &Guard{enforcer: enforcer, verifier: verifier, work: guard.NewWork()}
 	if opts != nil {
 		g.opts = *opts
 	}
@@ -105,8 +100,8 @@ func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
 	if err := g.resource.Validate(); err != nil {
 		return nil, fmt.Errorf("a2aguard: %w", err)
 	}
-	g.opts.FlushTimeout = orDefault(g.opts.FlushTimeout, time.Second)
-	g.opts.CloseTimeout = orDefault(g.opts.CloseTimeout, 5*time.Second)
+	g.opts.FlushTimeout = cmp.Or(max(g.opts.FlushTimeout, 0), time.Second)
+	g.opts.CloseTimeout = cmp.Or(max(g.opts.CloseTimeout, 0), 5*time.Second)
 	g.logger = g.opts.Logger
 	if g.logger == nil {
 		g.logger = slog.New(slog.DiscardHandler)
@@ -114,77 +109,22 @@ func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
 	return g, nil
 }
 
-func orDefault(d, def time.Duration) time.Duration {
-	if d <= 0 {
-		return def
-	}
-	return d
-}
-
 // Close denies everything from now on, cuts what runs, since nobody would guard
 // it, and joins every goroutine. It waits for agents that ignore their context,
 // at most Options.CloseTimeout, and its error says how many were left behind. It
 // is idempotent.
 func (g *Guard) Close() error {
-	g.mu.Lock()
-	if !g.closed && g.closing != nil {
-		close(g.closing)
+	g.work.Stop()
+	if left := g.work.Wait(g.opts.CloseTimeout); left > 0 {
+		return fmt.Errorf("a2aguard: %d agents or calls have not ended", left)
 	}
-	g.closed = true
-	g.mu.Unlock()
-
-	done := make(chan struct{})
-	go func() { // ends with the goroutines that it waits for
-		g.wg.Wait()
-		close(done)
-	}()
-	timer := time.NewTimer(orDefault(g.opts.CloseTimeout, 5*time.Second))
-	defer timer.Stop()
-	select {
-	case <-done:
-		return nil
-	case <-timer.C:
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return fmt.Errorf("a2aguard: %d agents or calls have not ended", g.work)
-}
-
-// errClosed is what a closed guard, or one that was not made by New, answers.
-func errClosed() error { return &session.DeniedError{Err: session.ErrClosed} }
-
-// start runs f as a goroutine that Close joins, unless the guard is closed.
-func (g *Guard) start(f func()) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.closed || g.enforcer == nil {
-		return errClosed()
-	}
-	g.work++
-	g.wg.Go(func() {
-		defer func() {
-			g.mu.Lock()
-			g.work--
-			g.mu.Unlock()
-		}()
-		f()
-	})
 	return nil
-}
-
-func (g *Guard) isClosed() bool {
-	select {
-	case <-g.closing: // nil, and so never, in the zero Guard
-		return true
-	default:
-		return g.enforcer == nil
-	}
 }
 
 // admit finds out who sent a request and whether they may make the call.
 func (g *Guard) admit(r *http.Request, call session.Call) (p *session.Prepared, known bool, err error) {
-	if g.isClosed() {
-		return nil, false, errClosed()
+	if err := g.work.Err(); err != nil {
+		return nil, false, err
 	}
 	return guard.Admit(g.enforcer, g.verifier, r, call, g.opts.Scopes)
 }
@@ -271,8 +211,8 @@ func traceparent(ctx context.Context) string {
 // bind ties work to its caller, by the operation and, where there is one, by the
 // skill too.
 func (g *Guard) bind(ctx context.Context, p *session.Prepared, operation, skill string) (context.Context, context.CancelFunc, error) {
-	if g.isClosed() {
-		return nil, nil, errClosed()
+	if err := g.work.Err(); err != nil {
+		return nil, nil, err
 	}
 	call := g.call(operation, skill)
 	ctx, first, err := g.enforcer.Bind(ctx, p, call)
@@ -303,10 +243,7 @@ func (g *Guard) whyCut(bound context.Context) error {
 	if d := guard.Cut(bound); d != nil {
 		return d
 	}
-	if g.isClosed() {
-		return errClosed()
-	}
-	return nil
+	return g.work.Err()
 }
 
 // flush returns a channel that brings the end of the time in which the end of

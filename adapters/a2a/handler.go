@@ -67,8 +67,8 @@ type handler struct {
 // enter checks one operation of the caller that a transport has let in.
 func (h *handler) enter(ctx context.Context, operation, skill string, task a2a.TaskID) (context.Context, *session.Prepared, error) {
 	p := guard.FromContext(ctx)
-	if h.g.isClosed() {
-		return ctx, nil, denied{errClosed()}
+	if err := h.g.work.Err(); err != nil {
+		return ctx, nil, denied{err}
 	}
 	if !p.Valid() {
 		return ctx, nil, denied{&session.DeniedError{Err: session.ErrNoIdentity}}
@@ -289,7 +289,7 @@ func (h *handler) relay(ctx context.Context, p *session.Prepared, operation, ski
 			var next item
 			select {
 			case <-bound.Done():
-			case <-h.g.closing:
+			case <-h.g.work.Stopped():
 			case next = <-items:
 			}
 			if why := h.g.whyCut(bound); why != nil {

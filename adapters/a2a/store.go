@@ -188,5 +188,5 @@ func (s *sender) SendPush(ctx context.Context, config *a2a.PushConfig, event a2a
 }
 
 func (s *sender) mayTell(ctx context.Context) bool {
-	return executionOf(ctx).ended() == nil && !s.g.isClosed() && s.g.enforcer.Check(guard.FromContext(ctx), s.g.connect()) == nil
+	return executionOf(ctx).ended() == nil && s.g.work.Err() == nil && s.g.enforcer.Check(guard.FromContext(ctx), s.g.connect()) == nil
 }

@@ -1,6 +1,7 @@
 package mcpguard
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -67,20 +68,17 @@ type Guard struct {
 	opts     Options
 	resource denial.Resource
 	logger   *slog.Logger
-	closing  chan struct{} // closed by Close
+	work     *guard.Work // stopped with mu held
 
 	mu       sync.Mutex
-	closed   bool
 	sessions map[any]*tracked // by sessionKey
-	wg       sync.WaitGroup
-	work     int // goroutines in wg
 }
 
 // New makes a guard. verifier may be nil where Options.Identity is set, and
 // then every HTTP request is denied. Errors wrap session.ErrInvalid, or
 // session.ErrDenied when Identity cannot be prepared.
 func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
-	g := &Guard{enforcer: enforcer, verifier: verifier, sessions: make(map[any]*tracked), closing: make(chan struct{})}
+	g := &Guard{enforcer: enforcer, verifier: verifier, sessions: make(map[any]*tracked), work: guard.NewWork()}
 	if opts != nil {
 		g.opts = *opts
 	}
@@ -102,7 +100,8 @@ func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
 	if err := g.resource.Validate(); err != nil {
 		return nil, fmt.Errorf("mcpguard: %w", err)
 	}
-	g.opts.FlushTimeout = orDefault(g.opts.FlushTimeout, time.Second)
+	g.opts.FlushTimeout = cmp.Or(max(g.opts.FlushTimeout, 0), time.Second)
+	g.opts.CloseTimeout = cmp.Or(max(g.opts.CloseTimeout, 0), 5*time.Second)
 	g.logger = g.opts.Logger
 	if g.logger == nil {
 		g.logger = slog.New(slog.DiscardHandler)
@@ -117,13 +116,6 @@ func New(enforcer Enforcer, verifier Verifier, opts *Options) (*Guard, error) {
 	return g, nil
 }
 
-func orDefault(d, def time.Duration) time.Duration {
-	if d <= 0 {
-		return def
-	}
-	return d
-}
-
 // Close denies everything from now on, cuts what runs and closes the sessions
 // that the guard knows, since nobody would guard them, and joins every
 // goroutine. It waits for tools that ignore their context, at most
@@ -131,44 +123,15 @@ func orDefault(d, def time.Duration) time.Duration {
 // idempotent.
 func (g *Guard) Close() error {
 	g.mu.Lock()
-	if !g.closed && g.closing != nil {
-		close(g.closing)
-	}
-	g.closed = true
 	for _, t := range g.sessions {
 		t.closeLocked()
 	}
+	g.work.Stop()
 	g.mu.Unlock()
-
-	done := make(chan struct{})
-	go func() { // ends with the goroutines that it waits for
-		g.wg.Wait()
-		close(done)
-	}()
-	timer := time.NewTimer(orDefault(g.opts.CloseTimeout, 5*time.Second))
-	defer timer.Stop()
-	select {
-	case <-done:
-		return nil
-	case <-timer.C:
+	if left := g.work.Wait(g.opts.CloseTimeout); left > 0 {
+		return fmt.Errorf("mcpguard: %d tools or sessions have not ended", left)
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return fmt.Errorf("mcpguard: %d tools or sessions have not ended", g.work)
-}
-
-// errClosed is what a closed guard, or one that was not made by New, answers.
-func errClosed() error { return &session.DeniedError{Err: session.ErrClosed} }
-
-// goLocked runs f as a goroutine that Close joins. g.mu must be held.
-func (g *Guard) goLocked(f func()) {
-	g.work++
-	g.wg.Go(func() {
-		f()
-		g.mu.Lock()
-		g.work--
-		g.mu.Unlock()
-	})
+	return nil
 }
 
 // caller is a verified identity on its way through the SDK.
@@ -204,7 +167,7 @@ func callerOf(req mcp.Request) *caller {
 // handler verified, or from the configuration where the transport has none.
 func (g *Guard) identify(req mcp.Request) (*caller, error) {
 	if g.enforcer == nil {
-		return nil, errClosed()
+		return nil, g.work.Err()
 	}
 	if c := callerOf(req); c != nil {
 		return c, nil

@@ -138,19 +138,10 @@ func (g *Guard) connect() session.Call {
 }
 
 func (g *Guard) admit(r *http.Request) (p *session.Prepared, known bool, err error) {
-	if g.isClosed() {
-		return nil, false, errClosed()
+	if err := g.work.Err(); err != nil {
+		return nil, false, err
 	}
 	return guard.Admit(g.enforcer, g.verifier, r, g.connect(), g.opts.Scopes)
-}
-
-func (g *Guard) isClosed() bool {
-	if g.enforcer == nil {
-		return true
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.closed
 }
 
 // stream serves a GET, which is a legacy event stream, for as long as its

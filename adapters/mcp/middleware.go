@@ -119,26 +119,23 @@ func (g *Guard) run(ctx context.Context, c *caller, e *trail.Event, work func(co
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	done := make(chan outcome, 1)
-	g.mu.Lock()
-	if g.closed {
-		g.mu.Unlock()
-		cancel(nil)
-		release()
-		return nil, g.rpcError(errClosed())
-	}
-	g.goLocked(func() {
+	err = g.work.Go(func() {
 		defer release()
 		defer cancel(nil)
 		result, err := work(ctx)
 		done <- outcome{result, err}
 	})
-	g.mu.Unlock()
+	if err != nil {
+		cancel(nil)
+		release()
+		return nil, g.rpcError(err)
+	}
 
 	var out outcome
 	var why error
 	select {
-	case <-g.closing:
-		why = errClosed()
+	case <-g.work.Stopped():
+		why = g.work.Err()
 	case <-bound.Done():
 		select {
 		case out = <-done: // the binding was released, because the work is over

@@ -66,7 +66,7 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 	key := sessionKey(ss)
 	g.mu.Lock()
 	t := g.sessions[key]
-	closed := g.closed || t != nil && t.closing
+	closed := g.work.Err() != nil || t != nil && t.closing
 	kept := t != nil && t.held.keeps(c.prepared)
 	g.mu.Unlock()
 	if closed {
@@ -75,7 +75,7 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 		if err := g.enforcer.Check(c.prepared, g.connect()); err != nil {
 			return err
 		}
-		return errClosed()
+		return &session.DeniedError{Err: session.ErrClosed}
 	}
 	if kept {
 		return nil
@@ -88,14 +88,17 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed {
-		release()
-		return errClosed()
-	}
-	if t = g.sessions[key]; t == nil {
+	if t = g.sessions[key]; t != nil {
+		err = g.work.Err()
+	} else {
 		t = &tracked{g: g, ss: ss}
-		g.sessions[key] = t
-		g.goLocked(func() { t.await(key) })
+		if err = g.work.Go(func() { t.await(key) }); err == nil {
+			g.sessions[key] = t
+		}
+	}
+	if err != nil {
+		release()
+		return err
 	}
 	t.releaseLocked()
 	h := &hold{owner: c.prepared, ended: bound.Done(), release: release}
@@ -131,10 +134,10 @@ func (t *tracked) cut(h *hold, why *session.DeniedError) {
 	// Bind anew at the next request that is let through. Only a revocation
 	// closes: a suspension may be lifted, a token renewed, a bus come back.
 	t.releaseLocked()
-	if errors.Is(why, session.ErrRevoked) && !t.g.closed {
+	if errors.Is(why, session.ErrRevoked) {
 		t.closing = true
 		flushed := t.flushedLocked()
-		t.g.goLocked(func() {
+		_ = t.g.work.Go(func() { // refused only once Close has closed it
 			// Closing first would lose the errors of what was running: the SDK
 			// writes nothing more on a session that is closing.
 			t.g.awaitFlush(flushed)
@@ -157,7 +160,7 @@ func (g *Guard) awaitFlush(flushed <-chan struct{}) {
 func (t *tracked) closeLocked() {
 	if !t.closing {
 		t.closing = true
-		t.g.goLocked(t.close)
+		_ = t.g.work.Go(t.close) // never refused: the work is stopped after this
 	}
 }
 
