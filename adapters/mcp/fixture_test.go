@@ -177,7 +177,7 @@ func newWorld(t *testing.T, opts *mcpguard.Options) *world {
 		enforcer: newEnforcer(t), key: key,
 		started: make(chan string, 16), ended: make(chan string, 16), let: make(chan struct{}), causes: make(chan error, 256),
 	}
-	proofs, err := credential.NewProofChecker(credential.ProofOptions{})
+	proofs, err := credential.NewProofChecker(credential.ProofOptions{OriginOf: func(r *http.Request) string { return "http://" + r.Host }})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -116,7 +116,7 @@ func Start(o Options) (_ *Gateway, err error) {
 		}
 	}()
 	c := o.Config
-	if g.proofs, err = newProofs(&c.Proof); err != nil {
+	if g.proofs, err = g.newProofs(&c.Proof); err != nil {
 		return nil, err
 	}
 	if err := g.openEnforcer(c); err != nil {
@@ -149,8 +149,18 @@ func Start(o Options) (_ *Gateway, err error) {
 	return g, nil
 }
 
-func newProofs(c *config.Proof) (*credential.ProofChecker, error) {
+// newProofs makes the checker of proofs. What a client says of the host would let
+// it pass off a proof that it was sent for another server.
+func (g *Gateway) newProofs(c *config.Proof) (*credential.ProofChecker, error) {
 	o := credential.ProofOptions{Origin: c.Origin, MaxAge: c.MaxAge, MaxProofs: c.MaxProofs}
+	if c.Origin == "" {
+		o.OriginOf = func(r *http.Request) string {
+			if guard, _ := g.current.Load().table.Find(r.Host, r.URL.Path); guard != nil {
+				return guard.Origin
+			}
+			return ""
+		}
+	}
 	if c.NonceKeyFile != "" {
 		key, err := secret(c.NonceKeyFile)
 		if err != nil {

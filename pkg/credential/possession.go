@@ -43,14 +43,16 @@ const (
 	nonceLen   = 8 + 16
 )
 
-// ProofOptions configures a ProofChecker. The zero value is useful.
+// ProofOptions configures a ProofChecker. The zero value checks certificates, and
+// refuses every DPoP proof.
 type ProofOptions struct {
 	// Origin is the scheme and authority by which clients know this server, as
-	// in "https://tools.example". Empty takes them from the request, which is
-	// not enough where something in front ends TLS, or where a client that lies
-	// about the host gets this far: a proof made for another server would be
-	// accepted from it.
+	// in "https://tools.example", which the URL in a DPoP proof must begin with.
 	Origin string
+	// OriginOf takes the place of Origin where resources have several. It must
+	// not believe what a client says of the host, or a proof that was made for
+	// another server would be accepted from whoever names that. "" refuses.
+	OriginOf func(*http.Request) string
 	// MaxAge is how old a DPoP proof may be; zero is DefaultProofAge, at most
 	// 5 min.
 	MaxAge time.Duration
@@ -83,9 +85,8 @@ type ProofOptions struct {
 // before the second in which the checker was made is accepted, since they may
 // have been seen by the one before. NonceKey does not change the first.
 type ProofChecker struct {
-	opts   ProofOptions
-	origin string
-	seen   *seenProofs
+	opts ProofOptions
+	seen *seenProofs
 }
 
 var proofAlgorithms = []jose.SignatureAlgorithm{jose.ES256, jose.ES384, jose.ES512, jose.EdDSA, jose.RS256, jose.PS256}
@@ -103,7 +104,11 @@ func NewProofChecker(o ProofOptions) (*ProofChecker, error) {
 			u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
 			return bad("Origin %q is not a scheme and an authority", o.Origin)
 		}
-		c.origin = u.Scheme + "://" + u.Host
+		if o.OriginOf != nil {
+			return bad("Origin and OriginOf: want one of them")
+		}
+		origin := u.Scheme + "://" + u.Host
+		c.opts.OriginOf = func(*http.Request) string { return origin }
 	}
 	if c.opts.MaxAge == 0 {
 		c.opts.MaxAge = DefaultProofAge
@@ -272,7 +277,14 @@ func (c *ProofChecker) checkProof(r *http.Request, token, thumbprint string) err
 	if text("htm") != r.Method {
 		return notProof("is for another method")
 	}
-	if !c.addressed(text("htu"), r) {
+	origin := ""
+	if c.opts.OriginOf != nil {
+		origin = c.opts.OriginOf(r)
+	}
+	if origin == "" {
+		return notProof("cannot be checked: it is not configured by which origin clients know this server")
+	}
+	if !addressed(text("htu"), origin, r) {
 		return notProof("is for another URL")
 	}
 	sum := sumOf(token)
@@ -297,19 +309,12 @@ func (c *ProofChecker) checkProof(r *http.Request, token, thumbprint string) err
 	return c.seen.add([sha256.Size]byte(own), jti, iat, now)
 }
 
-// addressed reports whether htu is the URL of the request, less query and
+// addressed reports whether htu is the URL of a request to origin, less query and
 // fragment, as far as the forms of RFC 3986 §6.2.2.1 and §6.2.3 go.
-func (c *ProofChecker) addressed(htu string, r *http.Request) bool {
+func addressed(htu, origin string, r *http.Request) bool {
 	u, err := url.Parse(htu)
 	if err != nil || u.Host == "" || u.User != nil {
 		return false
-	}
-	origin := c.origin
-	if origin == "" {
-		origin = "http://" + r.Host
-		if r.TLS != nil {
-			origin = "https://" + r.Host
-		}
 	}
 	want, err := session.Canonical(session.KindAudience, origin+r.URL.EscapedPath())
 	if err != nil {

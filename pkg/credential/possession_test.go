@@ -463,10 +463,24 @@ func TestNonceIsDemanded(t *testing.T) {
 	}
 }
 
+// What the request says of the host is not believed, and there is nothing else to
+// go by: a proof for another server would be as good.
+func TestProofWithoutAnOriginIsRefused(t *testing.T) {
+	for name, of := range map[string]func(*http.Request) string{"none": nil, "none for this": func(*http.Request) string { return "" }} {
+		p := newProvingCaller(t, func(o *credential.ProofOptions) { o.Origin, o.OriginOf = "", of })
+		r := p.request(p.proof(nil))
+		r.Host = "tools.example"
+		if _, err := p.v.VerifyRequest(r); !errors.Is(err, credential.ErrTokenPossession) || !strings.Contains(err.Error(), "configured") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestProofOptionsThatAreRefused(t *testing.T) {
 	for name, o := range map[string]credential.ProofOptions{
 		"origin with a path": {Origin: "https://tools.example/mcp"},
 		"origin, no scheme":  {Origin: "tools.example"},
+		"two origins":        {Origin: "https://tools.example", OriginOf: func(*http.Request) string { return "" }},
 		"age":                {MaxAge: time.Hour},
 		"age too little":     {MaxAge: time.Millisecond},
 		"proofs":             {MaxProofs: -1},
@@ -501,7 +515,10 @@ func certificate(t *testing.T) tls.Certificate {
 // was made with it, and where it is bound to a key too, only with both.
 func TestCertificateAndProofOverTLS(t *testing.T) {
 	s, h, c := newSigner(t), newHolder(t), newClock(time.Now())
-	checker := newChecker(t, c, func(o *credential.ProofOptions) { o.Origin = "" })
+	origin := ""
+	checker := newChecker(t, c, func(o *credential.ProofOptions) {
+		o.Origin, o.OriginOf = "", func(*http.Request) string { return origin }
+	})
 	v := newVerifier(t, []jose.JSONWebKey{s.public()}, with(c), func(o *credential.Options) { o.Possession = checker.Check })
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := v.VerifyRequest(r); err != nil {
@@ -512,6 +529,7 @@ func TestCertificateAndProofOverTLS(t *testing.T) {
 	server.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
 	server.StartTLS()
 	t.Cleanup(server.Close)
+	origin = server.URL
 	own, other := certificate(t), certificate(t)
 	x5t := map[string]any{"x5t#S256": hash64(own.Certificate[0])}
 	both := map[string]any{"x5t#S256": hash64(own.Certificate[0]), "jkt": h.jkt}

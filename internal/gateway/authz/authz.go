@@ -146,8 +146,8 @@ func (x *GRPC) Check(ctx context.Context, in *auth.CheckRequest) (*auth.CheckRes
 	if err != nil {
 		return refused(errDescribed), nil
 	}
-	if cert := in.GetAttributes().GetSource().GetCertificate(); cert != "" && r.TLS != nil {
-		r.TLS.PeerCertificates = peer(cert)
+	if cert := in.GetAttributes().GetSource().GetCertificate(); cert != "" && h.GetScheme() == "https" {
+		r.TLS = &tls.ConnectionState{HandshakeComplete: true, PeerCertificates: peer(cert)}
 	}
 	var body []byte
 	if b := h.GetRawBody(); len(b) > 0 {
@@ -201,9 +201,7 @@ func described(ctx context.Context, h *auth.AttributeContext_HttpRequest) (*http
 		return nil, err
 	}
 	r := &http.Request{Method: h.GetMethod(), URL: u, Host: h.GetHost(), Header: make(http.Header, len(h.GetHeaders()))}
-	// What a proof of possession is about.
 	u.Scheme, u.Host = h.GetScheme(), h.GetHost()
-	r.TLS = secured(u.Scheme)
 	for name, value := range h.GetHeaders() {
 		if !strings.HasPrefix(name, ":") {
 			r.Header.Set(name, value)
@@ -219,15 +217,6 @@ func parse(target string) (*url.URL, error) {
 		return nil, errDescribed
 	}
 	return url.ParseRequestURI(target)
-}
-
-// secured is the state of a connection that somebody else has, as far as the
-// scheme tells.
-func secured(scheme string) *tls.ConnectionState {
-	if scheme != "https" {
-		return nil
-	}
-	return &tls.ConnectionState{HandshakeComplete: true}
 }
 
 // peer is the client's certificate, which Envoy has verified, as it sends it:
@@ -363,6 +352,6 @@ func forwarded(r *http.Request, dialect string) (*http.Request, error) {
 		return nil, err
 	}
 	u.Scheme, u.Host = scheme, host
-	out := &http.Request{Method: method, URL: u, Host: host, Header: r.Header.Clone(), Body: http.NoBody, TLS: secured(scheme)}
+	out := &http.Request{Method: method, URL: u, Host: host, Header: r.Header.Clone(), Body: http.NoBody}
 	return out.WithContext(r.Context()), nil
 }

@@ -104,6 +104,7 @@ type Introspection struct {
 // Proof is how possession of the key that a token is bound to is proven; see
 // credential.ProofOptions.
 type Proof struct {
+	// Origin is that of every route; empty is that of each route's Resource.
 	Origin    string        `yaml:"origin"`
 	MaxAge    time.Duration `yaml:"max_age"`
 	MaxProofs int           `yaml:"max_proofs"`

@@ -38,6 +38,9 @@ type Observer func(*Decision)
 type Guard struct {
 	Route    *config.Route
 	Resource denial.Resource
+	// Origin is the scheme and authority of the route's resource, by which its
+	// clients know this server; empty where that is no URL with a host.
+	Origin   string
 	Enforcer guard.Enforcer
 	Verifier guard.Verifier
 	// Observe may be nil, and so may Trail, which only marks beginnings here.
@@ -53,6 +56,9 @@ func New(r *config.Route, e guard.Enforcer, v guard.Verifier, o Observer, t *tra
 		Route: r, Enforcer: e, Verifier: v, Observe: o, Trail: t,
 		Resource: denial.Resource{Metadata: r.ResourceMetadata, Scopes: r.Scopes},
 		calls:    make(map[string]session.Call),
+	}
+	if u, err := url.Parse(r.Resource); err == nil && u.Host != "" && (u.Scheme == "https" || u.Scheme == "http") {
+		g.Origin = u.Scheme + "://" + u.Host
 	}
 	for _, name := range r.LowRisk {
 		g.calls[name] = session.Call{LowRisk: true}
