@@ -8,13 +8,13 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -203,19 +203,10 @@ func TestTokenBoundToAKeyNeedsAProof(t *testing.T) {
 		})
 		prove := func(r *http.Request, token string) {
 			ath := sha256.Sum256([]byte(token))
-			payload, err := json.Marshal(map[string]any{
+			proof, err := jwt.Signed(signer).Claims(map[string]any{
 				"jti": rand.Text(), "htm": r.Method, "htu": r.URL.String(), "iat": time.Now().Unix(),
 				"ath": base64.RawURLEncoding.EncodeToString(ath[:]),
-			})
-			if err != nil {
-				t.Error(err)
-			}
-			jws, err := signer.Sign(payload)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			proof, err := jws.CompactSerialize()
+			}).Serialize()
 			if err != nil {
 				t.Error(err)
 			}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -73,18 +74,10 @@ func runFabric(listen string) error {
 	files := map[string][]byte{"enrollment.json": raw, "jwks.json": jwks}
 	for _, user := range []string{"alice", "bob"} {
 		now := time.Now()
-		payload, err := json.Marshal(map[string]any{
+		token, err := jwt.Signed(signer).Claims(map[string]any{
 			"iss": issuer, "sub": user, "aud": "https://tools.example/", "sid": "s-" + user, "jti": rand.Text(),
 			"auth_time": now.Unix(), "exp": now.Add(time.Hour).Unix(),
-		})
-		if err != nil {
-			return err
-		}
-		jws, err := signer.Sign(payload)
-		if err != nil {
-			return err
-		}
-		token, err := jws.CompactSerialize()
+		}).Serialize()
 		if err != nil {
 			return err
 		}

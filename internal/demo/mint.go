@@ -4,11 +4,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"encoding/json"
 	"fmt"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/interlock-fabric/interlock/pkg/credential"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -79,15 +79,11 @@ func (m *mint) child(user, sid, parent string, actors ...string) func() (string,
 		if act != nil {
 			claims["act"] = act
 		}
-		payload, err := json.Marshal(claims)
-		if err != nil {
-			return "", err
-		}
-		jws, err := m.signer.Sign(payload)
+		token, err := jwt.Signed(m.signer).Claims(claims).Serialize()
 		if err != nil {
 			return "", fmt.Errorf("sign a token: %w", err)
 		}
-		return jws.CompactSerialize()
+		return token, nil
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"go.uber.org/goleak"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
@@ -183,15 +184,11 @@ const agentPrefix = "spiffe://corp/agent/"
 func (w *world) token(t *testing.T, agent, sid string) string {
 	t.Helper()
 	now := time.Now()
-	payload, err := json.Marshal(map[string]any{
+	s, err := jwt.Signed(w.signer).Claims(map[string]any{
 		"iss": issuer, "sub": "ann", "aud": resource, "sid": sid, "jti": rand.Text(), "client_id": "cli",
 		"act": map[string]any{"sub": agentPrefix + agent},
 		"iat": now.Unix(), "auth_time": now.Unix(), "exp": now.Add(time.Hour).Unix(),
-	})
-	must(t, err)
-	jws, err := w.signer.Sign(payload)
-	must(t, err)
-	s, err := jws.CompactSerialize()
+	}).Serialize()
 	must(t, err)
 	return s
 }

@@ -8,13 +8,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -118,15 +118,7 @@ func (f *Fabric) Token(t testing.TB, user, sid string, change ...func(map[string
 	for _, c := range change {
 		c(claims)
 	}
-	payload, err := json.Marshal(claims)
-	if err != nil {
-		t.Fatal(err)
-	}
-	jws, err := f.signer.Sign(payload)
-	if err != nil {
-		t.Fatal(err)
-	}
-	token, err := jws.CompactSerialize()
+	token, err := jwt.Signed(f.signer).Claims(claims).Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -236,16 +237,8 @@ func newMint(key *ecdsa.PrivateKey) (*mint, error) {
 }
 
 func (m *mint) token(user, sid string, expires time.Time) (string, error) {
-	payload, err := json.Marshal(map[string]any{
+	return jwt.Signed(m.signer).Claims(map[string]any{
 		"iss": issuer, "aud": resource, "sub": user, "sid": sid, "jti": rand.Text(), "client_id": "interop",
 		"iat": time.Now().Unix(), "auth_time": time.Now().Unix(), "exp": expires.Unix(),
-	})
-	if err != nil {
-		return "", err
-	}
-	jws, err := m.signer.Sign(payload)
-	if err != nil {
-		return "", err
-	}
-	return jws.CompactSerialize()
+	}).Serialize()
 }

@@ -4,13 +4,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"encoding/json"
 	"net/http"
 	"net/http/httptest"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/credential"
@@ -32,19 +32,11 @@ func BenchmarkAdmit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	payload, err := json.Marshal(map[string]any{
+	token, err := jwt.Signed(signer).Claims(map[string]any{
 		"iss": guardtest.Issuer, "sub": "ann", "aud": guardtest.Audience, "sid": "s-ann", "jti": rand.Text(), "client_id": "cli",
 		"act": map[string]any{"sub": "agent-2", "act": map[string]any{"sub": "agent-1"}}, "session_ancestors": []string{"s0", "r0"},
 		"iat": time.Now().Unix(), "exp": time.Now().Add(time.Hour).Unix(),
-	})
-	if err != nil {
-		b.Fatal(err)
-	}
-	jws, err := signer.Sign(payload)
-	if err != nil {
-		b.Fatal(err)
-	}
-	token, err := jws.CompactSerialize()
+	}).Serialize()
 	if err != nil {
 		b.Fatal(err)
 	}

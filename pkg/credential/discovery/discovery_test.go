@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"go.uber.org/goleak"
 
 	"github.com/interlock-fabric/interlock/pkg/credential"
@@ -97,17 +98,9 @@ func (i *issuer) token(t *testing.T, kid, as string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	payload, err := json.Marshal(map[string]any{
+	token, err := jwt.Signed(signer).Claims(map[string]any{
 		"iss": i.URL, "sub": "ann", "aud": audience, "jti": rand.Text(), "exp": time.Now().Add(10 * time.Hour).Unix(),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	jws, err := signer.Sign(payload)
-	if err != nil {
-		t.Fatal(err)
-	}
-	token, err := jws.CompactSerialize()
+	}).Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}
