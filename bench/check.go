@@ -25,27 +25,15 @@ const identities = 1 << 14
 // entries, with a state directory.
 func check(b *bench, n int) (err error) {
 	r := b.report
-	k, err := newKeys()
-	if err != nil {
-		return err
-	}
-	ps, err := k.callers("")
-	if err != nil {
-		return err
-	}
-	gone, err := k.callers("gone")
-	if err != nil {
-		return err
-	}
-	path, err := b.segment("revoked", n, kinds, gone)
-	if err != nil {
-		return err
-	}
-	w, err := newWorld(k, path)
+	w, gone, err := b.revokedWorld(n)
 	if err != nil {
 		return err
 	}
 	defer w.close()
+	ps, err := w.callers("")
+	if err != nil {
+		return err
+	}
 	at50 := int(50_000 * pick(b, 2*time.Second, 500*time.Millisecond).Seconds())
 	arriving, err := w.signMany(at50, 21)
 	if err != nil {
@@ -91,7 +79,7 @@ func check(b *bench, n int) (err error) {
 	r.add("Check, p99.9", n, idle.at(.999), "ns", either(big, "≤ 10 µs", "≤ 5 µs"))
 	r.add("Check, allocations", n, testing.AllocsPerRun(pick(b, 1<<18, 1<<12), func() { allowed(1) }), "", "≤ 0")
 
-	if err := otherKinds(b, k, n, ps); err != nil {
+	if err := otherKinds(b, w.keys, n, ps); err != nil {
 		return err
 	}
 

@@ -14,19 +14,7 @@ import (
 // memory measures what an open enforcer holds on the heap, with a state directory
 // and without, and the peak while the state is sealed.
 func memory(b *bench, n int) error {
-	k, err := newKeys()
-	if err != nil {
-		return err
-	}
-	gone, err := k.callers("gone")
-	if err != nil {
-		return err
-	}
-	path, err := b.segment("revoked", n, kinds, gone)
-	if err != nil {
-		return err
-	}
-	w, err := newWorld(k, path)
+	w, _, err := b.revokedWorld(n)
 	if err != nil {
 		return err
 	}

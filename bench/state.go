@@ -264,30 +264,11 @@ func measure(rep *report, n int) (err error) {
 
 // parallel compares one core with two.
 func (r *report) parallel(n int, s *filter.Set, ps []*session.Prepared) {
-	rate := func(cores int) float64 {
-		var total atomic.Int64
-		var wg sync.WaitGroup
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		for c := range cores {
-			wg.Go(func() {
-				call := session.Call{}
-				done := int64(0)
-				for i := c * 1000; ctx.Err() == nil; {
-					for range 256 {
-						_, _ = s.Decide(ps[i&(len(ps)-1)], &call, session.Moment{}) // timed only
-						i++
-					}
-					done += 256
-				}
-				total.Add(done)
-			})
-		}
-		wg.Wait()
-		return float64(total.Load())
-	}
-	one := max(rate(1), rate(1))
-	r.add("throughput of two cores to one", n, max(rate(2), rate(2))/one, "×", "≥ 1.8 ×")
+	rate := cores(time.Second, func(i int) {
+		call := session.Call{}
+		_, _ = s.Decide(ps[i&(len(ps)-1)], &call, session.Moment{}) // timed only
+	})
+	r.add("throughput of two cores to one", n, rate, "×", "≥ 1.8 ×")
 }
 
 // applying measures the apply rate on one core, the merges left to others.

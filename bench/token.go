@@ -27,19 +27,7 @@ const audience = "https://tools.example/mcp"
 // against the verification of its signature, and against a request whose token
 // has not.
 func token(b *bench, n int) (err error) {
-	k, err := newKeys()
-	if err != nil {
-		return err
-	}
-	gone, err := k.callers("gone")
-	if err != nil {
-		return err
-	}
-	path, err := b.segment("revoked", n, kinds, gone)
-	if err != nil {
-		return err
-	}
-	w, err := newWorld(k, path)
+	w, _, err := b.revokedWorld(n)
 	if err != nil {
 		return err
 	}

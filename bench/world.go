@@ -142,6 +142,24 @@ func revokeSession(p *session.Prepared) session.Entry {
 	return e
 }
 
+// revokedWorld makes a world of n random entries, and of those that revoke the
+// callers it returns.
+func (b *bench) revokedWorld(n int) (w *world, gone []*session.Prepared, err error) {
+	k, err := newKeys()
+	if err != nil {
+		return nil, nil, err
+	}
+	if gone, err = k.callers("gone"); err != nil {
+		return nil, nil, err
+	}
+	path, err := b.segment("revoked", n, kinds, gone)
+	if err != nil {
+		return nil, nil, err
+	}
+	w, err = newWorld(k, path)
+	return w, gone, err
+}
+
 // newWorld makes a world whose log begins behind the segment in a file.
 func newWorld(k *keys, path string) (*world, error) {
 	w := &world{keys: k, born: time.Now(), path: path}
