@@ -378,11 +378,6 @@ func TestOneDecisionEndsEverythingEverywhere(t *testing.T) {
 			}
 			for _, x := range cut {
 				eventually(t, x.way.name+": the host has left the requests of "+x.name, func() bool { return x.way.host.open(x.name) == 0 })
-				if x.kind.isA2A() && !x.way.host.guarded {
-					// A2A executes a task apart from its request. Who stops the agent
-					// is its own guard; a proxy ends what can be read of it.
-					close(x.way.host.gate(x.name))
-				}
 				eventually(t, x.way.name+": the work has ended: "+x.name, func() bool { return x.way.host.running(x.name) == 0 })
 			}
 

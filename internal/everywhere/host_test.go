@@ -34,8 +34,6 @@ const beat = 50 * time.Millisecond
 type host struct {
 	http *httptest.Server
 	grpc string
-	// guarded says that the adapters are in it.
-	guarded bool
 
 	mu       sync.Mutex
 	gates    map[string]chan struct{}
@@ -79,7 +77,7 @@ func (h *host) running(what string) int {
 // newHost starts a host, guarded unless the guards are nil.
 func newHost(t *testing.T, mg *mcpguard.Guard, ag *a2aguard.Guard) *host {
 	t.Helper()
-	h := &host{guarded: mg != nil, gates: make(map[string]chan struct{}), requests: make(map[string]int), runs: make(map[string]int)}
+	h := &host{gates: make(map[string]chan struct{}), requests: make(map[string]int), runs: make(map[string]int)}
 
 	none := func(context.Context, *mcp.SubscribeRequest) error { return nil }
 	server := mcp.NewServer(&mcp.Implementation{Name: "tools", Version: "1"}, &mcp.ServerOptions{

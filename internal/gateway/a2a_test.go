@@ -27,14 +27,17 @@ import (
 )
 
 // worker is an agent that works until it is let go, and guards nothing.
-type worker struct{ let chan struct{} }
+type worker struct {
+	let  chan struct{}
+	beat time.Duration
+}
 
 func (x worker) Execute(ctx context.Context, ec *a2asrv.ExecutorContext) iter.Seq2[a2a.Event, error] {
 	return func(yield func(a2a.Event, error) bool) {
 		if !yield(a2a.NewSubmittedTask(ec, ec.Message), nil) || !yield(a2a.NewStatusUpdateEvent(ec, a2a.TaskStateWorking, nil), nil) {
 			return
 		}
-		tick := time.NewTicker(5 * time.Millisecond)
+		tick := time.NewTicker(x.beat)
 		defer tick.Stop()
 		for {
 			select {
@@ -63,7 +66,7 @@ func TestA2AStreamsAreCut(t *testing.T) {
 	w := newWorld(t)
 	let := make(chan struct{})
 	defer close(let)
-	h := a2asrv.NewHandler(worker{let})
+	h := a2asrv.NewHandler(worker{let, 5 * time.Millisecond})
 	transports := map[a2a.TransportProtocol]string{}
 	config := "routes:\n"
 	for tr, handler := range map[a2a.TransportProtocol]http.Handler{

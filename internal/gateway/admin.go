@@ -18,6 +18,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
+	"github.com/interlock-fabric/interlock/internal/gateway/proxy"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/internal/socket"
 	"github.com/interlock-fabric/interlock/pkg/denial"
@@ -31,6 +32,7 @@ type metrics struct {
 	registry  *prometheus.Registry
 	decisions *prometheus.CounterVec
 	cuts      *prometheus.CounterVec
+	tasks     *prometheus.CounterVec
 	reloads   *prometheus.CounterVec
 }
 
@@ -43,13 +45,16 @@ func newMetrics(g *Gateway) *metrics {
 		cuts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "interlock_gateway_cut_total", Help: "Requests and streams that were cut while they ran, by route and cause.",
 		}, []string{"route", "cause"}),
+		tasks: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "interlock_gateway_task_cancellations_total", Help: "Tasks of A2A whose callers were cut, by route and by what became of their cancellation at the agent.",
+		}, []string{"route", "outcome"}),
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "interlock_gateway_config_reloads_total", Help: "Attempts to put another configuration in force.",
 		}, []string{"result"}),
 	}
 	m.registry.MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		enforceprom.New(g.enforcer), m.decisions, m.cuts, m.reloads,
+		enforceprom.New(g.enforcer), m.decisions, m.cuts, m.tasks, m.reloads,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "interlock_gateway_mcp_sessions", Help: "MCP sessions that are tracked.",
 		}, func() float64 { return float64(g.sessions.Len()) }),
@@ -68,6 +73,10 @@ func (m *metrics) decided(d *route.Decision) {
 		return
 	}
 	m.decisions.WithLabelValues(d.Route, outcome).Inc()
+}
+
+func (m *metrics) canceled(route string, o proxy.TaskOutcome) {
+	m.tasks.WithLabelValues(route, string(o)).Inc()
 }
 
 func (m *metrics) reloaded(err error) {

@@ -74,6 +74,7 @@ type Gateway struct {
 	trail    *trail.Recorder
 	proofs   *credential.ProofChecker
 	sessions *proxy.Sessions
+	tasks    *proxy.Tasks
 	budget   *proxy.Budget
 	metrics  *metrics
 	admin    *admin
@@ -124,6 +125,7 @@ func Start(o Options) (_ *Gateway, err error) {
 	}
 	g.sessions = proxy.NewSessions(sessionOptions(c, g.log))
 	g.metrics = newMetrics(g)
+	g.tasks = proxy.NewTasks(proxy.TaskOptions{Observe: g.metrics.canceled, Logger: g.log})
 	rt, err := g.build(c)
 	if err != nil {
 		return nil, err
@@ -377,7 +379,7 @@ func (g *Gateway) build(c *config.Config) (_ *runtime, err error) {
 	}
 	rt.table = route.NewTable(guards)
 	if g.opts.Kind == Proxy {
-		rt.proxy, err = proxy.New(proxy.Options{Table: rt.table, Config: c, Sessions: g.sessions, Budget: g.budget, Logger: g.log})
+		rt.proxy, err = proxy.New(proxy.Options{Table: rt.table, Config: c, Sessions: g.sessions, Tasks: g.tasks, Budget: g.budget, Logger: g.log})
 		if err != nil {
 			return nil, err
 		}
@@ -734,6 +736,9 @@ func (g *Gateway) Shutdown(ctx context.Context) {
 	draining.Wait()
 	if g.sessions != nil {
 		g.sessions.Close()
+	}
+	if g.tasks != nil {
+		g.tasks.Close()
 	}
 	if g.enforcer != nil {
 		if err := g.enforcer.Close(); err != nil {

@@ -38,6 +38,8 @@ type Operation struct {
 	Name string
 	// ID is the id of a call, as JSON; nil for what is not answered.
 	ID json.RawMessage
+	// Renamed says that the method was named as A2A 0.3 does.
+	Renamed bool
 	// Arguments are the params, as they were sent.
 	Arguments []byte
 }
@@ -158,7 +160,7 @@ func Parse(body []byte, protocol config.Protocol) (Operation, error) {
 	}
 	o.Method = string(name)
 	if now := renamed[o.Method]; now != "" && protocol == config.A2A {
-		o.Method = now
+		o.Method, o.Renamed = now, true
 	}
 	o.Arguments = params
 	if protocol != config.MCP {
@@ -196,6 +198,9 @@ func CheckREST(body []byte) error {
 	}
 	if !utf8.Valid(body) || !json.Valid(body) {
 		return refuse(codeParse, "the body is not JSON")
+	}
+	if string(bytes.TrimSpace(body)) == "null" {
+		return nil // what the Go SDK sends where there is nothing to say
 	}
 	return members(body, func(key []byte, _ json.RawMessage) error {
 		if strings.EqualFold(string(key), "jsonrpc") {

@@ -138,7 +138,7 @@ func TestREST(t *testing.T) {
 
 func TestRESTBody(t *testing.T) {
 	for in, ok := range map[string]bool{
-		``: true, `{}`: true, `{"message":{"jsonrpc":"2.0"}}`: true,
+		``: true, `{}`: true, "null\n": true, `{"message":{"jsonrpc":"2.0"}}`: true,
 		`{"jsonrpc":"2.0","method":"SendMessage","id":1}`: false, `{"JSONRPC":"2.0"}`: false, `{"json\u0072pc":"2.0"}`: false,
 		`[{"jsonrpc":"2.0"}]`: false, `{"a":1,"a":2}`: false, `x`: false, "{\"a\":\"\xff\"}": false,
 	} {

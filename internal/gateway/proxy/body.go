@@ -81,7 +81,7 @@ func (x *exchange) read(w http.ResponseWriter, r *http.Request) (release func(),
 				return nil, &operation.Refusal{Status: http.StatusBadRequest, Code: codeInvalid, Why: "gRPC wants HTTP/2"}
 			}
 			x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
-			r.Body = &framed{ReadCloser: r.Body}
+			r.Body = &framed{ReadCloser: r.Body, x: x}
 			return nothing, nil
 		case r.ContentLength == 0 && x.rest(r):
 			x.op = x.g.ByPath(r.Method, r.URL, x.path, r.Header)
@@ -94,6 +94,7 @@ func (x *exchange) read(w http.ResponseWriter, r *http.Request) (release func(),
 // framed is the body of a gRPC request, if it is one.
 type framed struct {
 	io.ReadCloser
+	x     *exchange
 	begun bool
 }
 
@@ -103,6 +104,9 @@ func (f *framed) Read(p []byte) (int, error) {
 		if f.begun = operation.Framed(p[0]); !f.begun {
 			return 0, operation.ErrFrame
 		}
+	}
+	if f.x.exec != nil {
+		f.x.exec.asks(p[:n])
 	}
 	return n, err
 }

@@ -44,6 +44,9 @@ func (p *Proxy) answered(res *http.Response) error {
 	case operation.GRPC(res.Header):
 		b.form = grpc
 	}
+	if x.exec != nil && res.StatusCode == http.StatusOK && res.Header.Get("Content-Encoding") == "" {
+		b.find = &finder{form: b.form, rpc: !x.exec.rest}
+	}
 	res.Body = b
 	return nil
 }
@@ -68,6 +71,9 @@ type body struct {
 	// last are the last two bytes of an event stream, carriage returns left out.
 	last [2]byte
 	any  bool
+	// find looks for the task that the answer is about; nil when there is no use
+	// in it.
+	find *finder
 }
 
 var errCut = errors.New("cut")
@@ -78,6 +84,18 @@ func (b *body) Read(buf []byte) (int, error) {
 	}
 	n, err := b.ReadCloser.Read(buf)
 	d := route.Denied(b.x.bound)
+	if b.find != nil {
+		id, over := b.find.look(buf[:n])
+		if id == "" && d != nil {
+			id = b.find.rest()
+		}
+		if id != "" {
+			b.x.exec.named(id)
+		}
+		if over || d != nil {
+			b.find = nil
+		}
+	}
 	if d == nil || errors.Is(err, io.EOF) && n == 0 {
 		if b.form == events {
 			b.follow(buf[:n])

@@ -35,6 +35,8 @@ type Options struct {
 	Config *config.Config
 	// Sessions outlive the proxy when the configuration is read again.
 	Sessions *Sessions
+	// Tasks outlive it, too.
+	Tasks *Tasks
 	// Budget is what JSON-RPC requests that are being read may take together.
 	Budget *Budget
 	Logger *slog.Logger
@@ -105,6 +107,8 @@ type exchange struct {
 
 	traceparent string
 	session     *tracked
+	// exec is what the request has an agent do; nil for any other.
+	exec *execution
 	// bound ends when the caller must stop.
 	bound context.Context
 	cut   atomic.Bool // noted
@@ -169,6 +173,9 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	if g.Route.Protocol == config.A2A && executes(&x.op) {
+		x.exec = &execution{rest: x.rest(r)}
+	}
 	x.call = g.Call(&x.op)
 	bound, unbind, err := g.Enforcer.Bind(r.Context(), caller, x.call)
 	if err != nil {
@@ -183,6 +190,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// A client that does not read must not hold up the end of its stream.
 	rc := http.NewResponseController(w)
 	stop := context.AfterFunc(bound, func() {
+		x.cancelTask()
 		x.mu.Lock()
 		defer x.mu.Unlock()
 		if !x.over && route.Denied(bound) != nil {
@@ -191,6 +199,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	})
 	defer func() {
 		stop()
+		x.cancelTask()
 		x.mu.Lock()
 		x.over = true
 		x.mu.Unlock()
@@ -431,7 +440,11 @@ func (t *trailed) Read(p []byte) (int, error) {
 type router struct{}
 
 func (router) RoundTrip(r *http.Request) (*http.Response, error) {
-	return exchangeOf(r.Context()).up.transport.RoundTrip(r)
+	x := exchangeOf(r.Context())
+	if x.exec != nil {
+		x.exec.sending(r)
+	}
+	return x.up.transport.RoundTrip(r)
 }
 
 // buffers are for copying bodies.
