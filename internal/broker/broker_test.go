@@ -188,6 +188,10 @@ func TestEnforcerMayDoThisAndNothingElse(t *testing.T) {
 		{"another's receipt", natsfeed.ReceiptSubject("b"), true, false},
 		{"another's report", natsfeed.ReportSubject("b"), true, false},
 		{"read of the reports", "$JS.API.DIRECT.GET.INTERLOCK_REPORTS", true, false},
+		{"the audit", natsfeed.AuditSubject, true, false},
+		{"hearing the audit", natsfeed.AuditSubject, false, false},
+		{"read of the audit", "$JS.API.DIRECT.GET.INTERLOCK_AUDIT", true, false},
+		{"another read of the audit", "$JS.API.STREAM.MSG.GET.INTERLOCK_AUDIT", true, false},
 		{"another's clock request", natsfeed.ClockSubject("b"), true, false},
 		{"the log", natsfeed.LogSubject, true, false},
 		{"heartbeats", natsfeed.BeatSubject, true, false},
@@ -281,7 +285,7 @@ func TestReplySubjectLeadsNowhere(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all := []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.ReceiptStream, natsfeed.ReportStream, "KV_" + natsfeed.LeaseBucket}
+	all := []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.ReceiptStream, natsfeed.ReportStream, natsfeed.AuditStream, "KV_" + natsfeed.LeaseBucket}
 	before := map[string]jetstream.StreamState{}
 	for _, s := range all {
 		before[s] = f.state(t, s)

@@ -60,7 +60,7 @@ func AuthorityPermissions() Permissions {
 	own := []string{
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
 		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ReportSubjects, natsfeed.ClockSubjects,
-		natsfeed.SegmentSubject, natsfeed.SegmentChunks,
+		natsfeed.SegmentSubject, natsfeed.SegmentChunks, natsfeed.AuditSubject,
 	}
 	return Permissions{
 		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>", "_INBOX.>", "_R_.>"}, own...),

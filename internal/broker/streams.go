@@ -30,6 +30,8 @@ const (
 	// theirs to the last byte, those of others do: maxReportAll.
 	MaxReports   = 256
 	maxReportAll = 128 << 20
+	// MaxAuditLen bounds a batch of audit records.
+	MaxAuditLen = 640 << 10
 	// duplicates is the window in which the server remembers message ids. The
 	// fence is the expected-last-sequence, not this: it is short because its
 	// memory grows with the rate.
@@ -56,7 +58,7 @@ func streams(replicas int) []jetstream.StreamConfig {
 		Replicas: replicas, Duplicates: duplicates,
 		MaxConsumers: -1, MaxMsgs: -1, MaxBytes: -1, MaxMsgsPerSubject: -1,
 	}
-	log, trust, receipts, reports, segments := base, base, base, base, base
+	log, trust, receipts, reports, segments, audit := base, base, base, base, base, base
 
 	log.Name, log.Subjects = natsfeed.LogStream, []string{natsfeed.LogSubject}
 	log.Description = "signed batches; read by batched direct gets"
@@ -97,7 +99,14 @@ func streams(replicas int) []jetstream.StreamConfig {
 	segments.Discard = jetstream.DiscardNew
 	segments.AllowDirect, segments.DenyDelete = true, true
 	segments.MaxMsgSize = session.MaxFrameLen + maxHeader
-	return []jetstream.StreamConfig{log, trust, receipts, reports, segments}
+
+	audit.Name, audit.Subjects = natsfeed.AuditStream, []string{natsfeed.AuditSubject}
+	audit.Description = "the authorities' audit, sealed and chained; the authority purges what is past its keeping"
+	// Reads are by its leader: what a replica does not have yet looks like the end.
+	audit.Discard = jetstream.DiscardNew
+	audit.DenyDelete = true
+	audit.MaxMsgSize = MaxAuditLen + maxHeader
+	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, audit}
 }
 
 // EnsureStreams makes the streams and the lease bucket, with the given number of

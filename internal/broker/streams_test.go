@@ -21,7 +21,7 @@ func TestStreamsAreAsTheContractSays(t *testing.T) {
 		return s.CachedInfo().Config
 	}
 	log, trust, receipts, lease := get(natsfeed.LogStream), get(natsfeed.TrustStream), get(natsfeed.ReceiptStream), get("KV_"+natsfeed.LeaseBucket)
-	reports := get(natsfeed.ReportStream)
+	reports, audit := get(natsfeed.ReportStream), get(natsfeed.AuditStream)
 	for what, ok := range map[string]bool{
 		"the log refuses when full":      log.Discard == jetstream.DiscardNew && log.MaxMsgs == -1 && log.MaxAge == 0,
 		"the log keeps what it has":      log.DenyDelete && !log.DenyPurge && !log.AllowRollup && !log.AllowMsgTTL,
@@ -34,6 +34,8 @@ func TestStreamsAreAsTheContractSays(t *testing.T) {
 		"reports are bounded":            reports.MaxMsgsPerSubject == MaxReports && reports.MaxBytes > 0 && reports.MaxMsgSize == session.MaxReportLen,
 		"reports are not answered":       reports.NoAck && reports.Discard == jetstream.DiscardOld,
 		"receipts are not answered":      receipts.NoAck && !log.NoAck && !trust.NoAck,
+		"the audit refuses when full":    audit.Discard == jetstream.DiscardNew && audit.MaxMsgs == -1 && audit.MaxAge == 0,
+		"the audit keeps what it has":    audit.DenyDelete && !audit.DenyPurge && !audit.AllowRollup && !audit.AllowDirect,
 		"the lease has its newest value": lease.MaxMsgsPerSubject == 1 && lease.Storage == jetstream.FileStorage,
 	} {
 		if !ok {

@@ -24,6 +24,11 @@ const (
 	ReportStream   = "INTERLOCK_REPORTS"
 	ReportSubjects = "interlock.v1.report.*"
 
+	// AuditStream holds the authorities' audit, on AuditSubject. Both are closed
+	// to enforcers.
+	AuditStream  = "INTERLOCK_AUDIT"
+	AuditSubject = "interlock.v1.audit"
+
 	// ClockSubjects are where the writer answers nonces, each enforcer's on a
 	// subject of its own.
 	ClockSubjects = "interlock.v1.clock.*"

@@ -21,15 +21,16 @@ type FrameType uint8
 
 // The types of frame.
 const (
-	TypeKeySet    FrameType = 1 // root → all: whom to trust
-	TypeBatch     FrameType = 2 // writer → log: decisions
-	TypeHeartbeat FrameType = 3 // writer → enforcers: the freshness lease
-	TypeClock     FrameType = 4 // writer → one enforcer: answer to a nonce
-	TypeRejection FrameType = 5 // writer → enforcers: a batch that will never be in the log
-	TypeReceipt   FrameType = 6 // enforcer → authority: what it has applied
-	TypeForward   FrameType = 7 // authority → writer: a decision to be taken
-	TypeSegment   FrameType = 8 // writer → enforcers: a published segment
-	TypeReport    FrameType = 9 // enforcer → authority: calls and callers, sealed
+	TypeKeySet    FrameType = 1  // root → all: whom to trust
+	TypeBatch     FrameType = 2  // writer → log: decisions
+	TypeHeartbeat FrameType = 3  // writer → enforcers: the freshness lease
+	TypeClock     FrameType = 4  // writer → one enforcer: answer to a nonce
+	TypeRejection FrameType = 5  // writer → enforcers: a batch that will never be in the log
+	TypeReceipt   FrameType = 6  // enforcer → authority: what it has applied
+	TypeForward   FrameType = 7  // authority → writer: a decision to be taken
+	TypeSegment   FrameType = 8  // writer → enforcers: a published segment
+	TypeReport    FrameType = 9  // enforcer → authority: calls and callers, sealed
+	TypeAudit     FrameType = 10 // authority → its audit, and whoever verifies it
 )
 
 // KeyID names a public key by the first eight bytes of its SHA-256.

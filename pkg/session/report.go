@@ -6,6 +6,7 @@ import (
 	"crypto/hpke"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -336,6 +337,25 @@ func CallerOf(id *Identity) Caller {
 type TraceContext struct {
 	TraceID [16]byte
 	Parent  [8]byte
+}
+
+// ParseTraceparent reads a W3C traceparent (Trace Context level 1, §3.2.2); zero
+// when it is malformed.
+func ParseTraceparent(s string) (t TraceContext) {
+	if len(s) < 55 || s[2] != '-' || s[35] != '-' || s[52] != '-' || s[:2] == "ff" || s[:2] == "00" && len(s) != 55 || len(s) > 55 && s[55] != '-' {
+		return t
+	}
+	for _, part := range []string{s[:2], s[3:35], s[36:52], s[53:55]} {
+		if strings.Trim(part, "0123456789abcdef") != "" {
+			return TraceContext{}
+		}
+	}
+	_, _ = hex.Decode(t.TraceID[:], []byte(s[3:35])) // its digits have been seen to be hex
+	_, _ = hex.Decode(t.Parent[:], []byte(s[36:52]))
+	if t.TraceID == [16]byte{} || t.Parent == [8]byte{} {
+		return TraceContext{}
+	}
+	return t
 }
 
 // TrailRecord is one decision, or several of the same on the same call.

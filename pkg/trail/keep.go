@@ -2,7 +2,6 @@ package trail
 
 import (
 	"cmp"
-	"encoding/hex"
 	"hash/maphash"
 	"slices"
 	"strings"
@@ -28,25 +27,6 @@ func callerOf(id *session.Identity) session.Caller {
 		}
 	}
 	return c
-}
-
-// parseTraceparent reads a W3C traceparent (Trace Context level 1, §3.2.2); zero
-// when it is malformed.
-func parseTraceparent(s string) (t session.TraceContext) {
-	if len(s) < 55 || s[2] != '-' || s[35] != '-' || s[52] != '-' || s[:2] == "ff" || s[:2] == "00" && len(s) != 55 || len(s) > 55 && s[55] != '-' {
-		return t
-	}
-	for _, part := range []string{s[:2], s[3:35], s[36:52], s[53:55]} {
-		if strings.Trim(part, "0123456789abcdef") != "" {
-			return session.TraceContext{}
-		}
-	}
-	_, _ = hex.Decode(t.TraceID[:], []byte(s[3:35])) // its digits have been seen to be hex
-	_, _ = hex.Decode(t.Parent[:], []byte(s[36:52]))
-	if t.TraceID == [16]byte{} || t.Parent == [8]byte{} {
-		return session.TraceContext{}
-	}
-	return t
 }
 
 // identity condenses who calls: 64 bits under a random seed of the recorder's,

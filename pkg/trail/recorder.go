@@ -276,7 +276,7 @@ func (r *Recorder) fill(t *session.TrailRecord, e *Event) {
 	*t = session.TrailRecord{
 		Decision: session.DecisionAllowed, Count: 1, First: session.InstantOf(now), Last: session.InstantOf(now),
 		Epoch: e.Mark.epoch, Checked: e.Mark.number,
-		Method: text(e.Method), Tool: text(e.Call.Tool), Audience: text(e.Call.Audience), Trace: parseTraceparent(e.Traceparent),
+		Method: text(e.Method), Tool: text(e.Call.Tool), Audience: text(e.Call.Audience), Trace: session.ParseTraceparent(e.Traceparent),
 	}
 	t.Latency = e.took(now)
 	if e.Caller.Valid() {

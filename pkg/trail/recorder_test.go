@@ -704,7 +704,7 @@ func TestTraceparent(t *testing.T) {
 		good[:36] + strings.Repeat("0", 16) + good[52:]: false, strings.Replace(good, "0af", "0ag", 1): false,
 		strings.Replace(good, "-", "_", 1): false, good[:53] + "zz": false,
 	} {
-		if got := parseTraceparent(s); (got != session.TraceContext{}) != ok {
+		if got := session.ParseTraceparent(s); (got != session.TraceContext{}) != ok {
 			t.Errorf("%q: %+v", s, got)
 		}
 	}
