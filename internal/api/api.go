@@ -1,6 +1,7 @@
 // Package api is the Session Authority's HTTP API, under /v1: JSON over a unix
-// socket that only its owner may open, and, when asked for, over TCP with a
-// bearer token.
+// socket that only its owner may open, and, when asked for, over TCP. Who may use
+// which endpoint is in package access; the service finds the principal in the
+// context of the request.
 //
 // It reads requests strictly, bounds them in size, time and number, and answers
 // failures with problem documents (RFC 9457). What the answers mean is in
@@ -11,8 +12,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/subtle"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -28,6 +27,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/socket"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -79,15 +79,19 @@ type Service interface {
 // Options says where to listen. Socket or Listen is required.
 type Options struct {
 	// Socket is the path of a unix socket, made with mode 0600. Whoever can open
-	// it may do everything. One that a dead process left is replaced; one that
+	// it may do everything, unless Access says otherwise. One that a dead process left is replaced; one that
 	// is answered is an error.
 	Socket string
 	// Listen is a host:port for TCP. Empty does not listen on TCP.
 	Listen string
 	// TLS serves Listen. It is required outside loopback.
 	TLS *tls.Config
-	// TokenFile holds the bearer token that TCP requires. It is made, with mode
-	// 0600, if it is absent; one that others can read is refused.
+	// Access is who may use the API; nil is whoever has the token in TokenFile,
+	// and users of this machine.
+	Access *access.Config
+	// TokenFile holds the bearer token that TCP requires where Access is nil. It
+	// is made, with mode 0600, if it is absent; one that others can read is
+	// refused.
 	TokenFile string
 	// Logger hears of failures; nil is silence.
 	Logger *slog.Logger
@@ -97,6 +101,7 @@ type Options struct {
 type Server struct {
 	svc     Service
 	log     *slog.Logger
+	access  *access.Authenticator
 	servers []*http.Server
 	addr    string
 	socket  string
@@ -124,7 +129,13 @@ func Serve(svc Service, o Options) (*Server, error) {
 		return nil, errors.New("api: neither a socket nor an address to listen on")
 	}
 	s.ending, s.end = context.WithCancel(context.Background())
-	var err error
+	token, err := bootstrap(&o)
+	if err != nil {
+		return nil, err
+	}
+	if s.access, err = access.New(access.Options{Config: o.Access, Bootstrap: token}); err != nil {
+		return nil, err
+	}
 	if o.Listen != "" {
 		err = s.serveTCP(o)
 	}
@@ -147,8 +158,25 @@ func (s *Server) serveSocket(path string) error {
 		return fmt.Errorf("api: %w", err)
 	}
 	s.socket = path
-	s.serve(l, s.routes())
+	s.serve(l, s.routes(func(r *http.Request) (*access.Principal, error) {
+		c, _ := r.Context().Value(connKey{}).(net.Conn)
+		uid, known := socket.Peer(c)
+		return s.access.Socket(r, uid, known)
+	}))
 	return nil
+}
+
+// bootstrap returns the token of TokenFile. Where principals are configured it is
+// wanted only to say that it is refused, and none is made.
+func bootstrap(o *Options) (string, error) {
+	switch {
+	case o.Access != nil:
+		token, _ := ReadToken(o.TokenFile) // whatever it is, it is refused
+		return token, nil
+	case o.Listen != "":
+		return LoadToken(o.TokenFile)
+	}
+	return "", nil
 }
 
 func (s *Server) serveTCP(o Options) error {
@@ -159,19 +187,23 @@ func (s *Server) serveTCP(o Options) error {
 	if o.TLS == nil && !loopback(host) {
 		return fmt.Errorf("%w (address %s)", ErrNoTLS, o.Listen)
 	}
-	token, err := LoadToken(o.TokenFile)
-	if err != nil {
-		return err
+	config := o.TLS.Clone() // of nil, nil
+	if cas := s.access.ClientCAs(); cas != nil {
+		if config == nil {
+			return errors.New("api: client certificates need TLS: give the API a certificate")
+		}
+		// Whoever has none is told so by an answer.
+		config.ClientCAs, config.ClientAuth = cas, tls.VerifyClientCertIfGiven
 	}
 	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", o.Listen)
 	if err != nil {
 		return fmt.Errorf("api: %w", err)
 	}
 	s.addr = l.Addr().String()
-	if o.TLS != nil {
-		l = tls.NewListener(l, o.TLS)
+	if config != nil {
+		l = tls.NewListener(l, config)
 	}
-	s.serve(l, requireToken(token, s.routes()))
+	s.serve(l, s.routes(s.access.Request))
 	return nil
 }
 
@@ -183,11 +215,15 @@ func loopback(host string) bool {
 	return err == nil && ip.Unmap().IsLoopback()
 }
 
+// connKey is of the connection in the context of its requests.
+type connKey struct{}
+
 func (s *Server) serve(l net.Listener, h http.Handler) {
 	srv := &http.Server{
 		Handler: h, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout,
 		WriteTimeout: answerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
 	s.servers = append(s.servers, srv)
 	s.done.Go(func() {
@@ -210,6 +246,9 @@ func (s *Server) Close() error {
 			}
 		}
 		s.done.Wait()
+		if s.access != nil {
+			s.access.Close()
+		}
 		if s.socket != "" {
 			_ = os.Remove(s.socket) // Shutdown has removed it on most systems
 		}
@@ -258,26 +297,13 @@ func ReadToken(path string) (string, error) {
 	return token, nil
 }
 
-func requireToken(token string, next http.Handler) http.Handler {
-	want := sha256.Sum256([]byte(token))
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-		got := sha256.Sum256([]byte(given))
-		if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
-			w.Header().Set("WWW-Authenticate", `Bearer realm="session-authority"`)
-			writeProblem(w, authority.NewProblem(authority.ProblemUnauthorised, "no valid bearer token", "send the token from the authority's token file"))
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
 // handler is a handler that says what went wrong instead of writing it.
 type handler func(w http.ResponseWriter, r *http.Request) error
 
-func (s *Server) routes() http.Handler {
-	mux := http.NewServeMux()
-	for pattern, h := range map[string]handler{
+// endpoints are the handlers, by their patterns. Who may use each is in package
+// access.
+func (s *Server) endpoints() map[string]handler {
+	return map[string]handler{
 		"POST /v1/decisions":                          s.decide,
 		"GET /v1/decisions/{epoch}/{number}/coverage": s.coverage,
 		"GET /v1/status":                              s.status,
@@ -291,10 +317,32 @@ func (s *Server) routes() http.Handler {
 		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,
-	} {
-		mux.Handle(pattern, s.handle(h))
+	}
+}
+
+// routes serves the endpoints to whom who finds, and who may use them. Nothing is
+// said to anybody else, not even what there is.
+func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http.Handler {
+	mux := http.NewServeMux()
+	for pattern, h := range s.endpoints() {
+		mux.Handle(pattern, s.handle(permit(pattern, h)))
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case s.all <- struct{}{}:
+			defer func() { <-s.all }()
+		default:
+			writeProblem(w, overloaded("too many requests at once"))
+			return
+		}
+		p, err := who(r)
+		if err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		ctx, cancel := p.Deadline(access.With(r.Context(), p))
+		defer cancel()
+		r = r.WithContext(ctx)
 		if _, pattern := mux.Handler(r); pattern == "" {
 			// The mux's own answers, 404 and 405, are text.
 			p := authority.NewProblem(authority.ProblemNotFound, "there is nothing at "+clip(r.Method+" "+r.URL.Path), "the API is under /v1")
@@ -305,23 +353,47 @@ func (s *Server) routes() http.Handler {
 	})
 }
 
+// permit lets through who may use the endpoint. What they may do there in
+// particular, and in which tenants, is the service's to check.
+func permit(pattern string, h handler) handler {
+	op, listed := access.Endpoint(pattern)
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if !listed {
+			return authority.NewProblem(authority.ProblemForbidden, "nobody may use this endpoint", "it has no entry in the table of who may")
+		}
+		if err := access.From(r.Context()).Check(op); err != nil {
+			return err
+		}
+		return h(w, r)
+	}
+}
+
+// refuse answers a request of which it is not known who sent it.
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	var p *authority.Problem
+	if !errors.As(err, &p) {
+		p = authority.NewProblem(authority.ProblemUnauthorised, "nobody is signed in", "")
+	}
+	if p.Status == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", s.access.Challenge(r))
+	}
+	writeProblem(w, p)
+}
+
 func (s *Server) handle(h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case s.all <- struct{}{}:
-			defer func() { <-s.all }()
-		default:
-			writeProblem(w, overloaded("too many requests at once"))
-			return
-		}
 		err := h(w, r)
 		if err == nil {
 			return
 		}
 		var p *authority.Problem
 		if !errors.As(err, &p) {
-			if r.Context().Err() != nil {
+			switch r.Context().Err() {
+			case context.Canceled:
 				return // nobody is there to read it
+			case context.DeadlineExceeded:
+				s.refuse(w, r, authority.NewProblem(authority.ProblemUnauthorised, "the credential has ended", "sign in again"))
+				return
 			}
 			s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
 			p = authority.NewProblem(authority.ProblemInternal, "the authority failed", "see its log")

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -422,6 +424,25 @@ func TestWatchesAreBounded(t *testing.T) {
 	cancel()
 	for range maxWatches {
 		<-ended
+	}
+}
+
+// Every endpoint is in the table of who may, and the table has nothing else.
+func TestEveryEndpointSaysWhoMay(t *testing.T) {
+	patterns := slices.Sorted(maps.Keys((&Server{}).endpoints()))
+	if !slices.Equal(patterns, access.Endpoints()) {
+		t.Errorf("served and in the table:\n%q\n%q", patterns, access.Endpoints())
+	}
+	for _, pattern := range patterns {
+		op, ok := access.Endpoint(pattern)
+		if roles, _ := access.Permitted(op); !ok || len(roles) == 0 {
+			t.Errorf("%s: nobody may %s", pattern, op)
+		}
+	}
+	h := permit("GET /v1/new", func(http.ResponseWriter, *http.Request) error { return nil })
+	var p *authority.Problem
+	if err := h(nil, nil); !errors.As(err, &p) || p.Status != 403 {
+		t.Errorf("an endpoint that is not in the table: %v", err)
 	}
 }
 

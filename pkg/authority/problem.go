@@ -35,8 +35,12 @@ const (
 	ProblemTerminal = "urn:interlock:problem:terminal"
 	// ProblemIdempotency: the idempotency key was used for another request. 422.
 	ProblemIdempotency = "urn:interlock:problem:idempotency"
-	// ProblemUnauthorised: no valid bearer token was presented. 401.
+	// ProblemUnauthorised: no valid token or client certificate was presented.
+	// 401.
 	ProblemUnauthorised = "urn:interlock:problem:unauthorised"
+	// ProblemForbidden: who asks may not do that, and the mend says which role
+	// may. 403.
+	ProblemForbidden = "urn:interlock:problem:forbidden"
 	// ProblemNotFound: no such resource. 404.
 	ProblemNotFound = "urn:interlock:problem:not-found"
 	// ProblemConflict: it exists already, or another was faster. 409.
@@ -63,6 +67,7 @@ var problemTitles = map[string]struct {
 	ProblemTerminal:     {"Revoked for good", http.StatusConflict},
 	ProblemIdempotency:  {"The idempotency key was used for another request", http.StatusUnprocessableEntity},
 	ProblemUnauthorised: {"Not authorised", http.StatusUnauthorized},
+	ProblemForbidden:    {"Forbidden", http.StatusForbidden},
 	ProblemNotFound:     {"Not found", http.StatusNotFound},
 	ProblemConflict:     {"Conflict", http.StatusConflict},
 	ProblemQuota:        {"Quota exceeded", http.StatusConflict},

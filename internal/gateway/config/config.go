@@ -4,17 +4,14 @@
 package config
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
+	"github.com/interlock-fabric/interlock/internal/yamlfile"
 )
 
 // ErrInvalid is the parent of every refusal of a configuration. The text names
@@ -23,7 +20,6 @@ var ErrInvalid = errors.New("configuration")
 
 // Bounds of a configuration file.
 const (
-	maxFileLen    = 1 << 20
 	maxIssuers    = 64
 	maxRoutes     = 256
 	maxListeners  = 16
@@ -291,12 +287,7 @@ func Defaults() *Config {
 // is complete and has been validated; relative paths in it are taken from the
 // file's directory. Errors wrap ErrInvalid, or are of the file system.
 func Load(path string, environ []string, set []string) (*Config, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }() // only read
-	b, err := io.ReadAll(io.LimitReader(f, maxFileLen+1))
+	b, err := yamlfile.Read(path)
 	if err != nil {
 		return nil, err
 	}
@@ -314,17 +305,9 @@ func Load(path string, environ []string, set []string) (*Config, error) {
 
 // Parse is Load for a file's contents, and leaves relative paths as they are.
 func Parse(b []byte, environ, set []string) (*Config, error) {
-	if len(b) > maxFileLen {
-		return nil, fmt.Errorf("%w: longer than %d bytes", ErrInvalid, maxFileLen)
-	}
 	c := Defaults()
-	d := yaml.NewDecoder(bytes.NewReader(b))
-	d.KnownFields(true)
-	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%w: %s", ErrInvalid, plain(err))
-	}
-	if err := d.Decode(new(any)); !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%w: something follows the first document", ErrInvalid)
+	if err := yamlfile.Decode(b, c); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	if err := c.override(environ, set); err != nil {
 		return nil, err
@@ -334,29 +317,6 @@ func Parse(b []byte, environ, set []string) (*Config, error) {
 		return nil, err
 	}
 	return c, nil
-}
-
-// plain says in our words what the library says of a field, without the names of
-// our types.
-func plain(err error) string {
-	var t *yaml.TypeError
-	if !errors.As(err, &t) {
-		return strings.TrimPrefix(err.Error(), "yaml: ")
-	}
-	var lines []string
-	for _, s := range t.Errors {
-		line, rest, _ := strings.Cut(s, ": ")
-		if name, _, ok := strings.Cut(strings.TrimPrefix(rest, "field "), " not found in type "); ok {
-			rest = fmt.Sprintf("unknown key %q", name)
-		} else if what, into, ok := strings.Cut(rest, " into config."); ok {
-			rest = what + " into a " + strings.ToLower(into)
-		}
-		lines = append(lines, line+": "+rest)
-		if len(lines) == 5 {
-			break
-		}
-	}
-	return strings.Join(lines, "; ")
 }
 
 // complete gives routes and issuers what follows from the rest.
