@@ -57,6 +57,8 @@ func TestHostileRequestsAreRefused(t *testing.T) {
 		"two types":         {good, func(r *http.Request) { r.Header.Add("Content-Type", "text/plain") }, 415},
 		"encoded":           {good, func(r *http.Request) { r.Header.Set("Content-Encoding", "gzip") }, 415},
 		"another charset":   {good, func(r *http.Request) { r.Header.Set("Content-Type", "application/json; charset=utf-16") }, 415},
+		"a broken type":     {good, func(r *http.Request) { r.Header.Set("Content-Type", "application/json; charset=utf-7; x") }, 415},
+		"not UTF-8":         {good, func(r *http.Request) { r.URL.Path = "/mcp/\xff" }, 400},
 		"header mismatch": {good, func(r *http.Request) {
 			r.Header["Mcp-Protocol-Version"], r.Header["Mcp-Method"], r.Header["Mcp-Name"] = []string{modern}, []string{"tools/call"}, []string{"other"}
 		}, 400},

@@ -70,11 +70,10 @@ func (s *Service) decide(r *http.Request, body []byte, partial bool) (g *route.G
 	return g, p, op, err
 }
 
-// overridden reports whether a server could take the request for another one. The
-// headers of a dialect are those of whoever asks here.
+// overridden reports whether a server could take the request for another one.
 func overridden(h http.Header) bool {
 	for name := range h {
-		if route.Overrides(name) && !strings.HasPrefix(strings.ToLower(name), "x-original-") {
+		if route.Overrides(name) {
 			return true
 		}
 	}
@@ -352,6 +351,10 @@ func forwarded(r *http.Request, dialect string) (*http.Request, error) {
 		return nil, err
 	}
 	u.Scheme, u.Host = scheme, host
-	out := &http.Request{Method: method, URL: u, Host: host, Header: r.Header.Clone(), Body: http.NoBody}
+	head := r.Header.Clone()
+	if dialect == "x-original" {
+		head.Del("X-Original-Uri") // it is from whoever asks here
+	}
+	out := &http.Request{Method: method, URL: u, Host: host, Header: head, Body: http.NoBody}
 	return out.WithContext(r.Context()), nil
 }

@@ -365,6 +365,14 @@ func (o *Operation) MatchHeaders(h http.Header) error {
 			return fail(name + " is there twice")
 		}
 	}
+	for _, v := range h["Connection"] {
+		for name := range strings.SplitSeq(v, ",") {
+			if name = strings.TrimSpace(name); len(name) > 4 && strings.EqualFold(name[:4], "Mcp-") {
+				// Whoever passes the request on would leave it out.
+				return fail("Connection names " + http.CanonicalHeaderKey(name))
+			}
+		}
+	}
 	mirrored := o.Method != "" && h.Get("Mcp-Protocol-Version") >= firstMirrored
 	if m := h.Get("Mcp-Method"); m != o.Method && (m != "" || mirrored) {
 		return fail("Mcp-Method is not the method of the body")
@@ -417,8 +425,10 @@ func JSONBody(h http.Header) (bool, error) {
 	if types[0] == "application/json" {
 		return true, nil // as nearly all are
 	}
-	// What cannot be parsed is of no type.
-	mt, params, _ := mime.ParseMediaType(types[0])
+	mt, params, err := mime.ParseMediaType(types[0])
+	if err != nil {
+		mt = "" // what cannot be parsed, with a charset that cannot, is of no type
+	}
 	if cs := params["charset"]; cs != "" && !strings.EqualFold(cs, "utf-8") {
 		return false, &Refusal{Status: http.StatusUnsupportedMediaType, Code: codeInvalid, Why: "the body is not UTF-8"}
 	}
@@ -455,7 +465,8 @@ func REST(method, path string) (name string, ok bool) {
 
 func rest(method string, segs []string) string {
 	last := len(segs) - 1
-	switch get, post := method == http.MethodGet, method == http.MethodPost; {
+	// HEAD does what GET does, and is answered with less.
+	switch get, post := method == http.MethodGet || method == http.MethodHead, method == http.MethodPost; {
 	case last == 0 && segs[0] == "message:send" && post:
 		return "SendMessage"
 	case last == 0 && segs[0] == "message:stream" && post:

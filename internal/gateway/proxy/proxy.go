@@ -411,6 +411,10 @@ func dropped(name string) bool {
 
 func drop(h http.Header) {
 	for name := range h {
+		if name == "" {
+			delete(h, name) // a trailer that was announced between two commas
+			continue
+		}
 		// Nearly all headers are neither: what is read of a request has its
 		// names in canonical form.
 		if c := name[0]; c != 'X' && c != 'I' && strings.IndexByte(name, '_') < 0 {

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -151,14 +152,14 @@ func (t *Table) Find(host, path string) (g *Guard, below string) {
 }
 
 // ErrPath is the refusal of a path that two servers could read differently.
-var ErrPath = &operation.Refusal{Status: http.StatusBadRequest, Code: -32600, Why: "the path is ambiguous: no dot or empty segments, backslashes, parameters or encoded slashes"}
+var ErrPath = &operation.Refusal{Status: http.StatusBadRequest, Code: -32600, Why: "the path is ambiguous: no dot or empty segments, backslashes, parameters, encoded slashes, and nothing but UTF-8"}
 
 // CheckPath refuses a path that two servers could read differently: one of them
 // would see another route or operation.
 func CheckPath(u *url.URL) error {
 	// Some servers take what follows a semicolon out of a segment, and see dots
 	// there, or the path of another route.
-	if !config.CleanPath(u.Path) || strings.Contains(u.EscapedPath(), ";") {
+	if !config.CleanPath(u.Path) || !utf8.ValidString(u.Path) || strings.Contains(u.EscapedPath(), ";") {
 		return ErrPath
 	}
 	if raw := u.RawPath; raw != "" {
@@ -172,18 +173,22 @@ func CheckPath(u *url.URL) error {
 }
 
 // ByPath is the operation of a request whose body is not read: for A2A over REST
-// or gRPC its method, and else the HTTP method and the path as it was sent.
+// or gRPC its method, and else the HTTP method and the path, decoded, so that it has
+// one spelling.
 func (g *Guard) ByPath(method string, u *url.URL, below string, h http.Header) operation.Operation {
 	if g.Route.Protocol == config.A2A {
+		// Whatever the type: no method of gRPC has such a path, and an agent may
+		// go by the path alone.
+		if name, ok := operation.REST(method, below); ok {
+			return operation.Operation{Method: name}
+		}
 		if method == http.MethodPost && operation.GRPC(h) {
 			if name := u.Path[strings.LastIndexByte(u.Path, '/')+1:]; name != "" {
 				return operation.Operation{Method: name}
 			}
-		} else if name, ok := operation.REST(method, below); ok {
-			return operation.Operation{Method: name}
 		}
 	}
-	return operation.Operation{Method: method + " " + u.EscapedPath()}
+	return operation.Operation{Method: method + " " + u.Path}
 }
 
 // Identity headers name the caller to an upstream. Requests that carry any lose
