@@ -20,10 +20,11 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/interlock-fabric/interlock/internal/authority"
+	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/internal/trust"
+	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -48,8 +49,9 @@ type ready struct {
 // node is such a process, seen from this one.
 type node struct {
 	ready
-	cmd   *exec.Cmd
-	stdin io.Closer
+	cmd    *exec.Cmd
+	stdin  io.Closer
+	client *authority.Client // of the API, where there is one
 }
 
 // startNode starts a node and waits until it is ready.
@@ -80,6 +82,9 @@ func (b *bench) startNode(name string, limit time.Duration, args ...string) (*no
 	if err == nil {
 		err = json.Unmarshal(line, &n.ready)
 	}
+	if err == nil && n.Socket != "" {
+		n.client, err = authority.New(authority.Options{Socket: n.Socket})
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("the node did not become ready: %w", err), n.close())
 	}
@@ -88,6 +93,9 @@ func (b *bench) startNode(name string, limit time.Duration, args ...string) (*no
 
 // close ends the node and waits for it.
 func (n *node) close() error {
+	if n.client != nil {
+		n.client.Close()
+	}
 	return errors.Join(n.stdin.Close(), n.cmd.Wait())
 }
 
@@ -151,7 +159,7 @@ func serveAuthority(ctx context.Context, dir string, tenants int, ended <-chan s
 	for i := range tenants {
 		names = append(names, tenantName(i))
 	}
-	a, err := authority.Open(ctx, authority.Options{DataDir: dir, NATSListen: "127.0.0.1:0", Tenants: names, Issuers: []string{issuer}})
+	a, err := service.Open(ctx, service.Options{DataDir: dir, NATSListen: "127.0.0.1:0", Tenants: names, Issuers: []string{issuer}})
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -32,11 +33,6 @@ func (b *bench) revokeOn(n int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.close()) }()
-	client, err := authority.New(authority.Options{Socket: node.Socket})
-	if err != nil {
-		return err
-	}
-	defer client.Close()
 	ctx, cancel := context.WithTimeout(b.ctx, 5*time.Minute)
 	defer cancel()
 	es := make([]*enforce.Enforcer, n)
@@ -49,7 +45,7 @@ func (b *bench) revokeOn(n int) (err error) {
 	g.SetLimit(16)
 	for i := range es {
 		g.Go(func() (err error) {
-			es[i], err = openEnrolled(octx, client, fmt.Sprint("revoke-", i), "")
+			es[i], err = enrolled.Open(octx, node.client, fmt.Sprint("revoke-", i), enforce.Options{})
 			return err
 		})
 	}
@@ -58,7 +54,7 @@ func (b *bench) revokeOn(n int) (err error) {
 	}
 	var first, last []time.Duration
 	for i := range pick(b, 300, 5) {
-		took, err := revokeOnce(ctx, client, es, fmt.Sprint("s-", i))
+		took, err := revokeOnce(ctx, node.client, es, fmt.Sprint("s-", i))
 		if err != nil {
 			return err
 		}

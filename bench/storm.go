@@ -9,9 +9,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -42,11 +42,6 @@ func (b *bench) stormOn(n, enforcers int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.close()) }()
-	client, err := authority.New(authority.Options{Socket: node.Socket})
-	if err != nil {
-		return err
-	}
-	defer client.Close()
 	es := make([]*enforce.Enforcer, enforcers)
 	defer func() {
 		for _, e := range es {
@@ -56,14 +51,14 @@ func (b *bench) stormOn(n, enforcers int) (err error) {
 	ctx, cancel := context.WithTimeout(b.ctx, 5*time.Minute)
 	defer cancel()
 	for i := range es {
-		if es[i], err = openEnrolled(ctx, client, fmt.Sprint(name, "-", i), filepath.Join(b.dir, name+"-state")); err != nil {
+		if es[i], err = enrolled.Open(ctx, node.client, fmt.Sprint(name, "-", i), enforce.Options{StateDir: filepath.Join(b.dir, name+"-state")}); err != nil {
 			return err
 		}
 	}
 
 	before, own := node.cpu(), cpuNow().own
 	began := time.Now()
-	last, err := decideStorm(ctx, client, n)
+	last, err := decideStorm(ctx, node.client, n)
 	if err != nil {
 		return err
 	}
@@ -127,21 +122,4 @@ func decideStorm(ctx context.Context, client *authority.Client, n int) (uint64, 
 		}
 	})
 	return last.Load(), err
-}
-
-// openEnrolled enrols an enforcer at an authority and opens it.
-func openEnrolled(ctx context.Context, client *authority.Client, name, dir string) (*enforce.Enforcer, error) {
-	raw, err := client.Enroll(ctx, authority.EnrollRequest{Name: name})
-	if err != nil {
-		return nil, err
-	}
-	enrollment, err := session.ParseEnrollment(raw)
-	if err != nil {
-		return nil, err
-	}
-	feed, err := natsfeed.Dial(enrollment, nil)
-	if err != nil {
-		return nil, err
-	}
-	return enforce.Open(ctx, feed, &enforce.Options{Enrollment: enrollment, StateDir: dir})
 }

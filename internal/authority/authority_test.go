@@ -14,11 +14,11 @@ import (
 
 	"github.com/interlock-fabric/interlock/internal/api"
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/internal/flock"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -76,12 +76,7 @@ func (f *fixture) enroll(name string) *session.Enrollment {
 
 func (f *fixture) enforcer(name string, o enforce.Options) *enforce.Enforcer {
 	f.Helper()
-	o.Enrollment = f.enroll(name)
-	feed, err := natsfeed.Dial(o.Enrollment, nil)
-	if err != nil {
-		f.Fatal(err)
-	}
-	e, err := enforce.Open(f.ctx, feed, &o)
+	e, err := enrolled.Open(f.ctx, f.c, name, o)
 	if err != nil {
 		f.Fatal(err)
 	}

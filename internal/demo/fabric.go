@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -66,21 +66,9 @@ func (f *fabric) close() { f.stop() }
 
 // openEnforcer enrols an enforcer and opens it.
 func (f *fabric) openEnforcer(ctx context.Context, name string, log *slog.Logger) (*enforce.Enforcer, error) {
-	raw, err := f.client.Enroll(ctx, authority.EnrollRequest{Name: name})
-	if err != nil {
-		return nil, err
-	}
-	enrollment, err := session.ParseEnrollment(raw)
-	if err != nil {
-		return nil, err
-	}
-	feed, err := natsfeed.Dial(enrollment, nil)
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	return enforce.Open(ctx, feed, &enforce.Options{Enrollment: enrollment, MaxStale: maxStale, Logger: log})
+	return enrolled.Open(ctx, f.client, name, enforce.Options{MaxStale: maxStale, Logger: log})
 }
 
 // fleet is many enforcers, each with its own connection and one running call.

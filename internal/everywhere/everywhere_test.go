@@ -24,13 +24,12 @@ import (
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
 	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/internal/gateway"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
-	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -109,11 +108,7 @@ func (w *world) enroll(ctx context.Context, name string) []byte {
 func (w *world) embedded(ctx context.Context, keys jose.JSONWebKeySet) *way {
 	t := w.t
 	t.Helper()
-	enrollment, err := session.ParseEnrollment(w.enroll(ctx, "embedded"))
-	must(t, err)
-	feed, err := natsfeed.Dial(enrollment, nil)
-	must(t, err)
-	e, err := enforce.Open(ctx, feed, &enforce.Options{Enrollment: enrollment})
+	e, err := enrolled.Open(ctx, w.client, "embedded", enforce.Options{})
 	must(t, err)
 	t.Cleanup(func() {
 		if n := e.Status().Running; n != 0 {

@@ -17,10 +17,10 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -71,13 +71,7 @@ func Open(t testing.TB, maxStale time.Duration) *Fabric {
 	f.client, err = authority.New(authority.Options{Socket: f.service.Socket()})
 	must(err)
 	t.Cleanup(f.client.Close)
-	raw, err := f.client.Enroll(ctx, authority.EnrollRequest{Name: "test"})
-	must(err)
-	enrollment, err := session.ParseEnrollment(raw)
-	must(err)
-	feed, err := natsfeed.Dial(enrollment, nil)
-	must(err)
-	f.Enforcer, err = enforce.Open(ctx, feed, &enforce.Options{Enrollment: enrollment, MaxStale: maxStale})
+	f.Enforcer, err = enrolled.Open(ctx, f.client, "test", enforce.Options{MaxStale: maxStale})
 	must(err)
 	t.Cleanup(func() {
 		if n := f.Enforcer.Status().Running; n != 0 {

@@ -9,10 +9,9 @@ import (
 	"time"
 
 	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
-	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 // tenant is the one that a new authority begins with.
@@ -55,21 +54,9 @@ func openFabric(ctx context.Context) (_ *fabric, err error) {
 	}
 	closers = append(closers, func() error { client.Close(); return nil })
 
-	raw, err := client.Enroll(ctx, authority.EnrollRequest{Name: "interop"})
-	if err != nil {
-		return nil, err
-	}
-	enrollment, err := session.ParseEnrollment(raw)
-	if err != nil {
-		return nil, err
-	}
-	feed, err := natsfeed.Dial(enrollment, nil)
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	enforcer, err := enforce.Open(ctx, feed, &enforce.Options{Enrollment: enrollment})
+	enforcer, err := enrolled.Open(ctx, client, "interop", enforce.Options{})
 	if err != nil {
 		return nil, err
 	}
