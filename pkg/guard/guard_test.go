@@ -114,6 +114,11 @@ func TestOutgoingCallsEndWithTheirCaller(t *testing.T) {
 		t.Fatalf("the bystander's call ended: %v", err)
 	default:
 	}
+	// Its binding ends with the answer, and the fabric is closed after it.
+	u.CloseClientConnections()
+	if err := guardtest.Within(t, "the bystander's call ends", goesOn); errors.Is(err, session.ErrDenied) {
+		t.Error(err)
+	}
 }
 
 // The mechanism is that the host's own identity is checked beside the caller's.
