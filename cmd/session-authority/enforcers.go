@@ -99,7 +99,7 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 			}
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 			// Flush says what could not be written.
-			_, _ = fmt.Fprintln(w, "NAME\tCONDITION\tMODE\tAPPLIED\tHEARD\tRUNNING\tDENIED")
+			_, _ = fmt.Fprintln(w, "NAME\tCONDITION\tMODE\tAPPLIED\tHEARD\tRUNNING\tDENIED\tARMED")
 			now := time.Now()
 			for _, e := range list {
 				heard := "never"
@@ -110,11 +110,22 @@ func newEnforcersCommand(g *globals) *cobra.Command {
 				if mode == "" {
 					mode = "-"
 				}
-				_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%d\t%d\n", e.Name, e.Condition, mode, e.Applied, heard, e.Running, e.Denied)
+				_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%d\t%d\t%s\n", e.Name, e.Condition, mode, e.Applied, heard, e.Running, e.Denied, armed(e.Canary))
 			}
 			return w.Flush()
 		},
 	}
 	cmd.Flags().BoolVar(&busConfig, "bus-config", false, "print the accounts of a nats-server that runs apart; reload it whenever the roster changes")
 	return cmd
+}
+
+// armed says what the canaries show.
+func armed(c *authority.Canary) string {
+	switch {
+	case c == nil:
+		return "-"
+	case c.Armed:
+		return fmt.Sprintf("%.1f ms", c.LatencyMillis)
+	}
+	return "NO"
 }

@@ -41,7 +41,7 @@ func statusText(s *authority.Status) string {
 	for _, p := range []struct {
 		n    int
 		what string
-	}{{e.Denying, "denying"}, {e.Silent, "silent"}, {e.Absent, "never heard of"}, {e.Exposed, "exposed"}} {
+	}{{e.Denying, "denying"}, {e.Silent, "silent"}, {e.Absent, "never heard of"}, {e.Exposed, "exposed"}, {e.Armed, "armed"}, {e.Unarmed, "NOT ARMED"}} {
 		if p.n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", p.n, p.what))
 		}

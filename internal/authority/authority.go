@@ -112,6 +112,9 @@ type Options struct {
 	// sequencer's default. The log is trimmed behind the third newest segment.
 	SegmentEvery   time.Duration
 	SegmentBatches uint64
+	// CanaryEvery is how often a canary session is revoked, to see that every
+	// enforcer denies it; 0 is never.
+	CanaryEvery time.Duration
 	// Version is shown in the status.
 	Version string
 	// Notice is called with what a person should be told at start; nil tells
@@ -229,6 +232,9 @@ func (a *Authority) open(ctx context.Context) error {
 	})
 	a.done.Go(func() { a.reports.Follow(run) })
 	a.done.Go(func() { a.hub.run(run) })
+	if o.CanaryEvery > 0 {
+		a.done.Go(func() { a.sendCanaries(run, o.CanaryEvery) })
+	}
 	if a.broker != nil {
 		a.done.Go(func() { a.tendStore(run) })
 	}
@@ -525,6 +531,9 @@ func (a *Authority) onBatch(m *nats.Msg) {
 	}
 	if _, err := a.store.Trust().Writer(&f, b.Number, false, session.InstantOf(time.Now())); err != nil {
 		return
+	}
+	if b.IsCanary() {
+		a.tracker.Canary(b.Epoch, b.Number, b.Time.Time())
 	}
 	a.hub.heard(b)
 }

@@ -185,6 +185,14 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		if e.Mode != "" && e.Mode != session.ModeStrict.String() {
 			s.Enforcers.Exposed++
 		}
+		switch {
+		case e.Canary == nil || e.Condition == authority.ConditionSilent:
+		case e.Canary.Armed:
+			s.Enforcers.Armed++
+		default:
+			s.Enforcers.Unarmed++
+			warn("enforcer %s is not armed: %s", e.Name, e.Canary.Why)
+		}
 		if e.Diverged || st.Writer && (e.Epoch > epoch || e.Epoch == epoch && e.Confirmed > head) {
 			warn("enforcer %s reports a head that is not the log's", e.Name)
 		}

@@ -92,8 +92,8 @@ func (h *hub) heard(b *session.Batch) {
 	defer h.mu.Unlock()
 	p := place{b.Epoch, b.Number}
 	h.remember(p, b.Time.Time())
-	if len(h.watchers) == 0 || len(b.Entries) == 0 {
-		return
+	if len(h.watchers) == 0 || len(b.Entries) == 0 || b.IsCanary() {
+		return // canaries would be all that a watcher sees
 	}
 	e := authority.DecisionEvent{Epoch: b.Epoch, Number: b.Number, At: b.Time.Time()}
 	index := map[authority.EntryLine]int{}

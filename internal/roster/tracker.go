@@ -68,6 +68,7 @@ type Tracker struct {
 	// wait.
 	changed  chan struct{}
 	strange  uint64
+	canaries canaries
 	onAccept func(*session.Receipt)
 }
 
@@ -81,6 +82,8 @@ type member struct {
 	timed   map[uint64]session.Applied // of epoch
 	order   []uint64
 	epoch   uint64
+	since   time.Time // when its boot was first heard of
+	canary  memberCanary
 }
 
 // NewTracker returns a tracker of nobody; SetEnforcers names whom to track.
@@ -158,6 +161,9 @@ func (t *Tracker) receive(subject string, frame []byte, heard time.Time, limited
 	if err == nil {
 		err = m.accept(r, heard)
 	}
+	if err == nil && r.Canary != nil {
+		m.canary.take(r, t.log)
+	}
 	if err != nil {
 		m.refused++
 		t.mu.Unlock()
@@ -213,6 +219,9 @@ func (m *member) accept(r *session.Receipt, heard time.Time) error {
 		if heard.Before(m.heard) {
 			heard = m.heard
 		}
+	}
+	if m.last == nil || m.last.Boot != r.Boot {
+		m.since = heard
 	}
 	if r.Epoch != m.epoch {
 		clear(m.timed)
@@ -439,6 +448,7 @@ func (t *Tracker) Enforcers() ([]authority.Enforcer, [][]session.TenantID) {
 			if r.Divergence != nil {
 				e.Divergence = r.Divergence.String()
 			}
+			e.Canary = t.armed(m, now)
 		}
 		out = append(out, e)
 		tenants = append(tenants, m.Tenants)

@@ -402,3 +402,85 @@ func TestEnrolledAnew(t *testing.T) {
 		}
 	})
 }
+
+// TestArmed: an enforcer is armed while it denies the newest canary that it has
+// had time for, and what it does not say is not assumed.
+func TestArmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLedger()
+		tr, hosts := enrolled(t, l, "e1")
+		h := hosts["e1"]
+		state := func() *authority.Canary {
+			list, _ := tr.Enforcers()
+			return list[0].Canary
+		}
+		decide := func(n uint64) {
+			l.add(n)
+			tr.Canary(1, n, time.Now())
+		}
+		report := func(n uint64, denied bool, edit func(*session.Receipt)) {
+			t.Helper()
+			h.r.Number, h.r.Head, h.r.Confirmed = n, hash(n), n
+			if err := h.try(func(r *session.Receipt) {
+				r.Canary = &session.Canary{Number: n, At: time.Now().UnixNano(), Denied: denied}
+				if edit != nil {
+					edit(r)
+				}
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		decide(1) // before it is there
+		time.Sleep(time.Minute)
+		h.send(1)
+		if c := state(); c != nil {
+			t.Errorf("of a canary from before its start: %+v", c)
+		}
+		time.Sleep(time.Second)
+		decide(2)
+		time.Sleep(7 * time.Millisecond)
+		report(2, true, nil)
+		time.Sleep(canaryGrace)
+		if c := state(); c == nil || !c.Armed || c.LatencyMillis != 7 || c.Number != 2 {
+			t.Errorf("denied: %+v", c)
+		}
+		decide(3)
+		time.Sleep(canaryGrace - time.Nanosecond)
+		if c := state(); c == nil || !c.Armed {
+			t.Errorf("within its grace: %+v", c)
+		}
+		time.Sleep(time.Nanosecond)
+		if c := state(); c == nil || c.Armed || c.Why != "no word of the canary at seq 3" {
+			t.Errorf("silent: %+v", c)
+		}
+		report(3, false, nil)
+		if c := state(); c == nil || c.Armed || c.Why != "the canary at seq 3 was allowed" {
+			t.Errorf("allowed: %+v", c)
+		}
+		report(2, true, nil) // an old one takes nothing back
+		if c := state(); c == nil || c.Armed {
+			t.Errorf("an old one again: %+v", c)
+		}
+		decide(4)
+		report(4, true, func(r *session.Receipt) { r.Error = 3 * time.Millisecond })
+		time.Sleep(canaryGrace)
+		if c := state(); c == nil || !c.Armed || c.LatencyMillis != 3 {
+			t.Errorf("sooner than the clocks can tell: %+v", c)
+		}
+		tr.Canary(2, 1, time.Now()) // another epoch
+		time.Sleep(canaryGrace)
+		if c := state(); c == nil || c.Armed {
+			t.Errorf("what it denied in the epoch before: %+v", c)
+		}
+		took := tr.Canaries()["e1"]
+		if took.Counts[3] != 1 || took.Counts[2] != 1 || took.Sum != 10*time.Millisecond {
+			t.Errorf("7 and 3 ms: %+v", took)
+		}
+		for n := uint64(2); n < 1000; n++ {
+			tr.Canary(2, n, time.Now())
+		}
+		if n := len(tr.canaries.list); n > maxCanaries {
+			t.Errorf("%d canaries are kept", n)
+		}
+	})
+}

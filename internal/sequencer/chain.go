@@ -17,6 +17,8 @@ type chain struct {
 	head          session.Hash
 	set           *filter.Set
 	time, horizon session.Instant
+	// news is the newest batch here that did more than revoke canaries.
+	news uint64
 	// pos is the stream's sequence up to which everything has been examined, at
 	// that of the head.
 	pos, at uint64
@@ -145,6 +147,7 @@ func (c *chain) adopt(j judged, v verdict) {
 	c.set = c.set.Apply(b, func(e *session.Entry) bool { return j.key.May(e.Key) })
 	c.epoch, c.number, c.head = b.Epoch, b.Number, j.hash
 	c.signed(j.id, b.Number)
+	c.noteNews(b)
 	c.time, c.horizon = max(c.time, b.Time), max(c.horizon, b.Horizon)
 	c.stale = false
 	if c.epoch == firstEpoch {
@@ -157,6 +160,12 @@ func (c *chain) adopt(j judged, v verdict) {
 				c.carry, c.headless = nil, false
 			}
 		}
+	}
+}
+
+func (c *chain) noteNews(b *session.Batch) {
+	if !b.IsCanary() {
+		c.news = b.Number
 	}
 }
 
@@ -174,7 +183,7 @@ func (c *chain) begin(epoch uint64, origin session.Hash) {
 	if c.epoch == 0 && !c.headless {
 		carry = nil // the first epoch has nothing before it
 	}
-	c.epoch, c.number, c.head, c.set, c.carry, c.at = epoch, 0, origin, nil, carry, 0
+	c.epoch, c.number, c.head, c.set, c.carry, c.at, c.news = epoch, 0, origin, nil, carry, 0, 0
 }
 
 // firstEpoch is the number of the first epoch.

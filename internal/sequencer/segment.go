@@ -61,13 +61,12 @@ func (s *Sequencer) publishSegments() {
 		if last == nil {
 			last = &session.SegmentRef{Epoch: v.epoch}
 		}
-		news := v.epoch != last.Epoch || v.number > last.Number
-		due := v.epoch != last.Epoch || v.number >= last.Number+s.o.SegmentBatches || since >= s.o.SegmentEvery
+		due := s.segmentDue(v, last, since)
 		// A withdrawal leaves nobody anything to start from, and the chain that
 		// it leaves may be shorter: it does not wait for a batch.
 		ks := s.trust.KeySet()
 		cut := ks.Version != answered && last.Cut(ks)
-		if !s.IsWriter() || !cut && (!news || !due) || v.number == 0 || since < segmentRest*took {
+		if !s.IsWriter() || !cut && !due || v.number == 0 || since < segmentRest*took {
 			continue
 		}
 		start := time.Now()
@@ -84,6 +83,13 @@ func (s *Sequencer) publishSegments() {
 			s.log.Warn("sequencer: the state was not published, or the log not trimmed behind it: both go on with the next segment", "err", err)
 		}
 	}
+}
+
+// segmentDue reports whether the state is to be published: since is how long ago
+// the last attempt was. Canaries alone make that due by their number and not by
+// the clock: they end by themselves, and sealing a large state costs seconds.
+func (s *Sequencer) segmentDue(v *view, last *session.SegmentRef, since time.Duration) bool {
+	return v.epoch != last.Epoch || v.number >= last.Number+s.o.SegmentBatches || v.news > last.Number && since >= s.o.SegmentEvery
 }
 
 // step tells a test where in a publication this is.

@@ -176,3 +176,43 @@ func TestPublishedAgainWithoutSigners(t *testing.T) {
 		t.Fatalf("%+v, then %+v", before, again)
 	}
 }
+
+// TestSegmentDue: a state that has changed is published at its time, or when the
+// log has become long; one that only canaries have changed, only then.
+func TestSegmentDue(t *testing.T) {
+	s := &Sequencer{o: Options{SegmentEvery: time.Minute, SegmentBatches: 100}}
+	last := &session.SegmentRef{Epoch: 2, Number: 10}
+	for _, c := range []struct {
+		name  string
+		v     view
+		since time.Duration
+		want  bool
+	}{
+		{"nothing new", view{epoch: 2, number: 10, news: 10}, time.Hour, false},
+		{"new, at its time", view{epoch: 2, number: 11, news: 11}, time.Minute, true},
+		{"new, before its time", view{epoch: 2, number: 11, news: 11}, time.Minute - 1, false},
+		{"many", view{epoch: 2, number: 110, news: 110}, 0, true},
+		{"canaries since", view{epoch: 2, number: 50, news: 10}, time.Hour, false},
+		{"many canaries", view{epoch: 2, number: 110, news: 10}, 0, true},
+		{"another epoch", view{epoch: 3, number: 1}, 0, true},
+	} {
+		if got := s.segmentDue(&c.v, last, c.since); got != c.want {
+			t.Errorf("%s: %t", c.name, got)
+		}
+	}
+	c := &chain{}
+	canary := &session.Batch{Number: 7, Entries: []session.Entry{{Op: session.OpSet, Effect: session.EffectRevoked, Reason: session.ReasonCanary}}}
+	for _, x := range []struct {
+		batch *session.Batch
+		want  uint64
+	}{
+		{canary, 0},
+		{&session.Batch{Number: 8, Entries: append(canary.Entries, session.Entry{Reason: session.ReasonKill})}, 8},
+		{&session.Batch{Number: 9, Entries: []session.Entry{{Op: session.OpLift, Reason: session.ReasonCanary}}}, 9},
+		{&session.Batch{Number: 10, Horizon: 1}, 10},
+	} {
+		if c.noteNews(x.batch); c.news != x.want {
+			t.Errorf("after %d: news %d, want %d", x.batch.Number, c.news, x.want)
+		}
+	}
+}

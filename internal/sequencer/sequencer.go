@@ -217,6 +217,7 @@ type Sequencer struct {
 // view is what readers see: the state as far as it is known to be stored.
 type view struct {
 	epoch, number uint64
+	news          uint64 // see chain
 	head          session.Hash
 	set           *filter.Set
 }

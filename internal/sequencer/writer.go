@@ -601,6 +601,7 @@ func (w *writer) confirm() {
 	}
 	w.number, w.head, w.set, w.at = f.batch.Number, f.hash, f.set, w.pos
 	w.signed(f.key, f.batch.Number)
+	w.noteNews(f.batch)
 	w.chain.time, w.chain.horizon = max(w.time, f.batch.Time), max(w.chain.horizon, f.batch.Horizon)
 	w.s.hashes.put(link{epoch: f.batch.Epoch, number: f.batch.Number, hash: f.hash, key: f.key, own: true})
 	w.beat.prove(f.first) // which of the attempts succeeded is not known
@@ -694,7 +695,7 @@ func (w *writer) publishView() {
 	if set == nil {
 		set = &filter.Set{}
 	}
-	w.s.view.Store(&view{epoch: w.epoch, number: w.number, head: w.head, set: set})
+	w.s.view.Store(&view{epoch: w.epoch, number: w.number, news: w.news, head: w.head, set: set})
 	w.wakeWaiters()
 }
 

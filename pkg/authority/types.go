@@ -255,6 +255,22 @@ type Enforcer struct {
 	// ReceiptsRefused counts receipts in its name that were not believed:
 	// forged, replayed or too many.
 	ReceiptsRefused uint64 `json:"receipts_refused,omitempty"`
+	// Canary is what it did with the canaries; nil where there are none, or none
+	// yet since it was first heard.
+	Canary *Canary `json:"canary,omitempty"`
+}
+
+// Canary is what an enforcer did with the sessions that the authority revokes
+// every few seconds to see that they are denied.
+type Canary struct {
+	// Armed is set when it denied the newest one that it has had time for.
+	Armed bool `json:"armed"`
+	// Why says why not.
+	Why string `json:"why,omitempty"`
+	// Number is the batch of the newest that it reported, and LatencyMillis the
+	// time from the decision on the last that it denied to its check.
+	Number        uint64  `json:"number,omitempty"`
+	LatencyMillis float64 `json:"latency_millis,omitempty"`
 }
 
 // The values of Enforcer.Condition.
@@ -302,6 +318,10 @@ type Status struct {
 		Silent   int `json:"silent"`
 		Absent   int `json:"absent"`
 		Exposed  int `json:"exposed"`
+		// Armed are those that denied the newest canary, Unarmed those that
+		// should have and did not show it.
+		Armed   int `json:"armed"`
+		Unarmed int `json:"unarmed"`
 	} `json:"enforcers"`
 	// NotFresh are the enforcers that are not, at most the first hundred.
 	NotFresh []Enforcer `json:"not_fresh,omitempty"`

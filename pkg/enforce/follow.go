@@ -611,6 +611,7 @@ func (f *follower) progress() {
 	for _, l := range f.chain.takeLinked() {
 		if f.chain.live {
 			f.receipts.applied(stamp{l.batch.Number, l.at, l.cut})
+			f.checkCanary(l.batch)
 		}
 	}
 	if n := f.chain.tip().number; n > f.tipSeen {

@@ -10,6 +10,7 @@ import (
 // receipts collects what the next receipt says.
 type receipts struct {
 	batches []stamp
+	canary  *canaryCheck
 	dirty   bool // there is news
 	begun   bool // the first state has been confirmed
 	sending bool
@@ -79,9 +80,9 @@ func (f *follower) sendReceipt(ctx context.Context) {
 	if r.dirty {
 		r.news = now
 	}
-	said := r.batches
+	said, canary := r.batches, r.canary
 	r.sent = [2]time.Duration{r.sent[1], now}
-	r.batches, r.dirty = nil, false
+	r.batches, r.canary, r.dirty = nil, nil, false
 	if err != nil {
 		f.e.opts.Logger.Error("cannot make a receipt", "error", err)
 		return
@@ -94,6 +95,9 @@ func (f *follower) sendReceipt(ctx context.Context) {
 			if err != nil { // the next one says it
 				r.batches, r.dirty = append(said, r.batches...), true
 				r.clip()
+				if r.canary == nil {
+					r.canary = canary
+				}
 			}
 		}
 	})
@@ -116,6 +120,10 @@ func (f *follower) receipt(now time.Duration) ([]byte, error) {
 	for _, s := range f.receipts.batches {
 		out.Batches = append(out.Batches, session.Applied{Number: s.number, At: a.middle(s.at), Cut: uint32(s.cut)})
 		out.Error = max(out.Error, a.bound(s.at))
+	}
+	if k := f.receipts.canary; k != nil {
+		out.Canary = &session.Canary{Number: k.number, At: a.middle(k.at), Denied: k.denied}
+		out.Error = max(out.Error, a.bound(k.at))
 	}
 	body, err := out.MarshalBody()
 	if err != nil {

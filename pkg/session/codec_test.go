@@ -128,7 +128,8 @@ func fullReceipt() *Receipt {
 		Mode: ModeShadow, MaxStale: 15 * time.Second, Age: 600 * time.Millisecond, Denying: true,
 		Cut: 1, Running: 2, Denied: 3, Refused: 4, Foreign: 5, Repairs: 6, Diverged: 7,
 		Divergence: &Divergence{Epoch: 2, Number: 48200, Compared: true, Ranges: 3, First: 0xc5},
-		Unknown:    []Field{{Tag: 2, Value: []byte("y")}},
+		Canary:     &Canary{Number: 48201, At: 1793610000000000000, Denied: true},
+		Unknown:    []Field{{Tag: 3, Value: []byte("y")}},
 	}
 }
 

@@ -231,6 +231,9 @@ type Receipt struct {
 	Diverged uint64 // times the state was found to differ and was rebuilt
 	// Divergence is the last of those times; nil when there was none.
 	Divergence *Divergence
+	// Canary is the newest canary that was checked since the last receipt; nil
+	// when there was none.
+	Canary *Canary
 	// Unknown holds fields of a later version.
 	Unknown []Field
 }
@@ -317,7 +320,7 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	if c.Divergence != nil && !c.Divergence.valid() {
 		return nil, fmt.Errorf("%w: receipt with a divergence that cannot be", ErrMalformed)
 	}
-	if err := checkUnknown(c.Unknown, tagDivergence); err != nil {
+	if err := checkUnknown(c.Unknown, tagDivergence, tagCanary); err != nil {
 		return nil, err
 	}
 	var w writer
@@ -347,7 +350,7 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	for _, v := range []uint64{c.Cut, c.Running, c.Denied, c.Refused, c.Foreign, c.Repairs, c.Diverged} {
 		w.u64(v)
 	}
-	w.fields(c.Divergence.field(), c.Unknown)
+	w.fields(append(c.Divergence.field(), c.Canary.field()...), c.Unknown)
 	return w.b, nil
 }
 
@@ -379,10 +382,14 @@ func UnmarshalReceipt(body []byte) (*Receipt, error) {
 		*p = r.u64()
 	}
 	c.Unknown = r.fields(func(tag uint8, r *reader) bool {
-		if tag != tagDivergence {
+		switch tag {
+		case tagDivergence:
+			c.Divergence = readDivergence(r)
+		case tagCanary:
+			c.Canary = readCanary(r)
+		default:
 			return false
 		}
-		c.Divergence = readDivergence(r)
 		return true
 	})
 	if err := r.end(); err != nil {
