@@ -12,13 +12,16 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
+	"github.com/a2aproject/a2a-go/v2/a2apb/v1"
 	"github.com/a2aproject/a2a-go/v2/a2asrv"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -130,8 +133,8 @@ func NewCards(enforcer Enforcer, o CardOptions) (*Cards, error) {
 	return c, nil
 }
 
-// discoverable reports whether the agent may be shown; the error is a denial.
-func (c *Cards) discoverable() error {
+// Discoverable returns nil while the agent may be shown, and else a denial.
+func (c *Cards) Discoverable() error {
 	err := c.enforcer.Check(c.agent, session.Call{LowRisk: true})
 	if errors.Is(err, session.ErrStepUp) || errors.Is(err, session.ErrReduced) {
 		return nil // it may still act, once it has done what is asked of it
@@ -148,7 +151,7 @@ func (c *Cards) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.Set("Cache-Control", "no-store")
-	if err := c.discoverable(); err != nil {
+	if err := c.Discoverable(); err != nil {
 		refuse(w, err)
 		return
 	}
@@ -158,7 +161,7 @@ func (c *Cards) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	// It may have been revoked while the card was fetched.
-	if err := c.discoverable(); err != nil {
+	if err := c.Discoverable(); err != nil {
 		refuse(w, err)
 		return
 	}
@@ -185,14 +188,14 @@ func refuse(w http.ResponseWriter, err error) {
 // brings is rewritten as the public card is.
 func (c *Cards) ExtendedCard(upstream a2asrv.ExtendedAgentCardProducer) a2asrv.ExtendedAgentCardProducer {
 	return a2asrv.ExtendedAgentCardProducerFn(func(ctx context.Context, r *a2a.GetExtendedAgentCardRequest) (*a2a.AgentCard, error) {
-		if err := c.discoverable(); err != nil {
+		if err := c.Discoverable(); err != nil {
 			return nil, a2a.ErrExtendedCardNotConfigured
 		}
 		got, err := upstream.ExtendedCard(ctx, r)
 		if err != nil {
 			return nil, err
 		}
-		if err := c.discoverable(); err != nil {
+		if err := c.Discoverable(); err != nil {
 			return nil, a2a.ErrExtendedCardNotConfigured
 		}
 		out := *got
@@ -270,6 +273,27 @@ func (c *Cards) Rewrite(raw []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%w: no interface that is served here", ErrCard)
 	}
 	return json.Marshal(m)
+}
+
+// RewriteMessage is Rewrite for a card of A2A 1.0 as gRPC sends it, an AgentCard
+// in the protobuf encoding. Errors wrap ErrCard.
+func (c *Cards) RewriteMessage(raw []byte) ([]byte, error) {
+	if int64(len(raw)) > c.opts.MaxSize {
+		return nil, fmt.Errorf("%w: more than %d bytes", ErrCard, c.opts.MaxSize)
+	}
+	var m a2apb.AgentCard
+	if err := proto.Unmarshal(raw, &m); err != nil {
+		return nil, fmt.Errorf("%w: not an AgentCard", ErrCard)
+	}
+	m.Signatures = nil
+	m.SupportedInterfaces = slices.DeleteFunc(m.SupportedInterfaces, func(i *a2apb.AgentInterface) bool {
+		i.Url = c.opts.Interfaces[a2a.TransportProtocol(i.GetProtocolBinding())]
+		return i.Url == ""
+	})
+	if len(m.SupportedInterfaces) == 0 {
+		return nil, fmt.Errorf("%w: no interface that is served here", ErrCard)
+	}
+	return proto.Marshal(&m)
 }
 
 // exact removes members that some readers, Go's among them, take for those that

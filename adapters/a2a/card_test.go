@@ -16,7 +16,9 @@ import (
 
 	"github.com/a2aproject/a2a-go/v2/a2a"
 	"github.com/a2aproject/a2a-go/v2/a2aclient/agentcard"
+	"github.com/a2aproject/a2a-go/v2/a2apb/v1"
 	"github.com/a2aproject/a2a-go/v2/a2asrv"
+	"google.golang.org/protobuf/proto"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	"github.com/interlock-fabric/interlock/internal/guardtest"
@@ -312,6 +314,41 @@ func TestRewrite(t *testing.T) {
 		got, err := cards.Rewrite([]byte(tt.in))
 		if string(got) != tt.want || (tt.want == "") != errors.Is(err, a2aguard.ErrCard) {
 			t.Errorf("%s: %s, %v", name, got, err)
+		}
+	}
+}
+
+func TestRewriteMessage(t *testing.T) {
+	f, s := guardtest.Open(t, 0), newSource(t)
+	cards, _ := gateway(t, f, s, nil)
+	card := func(bindings ...string) []byte {
+		m := &a2apb.AgentCard{Name: "billing", Signatures: []*a2apb.AgentCardSignature{{Signature: "s"}}}
+		for _, b := range bindings {
+			m.SupportedInterfaces = append(m.SupportedInterfaces, &a2apb.AgentInterface{Url: "https://upstream.internal/", ProtocolBinding: b, Tenant: "acme"})
+		}
+		raw, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	raw, err := cards.RewriteMessage(card("JSONRPC", "GRPC"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got a2apb.AgentCard
+	if err := proto.Unmarshal(raw, &got); err != nil {
+		t.Fatal(err)
+	}
+	want := &a2apb.AgentCard{Name: "billing", SupportedInterfaces: []*a2apb.AgentInterface{{Url: "https://gateway.example/billing", ProtocolBinding: "JSONRPC", Tenant: "acme"}}}
+	if !proto.Equal(&got, want) {
+		t.Errorf("%v", &got)
+	}
+	for name, raw := range map[string][]byte{
+		"not served": card("GRPC"), "none": card(), "not a card": []byte("\x0a\xff"), "too long": append(card("JSONRPC"), make([]byte, 256<<10)...),
+	} {
+		if got, err := cards.RewriteMessage(raw); !errors.Is(err, a2aguard.ErrCard) {
+			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}
 }

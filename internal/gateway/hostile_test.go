@@ -105,6 +105,7 @@ func TestA2AOperationsHaveOneName(t *testing.T) {
 	w := newWorld(t)
 	up, reached := plainUpstream(t)
 	g := w.start(w.load(routeTo("a2a", "/a2a", up.URL, "")), Proxy)
+	w.decide(authority.Suspend, "tool", "SubscribeToTask")
 	w.decide(authority.Suspend, "tool", "SendMessage")
 	ann := w.token("ann", "s-ann")
 	send := `{"jsonrpc":"2.0","id":1,"method":"SendMessage","params":{}}`
@@ -126,6 +127,8 @@ func TestA2AOperationsHaveOneName(t *testing.T) {
 		"as REST, further down":  {"/a2a/x/y/z/message:send", strings.Replace(send, "SendMessage", "GetTask", 1), nil, nil},
 		"REST":                   {"/a2a/message:send", "{}", nil, nil},
 		"gRPC":                   {"/a2a/lf.a2a.v1.A2AService/SendMessage", "\x00\x00\x00\x00\x00", grpc, h2c()},
+		"gRPC of A2A 0.3":        {"/a2a/a2a.v1.A2AService/TaskSubscription", "\x00\x00\x00\x00\x00", grpc, h2c()},
+		"HEAD":                   {"/a2a/tasks/t1:subscribe", "", func(r *http.Request) { r.Method = http.MethodHead }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			resp := post(t, g.url()+c.path, ann, c.body, func(r *http.Request) {

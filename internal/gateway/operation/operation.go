@@ -186,6 +186,17 @@ var renamed = map[string]string{
 	"tasks/pushNotificationConfig/list":   "ListTaskPushNotificationConfigs",
 	"tasks/pushNotificationConfig/delete": "DeleteTaskPushNotificationConfig",
 	"agent/getAuthenticatedExtendedCard":  "GetExtendedAgentCard",
+	// Over gRPC.
+	"TaskSubscription": "SubscribeToTask", "GetAgentCard": "GetExtendedAgentCard",
+	"ListTaskPushNotificationConfig": "ListTaskPushNotificationConfigs",
+}
+
+// Renamed is what A2A 1.0 calls a method, whose name may be that of 0.3.
+func Renamed(method string) string {
+	if now := renamed[method]; now != "" {
+		return now
+	}
+	return method
 }
 
 // CheckREST checks the body of a request that stands for an A2A method by its
@@ -471,7 +482,8 @@ func rest(method string, segs []string) string {
 		return "SendMessage"
 	case last == 0 && segs[0] == "message:stream" && post:
 		return "SendStreamingMessage"
-	case last == 0 && segs[0] == "extendedAgentCard" && get:
+	case last == 0 && segs[0] == "extendedAgentCard" && get,
+		last == 1 && segs[0] == "v1" && segs[1] == "card" && get: // A2A 0.3
 		return "GetExtendedAgentCard"
 	case segs[0] != "tasks":
 		return ""

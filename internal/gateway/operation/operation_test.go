@@ -127,7 +127,8 @@ func TestREST(t *testing.T) {
 		"POST /message:send": "SendMessage", "POST /acme/message:stream": "SendStreamingMessage",
 		"GET /tasks": "ListTasks", "GET /tasks/t1": "GetTask", "POST /tasks/t1:cancel": "CancelTask", "POST /tasks/t1:subscribe": "SubscribeToTask",
 		"GET /tasks/t1/pushNotificationConfigs": "ListTaskPushNotificationConfigs", "DELETE /tasks/t1/pushNotificationConfigs/c": "DeleteTaskPushNotificationConfig",
-		"GET /extendedAgentCard": "GetExtendedAgentCard", "GET /message:send": "", "POST /tasks/t1": "", "GET /": "", "GET /a/b/tasks": "ListTasks", "POST /a/b/c/v1/message:send": "SendMessage",
+		"GET /extendedAgentCard": "GetExtendedAgentCard", "GET /acme/v1/card": "GetExtendedAgentCard", "GET /card": "",
+		"HEAD /tasks/t1": "GetTask", "HEAD /tasks/t1:subscribe": "SubscribeToTask", "HEAD /acme/tasks/t1/pushNotificationConfigs": "ListTaskPushNotificationConfigs", "HEAD /message:send": "", "GET /message:send": "", "POST /tasks/t1": "", "GET /": "", "GET /a/b/tasks": "ListTasks", "POST /a/b/c/v1/message:send": "SendMessage",
 	} {
 		method, path, _ := strings.Cut(in, " ")
 		if got, ok := REST(method, path); got != want || ok != (want != "") {

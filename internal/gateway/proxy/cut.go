@@ -33,6 +33,11 @@ func (p *Proxy) answered(res *http.Response) error {
 			return err
 		}
 	}
+	if x.cards != nil {
+		if err := x.rewriteCard(res); err != nil {
+			return err
+		}
+	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		return nil // both directions end with the context
 	}

@@ -109,6 +109,9 @@ type exchange struct {
 	session     *tracked
 	// exec is what the request has an agent do; nil for any other.
 	exec *execution
+	// cards rewrites the answer, when that is to be an extended card.
+	cards *a2aguard.Cards
+	taken int // of the budget, for the answer
 	// bound ends when the caller must stop.
 	bound context.Context
 	cut   atomic.Bool // noted
@@ -176,6 +179,10 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if g.Route.Protocol == config.A2A && executes(&x.op) {
 		x.exec = &execution{rest: x.rest(r)}
 	}
+	if x.op.Method == extendedCard && p.cards[g] != nil {
+		x.cards = p.cards[g]
+		defer func() { p.opts.Budget.give(x.taken) }()
+	}
 	x.call = g.Call(&x.op)
 	bound, unbind, err := g.Enforcer.Bind(r.Context(), caller, x.call)
 	if err != nil {
@@ -204,6 +211,12 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		x.over = true
 		x.mu.Unlock()
 	}()
+	if x.cards != nil {
+		if err := x.discoverable(); err != nil {
+			p.deny(w, r, x, err, true, mark)
+			return
+		}
+	}
 	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(bound, exchangeKey{}, x)))
 	if route.Denied(bound) != nil {
 		// The connection may serve others after this.
@@ -373,6 +386,12 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 	h := out.Header
 	drop(h)
 	pr.SetXForwarded()
+	if x.cards != nil {
+		// What is rewritten is wanted whole, and as it is.
+		for _, name := range [...]string{"Accept-Encoding", "Grpc-Accept-Encoding", "Range", "If-Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"} {
+			delete(h, name)
+		}
+	}
 	up := &x.g.Route.Upstream
 	if !up.ForwardToken {
 		delete(h, "Authorization")

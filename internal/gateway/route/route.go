@@ -184,7 +184,7 @@ func (g *Guard) ByPath(method string, u *url.URL, below string, h http.Header) o
 		}
 		if method == http.MethodPost && operation.GRPC(h) {
 			if name := u.Path[strings.LastIndexByte(u.Path, '/')+1:]; name != "" {
-				return operation.Operation{Method: name}
+				return operation.Operation{Method: operation.Renamed(name)}
 			}
 		}
 	}
