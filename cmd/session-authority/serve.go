@@ -67,6 +67,7 @@ with the bearer token in api.token, if --api-listen is given.`,
 	f.StringVar(&s.o.APIListen, "api-listen", "", "host:port for the API on TCP, as in 127.0.0.1:8470")
 	f.StringVar(&s.apiCert, "api-tls-cert", "", "certificate of the API, PEM")
 	f.StringVar(&s.apiKey, "api-tls-key", "", "its key, PEM")
+	f.StringVar(&s.o.MetricsListen, "metrics-listen", "", "host:port for Prometheus /metrics, open to whoever can reach it, as in 127.0.0.1:9470")
 	f.DurationVar(&s.o.SegmentEvery, "segment-every", sequencer.DefaultSegmentEvery, "how often the state is published for those who start; the log is trimmed behind the third newest")
 	f.Uint64Var(&s.o.SegmentBatches, "segment-batches", sequencer.DefaultSegmentBatches, "batches of the log that do not wait for --segment-every")
 	f.DurationVar(&s.o.CanaryEvery, "canary-every", 10*time.Second, "how often a canary session is revoked, to see that every enforcer denies it; 0 is never")

@@ -98,6 +98,10 @@ type Options struct {
 	APIListen string
 	APITLS    *tls.Config
 
+	// MetricsListen is a host:port that serves Prometheus /metrics to whoever can
+	// reach it; empty is none.
+	MetricsListen string
+
 	// Tenants are the first tenants, when the authority makes its own keys.
 	Tenants []string
 	// Issuers are the token issuers in use; the only one is the default of
@@ -141,6 +145,7 @@ type Authority struct {
 	reports *report.Reader
 	hub     *hub
 	server  *api.Server
+	metrics *metrics
 	cancel  context.CancelFunc
 	done    sync.WaitGroup
 	once    sync.Once
@@ -245,6 +250,11 @@ func (a *Authority) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if o.MetricsListen != "" {
+		if a.metrics, err = a.serveMetrics(o.MetricsListen); err != nil {
+			return err
+		}
+	}
 	a.log.Info("the authority is up", "socket", o.Socket, "api", a.server.Addr(), "bus", a.NATSAddr())
 	return nil
 }
@@ -253,7 +263,7 @@ func (a *Authority) open(ctx context.Context) error {
 // goroutine. It is idempotent.
 func (a *Authority) Close() error {
 	a.once.Do(func() {
-		var errs []error
+		errs := []error{a.metrics.close()}
 		if a.server != nil {
 			errs = append(errs, a.server.Close())
 		}

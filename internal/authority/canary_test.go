@@ -2,6 +2,9 @@ package authority
 
 import (
 	"context"
+	"errors"
+	"io"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -14,7 +17,7 @@ import (
 // TestCanary: the authority's own status says who denies what it revokes, as the
 // enforcers found by trying.
 func TestCanary(t *testing.T) {
-	f := start(t, Options{Tenants: []string{"acme", "globex"}, CanaryEvery: 100 * time.Millisecond})
+	f := start(t, Options{Tenants: []string{"acme", "globex"}, CanaryEvery: 100 * time.Millisecond, MetricsListen: "127.0.0.1:0"})
 	f.enforcer("strict", enforce.Options{})
 	f.enforcer("shadow", enforce.Options{Mode: session.ModeShadow})
 	f.enroll("absent")
@@ -63,12 +66,18 @@ func TestCanary(t *testing.T) {
 	if w := strings.Join(s.Warnings, "\n"); !strings.Contains(w, "enforcer shadow is not armed: the canary at seq") {
 		t.Errorf("warnings: %s", w)
 	}
-	total := uint64(0)
-	for _, n := range f.a.tracker.Canaries()["strict"].Counts {
-		total += n
+	text := f.scrape()
+	for _, want := range []string{
+		`interlock_authority_writer 1`, `interlock_authority_enforcers{condition="fresh"} 2`, `interlock_authority_enforcers{condition="absent"} 1`,
+		`interlock_enforcer_armed{enforcer="strict"} 1`, `interlock_enforcer_armed{enforcer="shadow"} 0`,
+		`interlock_enforcer_time_to_revoke_seconds_bucket{enforcer="strict",le="5"} `,
+	} {
+		if !strings.Contains(text, "\n"+want) {
+			t.Errorf("the metrics do not have %s", want)
+		}
 	}
-	if total == 0 {
-		t.Error("no time to revoke was counted")
+	if strings.Contains(text, `time_to_revoke_seconds_count{enforcer="shadow"}`) {
+		t.Error("a canary that was let through has a time to revoke")
 	}
 	// Some thirty canaries have gone by, and this is the first that is told.
 	f.decide(authority.Request{Operation: authority.Revoke, Targets: []authority.Target{authority.One("acme", "session", issuer, "s1")}, Reason: "anomaly"})
@@ -78,4 +87,22 @@ func TestCanary(t *testing.T) {
 	stop()
 	for range reasons { // until the watcher has gone
 	}
+}
+
+func (f *fixture) scrape() string {
+	f.Helper()
+	r, err := http.NewRequestWithContext(f.ctx, http.MethodGet, "http://"+f.a.MetricsAddr()+"/metrics", nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	answer, err := http.DefaultClient.Do(r)
+	if err != nil {
+		f.Fatal(err)
+	}
+	text, err := io.ReadAll(answer.Body)
+	if err = errors.Join(err, answer.Body.Close()); err != nil || answer.StatusCode != http.StatusOK {
+		f.Fatal(answer.Status, err)
+	}
+	http.DefaultClient.CloseIdleConnections()
+	return string(text)
 }

@@ -120,6 +120,14 @@ func (h *Histogram) add(d time.Duration) {
 	h.Sum += d
 }
 
+// Total is how many durations were counted.
+func (h *Histogram) Total() (n uint64) {
+	for _, c := range h.Counts {
+		n += c
+	}
+	return n
+}
+
 // Canaries returns each enforcer's times from a canary's decision to its denial,
 // by name, since this authority started.
 func (t *Tracker) Canaries() map[string]Histogram {
