@@ -61,6 +61,7 @@ func AuthorityPermissions() Permissions {
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
 		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ReportSubjects, natsfeed.ClockSubjects,
 		natsfeed.SegmentSubject, natsfeed.SegmentChunks, natsfeed.AuditSubject,
+		natsfeed.RegistrySubject, natsfeed.SnapshotSubject, natsfeed.SnapshotChunks,
 	}
 	return Permissions{
 		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>", "_INBOX.>", "_R_.>"}, own...),

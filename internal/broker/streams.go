@@ -106,7 +106,18 @@ func streams(replicas int) []jetstream.StreamConfig {
 	audit.Discard = jetstream.DiscardNew
 	audit.DenyDelete = true
 	audit.MaxMsgSize = MaxAuditLen + maxHeader
-	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, audit}
+
+	// Read from the leader alone: what is the end decides who may append.
+	registry, snapshots := base, base
+	registry.Name, registry.Subjects = natsfeed.RegistryStream, []string{natsfeed.RegistrySubject}
+	registry.Description = "batches of the registry, encrypted; trimmed behind its snapshots"
+	registry.Discard, registry.DenyDelete = jetstream.DiscardNew, true
+	registry.MaxMsgSize = session.MaxFrameLen + maxHeader
+	snapshots.Name, snapshots.Subjects = natsfeed.SnapshotStream, []string{natsfeed.SnapshotSubject, natsfeed.SnapshotChunks}
+	snapshots.Description = "snapshots of the registry, encrypted; old ones are purged"
+	snapshots.Discard, snapshots.DenyDelete = jetstream.DiscardNew, true
+	snapshots.MaxMsgSize = session.MaxFrameLen + maxHeader
+	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, audit, registry, snapshots}
 }
 
 // EnsureStreams makes the streams and the lease bucket, with the given number of

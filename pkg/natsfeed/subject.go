@@ -37,6 +37,16 @@ const (
 	// closed to enforcers.
 	ForwardSubject = "interlock.v1.forward"
 
+	// RegistryStream holds the batches of the registry of agents and sessions, and
+	// SnapshotStream its snapshots: their chunks, each snapshot's on a subject of
+	// its own, and then its manifest on SnapshotSubject. All are closed to
+	// enforcers.
+	RegistryStream  = "INTERLOCK_REGISTRY"
+	RegistrySubject = "interlock.v1.registry"
+	SnapshotStream  = "INTERLOCK_SNAPSHOTS"
+	SnapshotSubject = "interlock.v1.registry.snapshot"
+	SnapshotChunks  = "interlock.v1.registry.snapshot.*"
+
 	// LeaseBucket is the key-value bucket of the writer's lease.
 	LeaseBucket = "INTERLOCK_LEASE"
 )
