@@ -22,7 +22,6 @@ import (
 
 // Bounds of what is asked and answered.
 const (
-	maxToken   = 64 << 10
 	maxAnswer  = 1 << 20
 	askTimeout = 10 * time.Second
 )
@@ -91,7 +90,7 @@ whether its bearer may talk to the resource at all.
 				return cli.Usagef("no token: give --token-file, or - for standard input")
 			}
 			var err error
-			if q.Token, err = readToken(cmd.InOrStdin(), tokenFile); err != nil {
+			if q.Token, err = cli.ReadToken(cmd.InOrStdin(), tokenFile); err != nil {
 				return err
 			}
 			var v gateway.Verdict
@@ -120,28 +119,6 @@ whether its bearer may talk to the resource at all.
 
 func socketFlag(cmd *cobra.Command, socket *string) {
 	cmd.Flags().StringVar(socket, "socket", os.Getenv("INTERLOCK_ADMIN_SOCKET"), "the enforcer's socket; default is that of the configuration (INTERLOCK_ADMIN_SOCKET)")
-}
-
-func readToken(stdin io.Reader, path string) (string, error) {
-	in := stdin
-	if path != "-" {
-		f, err := os.Open(path)
-		if err != nil {
-			return "", cli.Usagef("--token-file: %w", err)
-		}
-		defer func() { _ = f.Close() }() // only read
-		in = f
-	}
-	b, err := io.ReadAll(io.LimitReader(in, maxToken+1))
-	if err != nil {
-		return "", cli.Usagef("--token-file: %w", err)
-	}
-	token := strings.TrimPrefix(strings.TrimSpace(string(b)), "Bearer ")
-	if len(b) > maxToken || token == "" || strings.ContainsAny(token, "\r\n\x00") {
-		// No part of a token goes into an error.
-		return "", cli.Usagef("--token-file %s holds no token of one line and at most %d bytes", path, maxToken)
-	}
-	return token, nil
 }
 
 func newStatusCommand(g *globals) *cobra.Command {

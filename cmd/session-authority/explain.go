@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -16,9 +15,6 @@ import (
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
-
-// maxToken bounds a token that is read for explaining.
-const maxToken = 64 << 10
 
 func newExplainCommand(g *globals) *cobra.Command {
 	var id authority.Identity
@@ -112,24 +108,14 @@ var identityFlags = []string{"issuer", "user", "agent", "client", "session", "an
 
 // readClaims takes a JWT apart without verifying it.
 func readClaims(stdin io.Reader, path string) (claims json.RawMessage, hash string, err error) {
-	in := stdin
-	if path != "-" {
-		f, err := os.Open(path)
-		if err != nil {
-			return nil, "", cli.Usagef("--token-file: %w", err)
-		}
-		defer func() { _ = f.Close() }() // only read
-		in = f
-	}
-	b, err := io.ReadAll(io.LimitReader(in, maxToken+1))
+	token, err := cli.ReadToken(stdin, path)
 	if err != nil {
-		return nil, "", cli.Usagef("--token-file: %w", err)
+		return nil, "", err
 	}
 	// No part of a token goes into an error.
-	bad := cli.Usagef("--token-file %s holds no JWT of at most %d bytes: give three parts of base64url with dots between", path, maxToken)
-	token := strings.TrimPrefix(strings.TrimSpace(string(b)), "Bearer ")
+	bad := cli.Usagef("--token-file %s holds no JWT: give three parts of base64url with dots between", path)
 	parts := strings.Split(token, ".")
-	if len(b) > maxToken || len(parts) != 3 {
+	if len(parts) != 3 {
 		return nil, "", bad
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])

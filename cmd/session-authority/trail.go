@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -43,12 +42,8 @@ reports of an enforcer.`,
 			if err != nil {
 				return err
 			}
-			out := json.NewEncoder(cmd.OutOrStdout())
-			out.SetEscapeHTML(false)
-			for i := range t.Records {
-				if err := out.Encode(&t.Records[i]); err != nil {
-					return err
-				}
+			if err := cli.PrintLines(cmd.OutOrStdout(), t.Records); err != nil {
+				return err
 			}
 			return trailNotes(cmd.ErrOrStderr(), t.Enforcers, t.More)
 		},
@@ -89,14 +84,11 @@ about once a minute.`,
 				return err
 			}
 			if g.json {
-				out := json.NewEncoder(cmd.OutOrStdout())
-				out.SetEscapeHTML(false)
-				for i := range s.Seen {
-					if err := out.Encode(&s.Seen[i]); err != nil {
-						return err
-					}
-				}
-			} else if err := seenTable(cmd.OutOrStdout(), s.Seen); err != nil {
+				err = cli.PrintLines(cmd.OutOrStdout(), s.Seen)
+			} else {
+				err = seenTable(cmd.OutOrStdout(), s.Seen)
+			}
+			if err != nil {
 				return err
 			}
 			return trailNotes(cmd.ErrOrStderr(), s.Enforcers, s.More)

@@ -204,12 +204,51 @@ func Env(name, otherwise string) string {
 	return otherwise
 }
 
+// MaxToken bounds what ReadToken reads, in bytes.
+const MaxToken = 64 << 10
+
+// ReadToken reads the file of --token-file, or stdin where path is "-": a token on
+// one line, which may begin with "Bearer". An error is one of the command line, and
+// holds nothing of the token.
+func ReadToken(stdin io.Reader, path string) (string, error) {
+	in := stdin
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return "", Usagef("--token-file: %w", err)
+		}
+		defer func() { _ = f.Close() }() // only read
+		in = f
+	}
+	b, err := io.ReadAll(io.LimitReader(in, MaxToken+1))
+	if err != nil {
+		return "", Usagef("--token-file: %w", err)
+	}
+	token := strings.TrimPrefix(strings.TrimSpace(string(b)), "Bearer ")
+	if len(b) > MaxToken || token == "" || strings.ContainsAny(token, "\r\n\x00") {
+		return "", Usagef("--token-file %s holds no token of one line and at most %d bytes", path, MaxToken)
+	}
+	return token, nil
+}
+
 // PrintJSON writes v, indented.
 func PrintJSON(w io.Writer, v any) error {
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
+}
+
+// PrintLines writes values as JSON, one a line.
+func PrintLines[T any](w io.Writer, values []T) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	for i := range values {
+		if err := e.Encode(&values[i]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // OneLine keeps what others wrote from taking over a terminal: control characters

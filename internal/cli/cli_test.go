@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -129,6 +132,38 @@ func TestLogger(t *testing.T) {
 		if _, err := Logger(io.Discard, bad[0], bad[1]); !errors.As(err, &e) || e.code != ExitUsage {
 			t.Errorf("%q: %v", bad, err)
 		}
+	}
+}
+
+func TestReadToken(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "t")
+	for in, want := range map[string]string{
+		"a.b.c\n": "a.b.c", "  Bearer a.b.c\r\n": "a.b.c", strings.Repeat("x", MaxToken): strings.Repeat("x", MaxToken),
+		"": "", "\n": "", "secret\nsecret": "", "secret\x00": "", strings.Repeat("secret", MaxToken/6+1): "",
+	} {
+		if err := os.WriteFile(path, []byte(in), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, from := range []string{path, "-"} {
+			got, err := ReadToken(strings.NewReader(in), from)
+			if got != want || (err == nil) != (want != "") {
+				t.Errorf("%.20q: %.20q, %v", in, got, err)
+			}
+			var e *exitError
+			if err != nil && (!errors.As(err, &e) || e.code != ExitUsage || strings.Contains(err.Error(), "secret")) {
+				t.Errorf("%.20q: %v", in, err)
+			}
+		}
+	}
+	if _, err := ReadToken(nil, path+"x"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+func TestPrintLines(t *testing.T) {
+	var b strings.Builder
+	if err := PrintLines(&b, []map[string]string{{"a": "<1>"}, {"a": "2"}}); err != nil || b.String() != "{\"a\":\"<1>\"}\n{\"a\":\"2\"}\n" {
+		t.Errorf("%q, %v", b.String(), err)
 	}
 }
 

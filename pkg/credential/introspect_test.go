@@ -63,22 +63,10 @@ func newAuthorizationServer(t *testing.T) *authorizationServer {
 // know has the server answer with these members beside the usual ones.
 func (a *authorizationServer) know(t *testing.T, token string, change map[string]any) {
 	t.Helper()
-	c := map[string]any{
+	a.answer(token, changed(map[string]any{
 		"active": true, "sub": "ann", "aud": audience, "client_id": "cli", "scope": "read write",
 		"exp": time.Now().Add(time.Hour).Unix(),
-	}
-	for k, v := range change {
-		if v == nil {
-			delete(c, k)
-		} else {
-			c[k] = v
-		}
-	}
-	b, err := json.Marshal(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a.answer(token, string(b))
+	}, change))
 }
 
 func (a *authorizationServer) answer(token, body string) {

@@ -88,10 +88,15 @@ func (s *signer) signWith(payload string, name jose.HeaderKey, value any) string
 }
 
 func claims(change map[string]any) string {
-	c := map[string]any{
+	return changed(map[string]any{
 		"iss": issuerURL, "sub": "ann", "aud": audience, "jti": "t1", "sid": "s1",
 		"iat": epoch.Unix(), "exp": epoch.Add(time.Hour).Unix(),
-	}
+	}, change)
+}
+
+// changed is an object in JSON with some members set, or taken out where they are
+// nil.
+func changed(c, change map[string]any) string {
 	for k, v := range change {
 		if v == nil {
 			delete(c, k)

@@ -56,14 +56,19 @@ var errCut = errors.New("natsfeed: the server's answer stopped")
 // fn is called by the caller's own goroutine. Errors wrap ErrDisconnected,
 // ErrClosed, nats.ErrNoResponders when the stream does not answer, or ctx's.
 func (f *Feed) Log(ctx context.Context, from uint64, fn func(pos uint64, frame []byte) error) (uint64, error) {
-	return f.read(ctx, LogStream, from, fn)
+	return f.read(ctx, LogStream, "", from, fn)
 }
 
 // KeySets returns the newest 64 stored key sets. Errors are as Log's.
 func (f *Feed) KeySets(ctx context.Context) ([][]byte, error) {
+	return f.newest(ctx, TrustStream, "", maxKeySets)
+}
+
+// newest returns the newest frames, at most so many of them, oldest first.
+func (f *Feed) newest(ctx context.Context, stream, subject string, most int) ([][]byte, error) {
 	var out [][]byte
-	_, err := f.read(ctx, TrustStream, 0, func(_ uint64, frame []byte) error {
-		if len(out) == maxKeySets {
+	_, err := f.read(ctx, stream, subject, 0, func(_ uint64, frame []byte) error {
+		if len(out) == most {
 			out = append(out[:0], out[1:]...)
 		}
 		out = append(out, frame)
@@ -99,12 +104,8 @@ func (f *Feed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {
 	return m.Data, nil
 }
 
-func (f *Feed) read(ctx context.Context, stream string, from uint64, fn func(uint64, []byte) error) (uint64, error) {
-	return f.readSubject(ctx, stream, "", from, fn)
-}
-
-// readSubject reads what is on one subject of a stream, or all of it.
-func (f *Feed) readSubject(ctx context.Context, stream, subject string, from uint64, fn func(uint64, []byte) error) (uint64, error) {
+// read reads what is on one subject of a stream, or all of it.
+func (f *Feed) read(ctx context.Context, stream, subject string, from uint64, fn func(uint64, []byte) error) (uint64, error) {
 	pos := max(from, 1)
 	in, err := f.inbox(pieceMessages + 1)
 	if err != nil {

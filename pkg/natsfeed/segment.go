@@ -34,18 +34,7 @@ var errTooLong = errors.New("natsfeed: segment longer than described")
 // Segments returns the newest 16 descriptions of published segments, oldest
 // first, unverified. Errors are as Log's.
 func (f *Feed) Segments(ctx context.Context) ([][]byte, error) {
-	var out [][]byte
-	_, err := f.readSubject(ctx, SegmentStream, SegmentSubject, 0, func(_ uint64, frame []byte) error {
-		if len(out) == maxSegments {
-			out = append(out[:0], out[1:]...)
-		}
-		out = append(out, frame)
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
+	return f.newest(ctx, SegmentStream, SegmentSubject, maxSegments)
 }
 
 // Segment writes the bytes of a described segment, unverified, but no more of
@@ -54,7 +43,7 @@ func (f *Feed) Segments(ctx context.Context) ([][]byte, error) {
 // newer ones have taken its place, and as Log's.
 func (f *Feed) Segment(ctx context.Context, ref session.SegmentRef, w io.Writer) error {
 	left := ref.Size
-	_, err := f.readSubject(ctx, SegmentStream, SegmentChunkSubject(ref.Sum), 0, func(_ uint64, chunk []byte) error {
+	_, err := f.read(ctx, SegmentStream, SegmentChunkSubject(ref.Sum), 0, func(_ uint64, chunk []byte) error {
 		if uint64(len(chunk)) > left {
 			return errTooLong
 		}
