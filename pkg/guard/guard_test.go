@@ -121,6 +121,54 @@ func TestOutgoingCallsEndWithTheirCaller(t *testing.T) {
 	}
 }
 
+// A connection that has been upgraded ends, too, in both directions.
+func TestUpgradedConnectionsEndWithTheirCaller(t *testing.T) {
+	f := guardtest.Open(t, 0)
+	gone := make(chan struct{})
+	u := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		defer close(gone)
+		c, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		_, _ = io.Copy(c, rw) // until the client hangs up
+	}))
+	defer u.Close()
+	base := &http.Transport{}
+	defer base.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(guard.NewContext(t.Context(), prepare(t, f, "ann")), http.MethodGet, u.URL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Connection", "Upgrade")
+	req.Header.Set("Upgrade", "echo")
+	resp, err := (&guard.Transport{Enforcer: f.Enforcer, Base: base}).RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	both := resp.Body.(io.ReadWriter)
+	if _, err := io.WriteString(both, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(both, make([]byte, len("hello"))); err != nil {
+		t.Fatal(err)
+	}
+	end := make(chan error, 1)
+	go func() {
+		_, err := both.Read(make([]byte, 1))
+		end <- err
+	}()
+	f.On(t, authority.Revoke, "session", "s-ann")
+	guardtest.DeniedAs(t, guardtest.Within(t, "the reader hears of it", end), session.ErrRevoked)
+	guardtest.Within(t, "the connection ends", gone)
+	_, err = io.WriteString(both, "more")
+	guardtest.DeniedAs(t, err, session.ErrRevoked)
+}
+
 // The mechanism is that the host's own identity is checked beside the caller's.
 func TestOutgoingCallsEndWithTheHostsOwnSession(t *testing.T) {
 	f := guardtest.Open(t, 0)

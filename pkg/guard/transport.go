@@ -65,7 +65,11 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	b := &body{ReadCloser: resp.Body, ctx: ctx, release: sync.OnceFunc(release)}
 	resp.Body = b
 	if w, ok := b.ReadCloser.(io.Writer); ok {
-		resp.Body = &writableBody{body: b, Writer: w} // 101 Switching Protocols
+		// 101 Switching Protocols: the context ends nothing any more.
+		stop := context.AfterFunc(ctx, func() { _ = b.ReadCloser.Close() }) // whoever reads or writes hears of it
+		release := b.release
+		b.release = func() { stop(); release() }
+		resp.Body = &writableBody{body: b, Writer: w}
 	}
 	return resp, nil
 }
@@ -103,9 +107,21 @@ func (b *body) Close() error {
 	return b.ReadCloser.Close()
 }
 
+// writableBody is both directions of a connection that has been upgraded.
 type writableBody struct {
 	*body
 	io.Writer
+}
+
+func (b *writableBody) Write(p []byte) (int, error) {
+	if d := Cut(b.ctx); d != nil {
+		return 0, d
+	}
+	n, err := b.Writer.Write(p)
+	if d := Cut(b.ctx); d != nil {
+		err = d
+	}
+	return n, err
 }
 
 // BindOutgoing binds a call that the host makes to whom it makes it for: the
