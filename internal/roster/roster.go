@@ -104,21 +104,23 @@ type Options struct {
 
 // Roster is the list of enforcers. Its methods may be called concurrently.
 type Roster struct {
-	opts   Options
-	js     jetstream.JetStream
-	kv     jetstream.KeyValue
-	log    *slog.Logger
-	list   atomic.Pointer[[]Enforcer]
+	opts Options
+	js   jetstream.JetStream
+	kv   jetstream.KeyValue
+	log  *slog.Logger
+	list atomic.Pointer[[]Enforcer]
+	// all has the retired ones too. It is replaced as a whole, and never changed.
+	all    atomic.Pointer[map[string]stored]
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 	nudge  chan struct{}
 	sub    *nats.Subscription
 
-	mu sync.Mutex // serialises loading, and OnChange
-	// all has the retired ones too. told is false while OnChange owes a call.
-	all  map[string]stored
-	seq  uint64
-	told bool
+	// loading has one element while the store is asked and OnChange told, and
+	// guards what follows.
+	loading chan struct{}
+	seq     uint64
+	told    bool // false while OnChange owes a call
 }
 
 type stored struct {
@@ -139,7 +141,7 @@ func Open(ctx context.Context, o Options) (*Roster, error) {
 	if err != nil {
 		return nil, fmt.Errorf("roster: %w", err)
 	}
-	r := &Roster{opts: o, js: js, log: o.Logger, nudge: make(chan struct{}, 1)}
+	r := &Roster{opts: o, js: js, log: o.Logger, nudge: make(chan struct{}, 1), loading: make(chan struct{}, 1)}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
@@ -172,15 +174,9 @@ func (r *Roster) Close() error {
 func (r *Roster) Enforcers() []Enforcer { return *r.list.Load() }
 
 // Find returns the enforcer of that name that is in, or else the one that was
-// last.
+// last. It waits for nothing.
 func (r *Roster) Find(name string) (Enforcer, bool) {
-	list := r.Enforcers()
-	if i, ok := slices.BinarySearchFunc(list, name, func(e Enforcer, name string) int { return strings.Compare(e.Name, name) }); ok {
-		return list[i], true
-	}
-	r.mu.Lock() // for as long as a load takes; this one is rarely asked for
-	defer r.mu.Unlock()
-	e, ok := r.all[name]
+	e, ok := (*r.all.Load())[name]
 	return e.Enforcer, ok
 }
 
@@ -199,13 +195,12 @@ func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
 	if err := r.reload(ctx, false); err != nil {
 		return err
 	}
-	r.mu.Lock()
-	have, known := r.all[e.Name]
-	n, room := len(r.all), maxBytes
-	for _, e := range r.all {
+	all := *r.all.Load()
+	have, known := all[e.Name]
+	n, room := len(all), maxBytes
+	for _, e := range all {
 		room -= e.size + perEntry
 	}
-	r.mu.Unlock()
 	put := func(ctx context.Context) error {
 		_, err := r.kv.Create(ctx, prefix+e.Name, value)
 		return err
@@ -224,7 +219,7 @@ func (r *Roster) Enroll(ctx context.Context, e Enforcer) error {
 	case n >= MaxEnforcers || room < len(value)+perEntry:
 		return fmt.Errorf("%w: %d enforcers", ErrFull, n)
 	}
-	err = r.write(ctx, put, func() bool { return r.all[e.Name].NKey == e.NKey })
+	err = r.write(ctx, put, func(all map[string]stored) bool { return all[e.Name].NKey == e.NKey })
 	if conflict(err) {
 		return fmt.Errorf("%w: %s", ErrExists, e.Name)
 	}
@@ -240,9 +235,7 @@ func (r *Roster) Retire(ctx context.Context, name string, at time.Time) error {
 	if err := r.reload(ctx, false); err != nil {
 		return err
 	}
-	r.mu.Lock()
-	have, known := r.all[name]
-	r.mu.Unlock()
+	have, known := (*r.all.Load())[name]
 	if !known || !have.Retired.IsZero() {
 		return fmt.Errorf("%w: %s", ErrUnknown, name)
 	}
@@ -254,7 +247,7 @@ func (r *Roster) Retire(ctx context.Context, name string, at time.Time) error {
 	err = r.write(ctx, func(ctx context.Context) error {
 		_, err := r.kv.Update(ctx, prefix+name, value, have.revision)
 		return err
-	}, func() bool { return r.all[name].NKey == have.NKey && !r.all[name].Retired.IsZero() })
+	}, func(all map[string]stored) bool { return all[name].NKey == have.NKey && !all[name].Retired.IsZero() })
 	if conflict(err) {
 		return fmt.Errorf("%w: %s was changed meanwhile", ErrUnknown, name)
 	}
@@ -290,8 +283,8 @@ func (r *Roster) reload(ctx context.Context, force bool) error {
 }
 
 // write puts an entry. One whose answer was lost is found to conflict with
-// itself: done, called with mu held, tells that from another's.
-func (r *Roster) write(ctx context.Context, put func(context.Context) error, done func() bool) error {
+// itself: done tells that from another's.
+func (r *Roster) write(ctx context.Context, put func(context.Context) error, done func(all map[string]stored) bool) error {
 	err := again(ctx, put)
 	if !conflict(err) {
 		return err
@@ -299,9 +292,7 @@ func (r *Roster) write(ctx context.Context, put func(context.Context) error, don
 	if err := r.reload(ctx, true); err != nil {
 		return err
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if done() {
+	if done(*r.all.Load()) {
 		return nil
 	}
 	return err
@@ -350,13 +341,17 @@ func (r *Roster) follow(ctx context.Context) {
 // load reads the bucket if it has changed, or always when force is set, and
 // tells OnChange if that made a difference or is owed.
 func (r *Roster) load(ctx context.Context, force bool) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	select {
+	case r.loading <- struct{}{}:
+		defer func() { <-r.loading }()
+	case <-ctx.Done():
+		return fmt.Errorf("roster: %w", ctx.Err())
+	}
 	last, err := r.lastSeq(ctx)
 	if err != nil {
 		return err
 	}
-	if !force && r.all != nil && last == r.seq && r.told {
+	if !force && r.all.Load() != nil && last == r.seq && r.told {
 		return nil
 	}
 	all, err := r.read(ctx)
@@ -370,7 +365,8 @@ func (r *Roster) load(ctx context.Context, force bool) error {
 		}
 	}
 	slices.SortFunc(in, func(a, b Enforcer) int { return strings.Compare(a.Name, b.Name) })
-	r.all, r.seq = all, last
+	r.seq = last
+	r.all.Store(&all)
 	r.list.Store(&in)
 	r.told = false
 	if r.opts.OnChange != nil {

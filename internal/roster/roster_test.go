@@ -201,6 +201,42 @@ func TestOwedChange(t *testing.T) {
 	}
 }
 
+// While the store is asked, which may take long, nobody else is held up by it.
+func TestNobodyWaitsForALoad(t *testing.T) {
+	ctx, nc := bus(t)
+	r := openRoster(ctx, t, nc, nil)
+	if err := r.Enroll(ctx, enforcer(t, "eu-1")); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Retire(ctx, "eu-1", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.loading <- struct{}{} // as load has it
+	defer func() { <-r.loading }()
+	done := make(chan error, 1)
+	go func() {
+		if _, ok := r.Find("eu-1"); !ok {
+			done <- errors.New("what was enrolled is not known")
+			return
+		}
+		short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+		defer cancel()
+		if err := r.Enroll(short, enforcer(t, "eu-2")); !errors.Is(err, context.DeadlineExceeded) {
+			done <- fmt.Errorf("enrolled: %w", err)
+			return
+		}
+		done <- nil
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-ctx.Done():
+		t.Fatal("they wait for the load")
+	}
+}
+
 func TestRefusesWhatIsNotAnEnforcer(t *testing.T) {
 	ctx, nc := bus(t)
 	r := openRoster(ctx, t, nc, nil)
@@ -242,11 +278,11 @@ func TestLostAnswer(t *testing.T) {
 		}
 		return err
 	}
-	if err := r.write(ctx, put, func() bool { return r.all[e.Name].NKey == e.NKey }); err != nil {
+	if err := r.write(ctx, put, func(all map[string]stored) bool { return all[e.Name].NKey == e.NKey }); err != nil {
 		t.Error(err)
 	}
 	other := enforcer(t, "eu-1")
-	if err := r.write(ctx, put, func() bool { return r.all[e.Name].NKey == other.NKey }); !conflict(err) {
+	if err := r.write(ctx, put, func(all map[string]stored) bool { return all[e.Name].NKey == other.NKey }); !conflict(err) {
 		t.Errorf("another's: %v", err)
 	}
 }
