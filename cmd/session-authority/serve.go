@@ -71,6 +71,7 @@ with the bearer token in api.token, if --api-listen is given.`,
 	f.DurationVar(&s.o.SegmentEvery, "segment-every", sequencer.DefaultSegmentEvery, "how often the state is published for those who start; the log is trimmed behind the third newest")
 	f.Uint64Var(&s.o.SegmentBatches, "segment-batches", sequencer.DefaultSegmentBatches, "batches of the log that do not wait for --segment-every")
 	f.DurationVar(&s.o.CanaryEvery, "canary-every", 10*time.Second, "how often a canary session is revoked, to see that every enforcer denies it; 0 is never")
+	f.DurationVar(&s.o.RevokeTarget, "revoke-target", service.DefaultRevokeTarget, "how soon after a decision every enforcer shall deny: status holds the canaries against it")
 	f.StringArrayVar(&s.o.Tenants, "tenant", nil, "a tenant to make at the first start; default is one called default; may be repeated")
 	f.StringArrayVar(&s.o.Issuers, "issuer", issuers(), "a token issuer in use; the only one is the default of targets; may be repeated (INTERLOCK_ISSUER)")
 	f.StringVar(&s.level, "log-level", "info", "debug, info, warn or error")
@@ -95,6 +96,9 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	}
 	if s.o.CanaryEvery != 0 && s.o.CanaryEvery < time.Second {
 		return cli.Usagef("--canary-every must be a second at least, or 0")
+	}
+	if s.o.RevokeTarget <= 0 {
+		return cli.Usagef("--revoke-target must be more than nothing")
 	}
 	o := s.o
 	o.DataDir, o.Socket, o.Version, o.Logger = g.dataDir, g.socket, cli.Version(), log

@@ -63,6 +63,9 @@ func statusText(s *authority.Status) string {
 			fmt.Fprintf(&b, "  %s: %s for %s, denying since %s\n", x.Name, x.Condition, ago(s.Time, x.LastHeard), ago(s.Time, x.DenyingSince))
 		}
 	}
+	if t := s.TimeToRevoke; t != nil {
+		fmt.Fprintf(&b, "time to revoke: at most %.1f ms (%s), target %g ms\n", t.SlowestMillis, t.Slowest, t.TargetMillis)
+	}
 	role := "not the writer"
 	if s.Writer {
 		role = "writing"

@@ -57,6 +57,9 @@ const (
 	lockFile   = "authority.lock"
 )
 
+// DefaultRevokeTarget is the time to revoke that the status expects.
+const DefaultRevokeTarget = 100 * time.Millisecond
+
 // ErrNoKeys: the directory has no keys, and the authority makes them by itself
 // only when it listens on nothing but loopback.
 var ErrNoKeys = errors.New("authority: no keys: run session-authority init first")
@@ -119,6 +122,9 @@ type Options struct {
 	// CanaryEvery is how often a canary session is revoked, to see that every
 	// enforcer denies it; 0 is never.
 	CanaryEvery time.Duration
+	// RevokeTarget is how soon after a decision every enforcer shall deny; the
+	// status holds the canaries against it. 0 is DefaultRevokeTarget.
+	RevokeTarget time.Duration
 	// Version is shown in the status.
 	Version string
 	// Notice is called with what a person should be told at start; nil tells
@@ -183,6 +189,9 @@ func (a *Authority) open(ctx context.Context) error {
 		if o.Cluster != nil {
 			o.Replicas = 3
 		}
+	}
+	if o.RevokeTarget == 0 {
+		o.RevokeTarget = DefaultRevokeTarget
 	}
 	if o.Socket == "" {
 		o.Socket = filepath.Join(o.DataDir, SocketFile)

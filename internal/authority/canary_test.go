@@ -17,7 +17,7 @@ import (
 // TestCanary: the authority's own status says who denies what it revokes, as the
 // enforcers found by trying.
 func TestCanary(t *testing.T) {
-	f := start(t, Options{Tenants: []string{"acme", "globex"}, CanaryEvery: 100 * time.Millisecond, MetricsListen: "127.0.0.1:0"})
+	f := start(t, Options{Tenants: []string{"acme", "globex"}, CanaryEvery: 100 * time.Millisecond, MetricsListen: "127.0.0.1:0", RevokeTarget: time.Nanosecond})
 	f.enforcer("strict", enforce.Options{})
 	f.enforcer("shadow", enforce.Options{Mode: session.ModeShadow})
 	f.enroll("absent")
@@ -63,8 +63,15 @@ func TestCanary(t *testing.T) {
 			}
 		}
 	}
-	if w := strings.Join(s.Warnings, "\n"); !strings.Contains(w, "enforcer shadow is not armed: the canary at seq") {
-		t.Errorf("warnings: %s", w)
+	for _, want := range []string{
+		"enforcer shadow is not armed: the canary at seq", "1 of 1 armed enforcers deny later than the target of 1e-06 ms: the slowest is strict with ",
+	} {
+		if w := strings.Join(s.Warnings, "\n"); !strings.Contains(w, want) {
+			t.Errorf("%s is not in the warnings: %s", want, w)
+		}
+	}
+	if r := s.TimeToRevoke; r == nil || r.Slowest != "strict" || r.SlowestMillis <= 0 || r.SlowestMillis > 5000 || r.Over != 1 {
+		t.Errorf("%+v", r)
 	}
 	text := f.scrape()
 	for _, want := range []string{

@@ -189,6 +189,7 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		case e.Canary == nil || e.Condition == authority.ConditionSilent:
 		case e.Canary.Armed:
 			s.Enforcers.Armed++
+			a.holdToTarget(s, &e)
 		default:
 			s.Enforcers.Unarmed++
 			warn("enforcer %s is not armed: %s", e.Name, e.Canary.Why)
@@ -205,6 +206,9 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		if e.Condition != authority.ConditionFresh && len(s.NotFresh) < maxNotFresh {
 			s.NotFresh = append(s.NotFresh, e)
 		}
+	}
+	if t := s.TimeToRevoke; t != nil && t.Over > 0 {
+		warn("%d of %d armed enforcers deny later than the target of %g ms: the slowest is %s with %.1f ms", t.Over, s.Enforcers.Armed, t.TargetMillis, t.Slowest, t.SlowestMillis)
 	}
 	state := a.seq.State()
 	killed := func(k session.Key) bool {
@@ -224,6 +228,20 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		}
 	}
 	return s, nil
+}
+
+// holdToTarget counts an armed enforcer's last canary.
+func (a *Authority) holdToTarget(s *authority.Status, e *authority.Enforcer) {
+	if s.TimeToRevoke == nil {
+		s.TimeToRevoke = &authority.TimeToRevoke{TargetMillis: float64(a.o.RevokeTarget) / float64(time.Millisecond)}
+	}
+	t := s.TimeToRevoke
+	if e.Canary.LatencyMillis > t.SlowestMillis {
+		t.SlowestMillis, t.Slowest = e.Canary.LatencyMillis, e.Name
+	}
+	if e.Canary.LatencyMillis > t.TargetMillis {
+		t.Over++
+	}
 }
 
 // Explain says what denies a caller; it is the API's.

@@ -323,12 +323,25 @@ type Status struct {
 		Armed   int `json:"armed"`
 		Unarmed int `json:"unarmed"`
 	} `json:"enforcers"`
+	// TimeToRevoke holds the time from a canary's decision to its denial against
+	// the deployment's target; nil where there are no canaries.
+	TimeToRevoke *TimeToRevoke `json:"time_to_revoke,omitempty"`
 	// NotFresh are the enforcers that are not, at most the first hundred.
 	NotFresh []Enforcer `json:"not_fresh,omitempty"`
 	// Kills are the kills in force: "global", or "tenant" and its name.
 	Kills []string `json:"kills,omitempty"`
 	// Warnings are what an operator should mend.
 	Warnings []string `json:"warnings,omitempty"`
+}
+
+// TimeToRevoke is how fast the enforcers that are armed denied the last canary.
+type TimeToRevoke struct {
+	TargetMillis float64 `json:"target_millis"`
+	// SlowestMillis is the slowest enforcer's, and Slowest its name.
+	SlowestMillis float64 `json:"slowest_millis"`
+	Slowest       string  `json:"slowest"`
+	// Over is how many took longer than the target.
+	Over int `json:"over"`
 }
 
 // KeySetStatus is the key set in force.
