@@ -16,6 +16,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/trail"
 )
 
 // plainUpstream answers everything, and counts what reaches it.
@@ -258,6 +259,72 @@ func TestBodiesHaveABudget(t *testing.T) {
 	goruntime.ReadMemStats(&after)
 	if grown := int64(after.HeapInuse) - int64(before.HeapInuse); grown > 32<<20 {
 		t.Errorf("200 announced bodies took %d MiB", grown>>20)
+	}
+}
+
+// The mechanism is that a body which has been passed on is let go of, while its
+// answer may take as long as it likes; what the trail says of the call at its end
+// is as if it were still there.
+func TestBodiesAreLetGoOf(t *testing.T) {
+	for name, proto := range map[string]string{"HTTP/1.1": "", "HTTP/2": "http2: true, "} {
+		t.Run(name, func(t *testing.T) {
+			const calls, size = 32, 2 << 20
+			w := newWorld(t)
+			began := make(chan int64, calls)
+			up := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				n, _ := io.Copy(io.Discard, r.Body)
+				w.Header().Set("Content-Type", "text/event-stream")
+				_ = http.NewResponseController(w).Flush()
+				began <- n
+				<-r.Context().Done()
+			}))
+			up.Config.Protocols = new(http.Protocols)
+			up.Config.Protocols.SetHTTP1(true)
+			up.Config.Protocols.SetUnencryptedHTTP2(true)
+			up.Start()
+			defer up.Close()
+			cut := make(chan trail.Event, calls)
+			g, err := Start(Options{Config: w.load(strings.Replace(routeTo("mcp", "/mcp", up.URL, ""), "upstream: {", "upstream: {"+proto, 1)), Kind: Proxy, Observe: func(d *route.Decision) {
+				if d.Cut {
+					cut <- d.Event
+				}
+			}})
+			must(t, err)
+			defer g.Shutdown(context.Background())
+			eventually(t, "ready", func() bool { return g.unready() == "" })
+			token := w.token("ann", "s-ann")
+			params := fmt.Sprintf(`{"name":"echo","arguments":{"x":%q}}`, strings.Repeat("x", size))
+			body := `{"jsonrpc":"2.0","id":7,"method":"tools/call","params":` + params + `}`
+			var before, after goruntime.MemStats
+			goruntime.GC()
+			goruntime.ReadMemStats(&before)
+			for range calls {
+				if resp := post(t, g.url()+"/mcp", token, body); resp.StatusCode != http.StatusOK {
+					t.Fatal(resp.Status)
+				}
+				if n := within(t, "a call runs", began); n != int64(len(body)) {
+					t.Fatalf("the upstream read %d bytes of %d", n, len(body))
+				}
+			}
+			if n := g.Status().Enforcer.Running; n < calls {
+				t.Fatalf("%d calls run", n)
+			}
+			if n := g.budget.Used(); n != 0 {
+				t.Errorf("%d calls that wait for their answers take %d MiB of the budget", calls, n>>20)
+			}
+			goruntime.GC()
+			goruntime.ReadMemStats(&after)
+			if grown := int64(after.HeapInuse) - int64(before.HeapInuse); grown > calls*size/4 {
+				t.Errorf("%d calls of %d MiB hold %d MiB", calls, size>>20, grown>>20)
+			}
+			w.decide(authority.Revoke, "session", "s-ann")
+			for range calls {
+				e := within(t, "the cut is noted", cut)
+				if want := e.Caller.ArgumentDigest([]byte(params)); e.Digest != want || e.Method != "tools/call" || e.Call.Tool != "echo" {
+					t.Fatalf("noted %x of %s %s, want %x", e.Digest, e.Method, e.Call.Tool, want)
+				}
+			}
+		})
 	}
 }
 

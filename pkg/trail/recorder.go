@@ -201,6 +201,9 @@ type Event struct {
 	// Arguments are the call's, as they came. Only their keyed digest is
 	// recorded, and none when they are nil.
 	Arguments []byte
+	// Digest is their ArgumentDigest by Caller, for an event after which they
+	// are not in memory any more: it counts where Arguments is nil.
+	Digest session.Hash
 	// Traceparent is the request's header of that name (W3C Trace Context). What
 	// is malformed is ignored.
 	Traceparent string
@@ -283,7 +286,7 @@ func (r *Recorder) fill(t *session.TrailRecord, e *Event) {
 		id := e.Caller.Identity()
 		t.Caller = callerOf(&id)
 		t.Token, t.Transaction = text(id.Token), text(id.Transaction)
-		if e.Arguments != nil {
+		if t.Arguments = e.Digest; e.Arguments != nil {
 			t.Arguments = e.Caller.ArgumentDigest(e.Arguments)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -39,8 +40,9 @@ func (b *Budget) take(n int) bool {
 func (b *Budget) give(n int) { b.used.Add(-int64(n)) }
 
 // read finds out what a request asks for. A body of JSON-RPC is read whole, and
-// put back; anything else is left to stream. The CancelFunc gives back what the
-// body takes of the budget. The error is a *operation.Refusal, or a denial.
+// put back; anything else is left to stream. release lets go of the body, and gives
+// back what it takes of the budget, which is done as soon as it has been passed on
+// and may be done again. The error is a *operation.Refusal, or a denial.
 func (x *exchange) read(w http.ResponseWriter, r *http.Request) (release func(), err error) {
 	nothing := func() {}
 	proto := x.g.Route.Protocol
@@ -131,7 +133,10 @@ func (x *exchange) readJSON(w http.ResponseWriter, r *http.Request, limit int, t
 		}
 	}
 	body, taken, err := x.p.opts.Budget.readAll(r.Body, limit, r.ContentLength)
-	release = func() { x.p.opts.Budget.give(taken) }
+	release = sync.OnceFunc(func() {
+		x.forget()
+		x.p.opts.Budget.give(taken)
+	})
 	if err == nil && timeout > 0 {
 		err = rc.SetReadDeadline(time.Time{})
 	}
@@ -142,11 +147,50 @@ func (x *exchange) readJSON(w http.ResponseWriter, r *http.Request, limit int, t
 		release()
 		return nil, err
 	}
-	r.Body = io.NopCloser(bytes.NewReader(body))
+	x.op.ID = bytes.Clone(x.op.ID)
+	r.Body = &held{rest: body, release: release}
 	if r.Trailer == nil {
 		r.ContentLength = int64(len(body))
 	}
 	return release, nil
+}
+
+// held is a body that is in memory until all of it has been read, or nobody wants
+// more of it.
+type held struct {
+	mu      sync.Mutex
+	rest    []byte
+	closed  bool
+	release func()
+}
+
+func (h *held) Read(p []byte) (int, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.closed:
+		// Not the end: what the upstream has is not the whole.
+		return 0, http.ErrBodyReadAfterClose
+	case len(p) == 0:
+		return 0, nil
+	case len(h.rest) == 0:
+		h.release()
+		return 0, io.EOF
+	}
+	n := copy(p, h.rest)
+	if h.rest = h.rest[n:]; len(h.rest) == 0 {
+		h.rest = nil
+		h.release()
+	}
+	return n, nil
+}
+
+func (h *held) Close() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.closed, h.rest = true, nil
+	h.release()
+	return nil
 }
 
 // parse finds out what a message that has been read asks for.

@@ -118,6 +118,8 @@ type exchange struct {
 
 	mu   sync.Mutex
 	over bool // the client's connection is not ours any more
+	// digest is that of the arguments, once the body is gone with them.
+	digest session.Hash
 }
 
 type exchangeKey struct{}
@@ -177,7 +179,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if g.Route.Protocol == config.A2A && executes(&x.op) {
-		x.exec = &execution{rest: x.rest(r)}
+		x.exec = newExecution(&x.op, x.rest(r))
 	}
 	if x.op.Method == extendedCard && p.cards[g] != nil {
 		x.cards = p.cards[g]
@@ -231,8 +233,22 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // noteCut tells the observer once that the exchange was cut.
 func (x *exchange) noteCut(d *session.DeniedError) {
 	if x.cut.CompareAndSwap(false, true) {
-		x.g.Note(&x.op, trail.Event{Mark: x.g.Trail.Start(), Caller: x.caller, Call: x.call, Traceparent: x.traceparent, Err: d, Cut: true})
+		x.mu.Lock()
+		op, digest := x.op, x.digest
+		x.mu.Unlock()
+		x.g.Note(&op, trail.Event{Mark: x.g.Trail.Start(), Caller: x.caller, Call: x.call, Digest: digest, Traceparent: x.traceparent, Err: d, Cut: true})
 	}
+}
+
+// forget lets go of the body that the operation was read from. What the trail
+// may have to say of it still is its digest.
+func (x *exchange) forget() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.op.Arguments != nil && x.g.Trail != nil {
+		x.digest = x.caller.ArgumentDigest(x.op.Arguments)
+	}
+	x.op.Arguments = nil
 }
 
 // leave ends the exchange's part in its session. A legacy MCP server does not
@@ -272,7 +288,7 @@ func (p *Proxy) deny(w http.ResponseWriter, r *http.Request, x *exchange, err er
 			// So that its client can tell which call the answer is to, and the
 			// trail what was asked for.
 			if release, err := x.readJSON(w, r, maxDeniedBody, 0); err == nil {
-				release()
+				defer release()
 			}
 		}
 		note()

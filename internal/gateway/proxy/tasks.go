@@ -223,6 +223,9 @@ func (c *cancellation) say(ctx context.Context) (out TaskOutcome, again bool, er
 // execution is what a request has an agent do.
 type execution struct {
 	rest bool // A2A's REST, and neither JSON-RPC nor gRPC
+	// tenant and goesOn, a task that there was before, are what the message
+	// says, where it is JSON.
+	tenant, goesOn string
 
 	mu   sync.Mutex
 	sent *http.Request // as the agent has seen it; nil before that
@@ -236,6 +239,20 @@ type execution struct {
 // to a task does not: it may be another's.
 func executes(o *operation.Operation) bool {
 	return o.Method == "SendMessage" || o.Method == "SendStreamingMessage"
+}
+
+// newExecution reads what the message says, which is not kept for as long as its
+// execution takes.
+func newExecution(o *operation.Operation, rest bool) *execution {
+	var asked struct {
+		Tenant  string `json:"tenant"`
+		Message struct {
+			TaskID string `json:"taskId"`
+		} `json:"message"`
+	}
+	// A message that the agent reads in another way names no task here.
+	_ = json.Unmarshal(o.Arguments, &asked)
+	return &execution{rest: rest, tenant: asked.Tenant, goesOn: asked.Message.TaskID}
 }
 
 func (e *execution) sending(r *http.Request) {
@@ -333,16 +350,8 @@ func (e *execution) cancellation(op *operation.Operation) (*http.Request, error)
 		body = msg
 		h.Set("Te", "trailers")
 	default:
-		var asked struct {
-			Tenant  string `json:"tenant"`
-			Message struct {
-				TaskID string `json:"taskId"`
-			} `json:"message"`
-		}
-		// A request that the agent reads in another way names no task here.
-		_ = json.Unmarshal(op.Arguments, &asked)
 		if task == "" {
-			task = asked.Message.TaskID
+			task = e.goesOn
 		}
 		if task == "" || len(task) > maxTask {
 			return nil, nil
@@ -362,7 +371,7 @@ func (e *execution) cancellation(op *operation.Operation) (*http.Request, error)
 			ID      string            `json:"id"`
 			Method  string            `json:"method"`
 			Params  map[string]string `json:"params"`
-		}{"2.0", "interlock", method, params(asked.Tenant, task)}); err != nil { // strings
+		}{"2.0", "interlock", method, params(e.tenant, task)}); err != nil { // strings
 			return nil, err
 		}
 	}
