@@ -57,6 +57,12 @@ func TestSegmentsOverTheBus(t *testing.T) {
 	if err := f.Segment(ctx, short, io.Discard); err == nil {
 		t.Error("took more bytes than described")
 	}
+	for i := range 20 {
+		publish(natsfeed.SegmentSubject, []byte{byte(100 + i)})
+	}
+	if got, err := f.Segments(ctx); err != nil || len(got) != 16 || got[0][0] != 104 || got[15][0] != 119 {
+		t.Errorf("not the newest: %v, %v", got, err)
+	}
 	stream, err := b.js.Stream(ctx, natsfeed.SegmentStream)
 	must(t, err)
 	must(t, stream.Purge(ctx, jetstream.WithPurgeSubject(natsfeed.SegmentChunkSubject(refs[0].Sum))))
