@@ -20,32 +20,10 @@ type tracked struct {
 
 	// All below is guarded by g.mu.
 
-	held    *hold         // nil while no binding is in place
+	held    *guard.Hold   // nil while no binding is in place
 	posts   int           // HTTP requests whose answers may still be on their way
 	idle    chan struct{} // set while somebody waits for posts to fall to zero
 	closing bool
-}
-
-// hold is one binding of a session.
-type hold struct {
-	owner   *session.Prepared
-	ended   <-chan struct{}
-	release context.CancelFunc
-}
-
-// keeps reports whether the binding is alive and is to this credential, though
-// it may have been prepared for another request.
-func (h *hold) keeps(p *session.Prepared) bool {
-	if h == nil {
-		return false
-	}
-	select {
-	case <-h.ended:
-		return false
-	default:
-	}
-	a, b := h.owner.Identity(), p.Identity()
-	return h.owner == p || a.Token == b.Token && a.Token != "" && a.Issuer == b.Issuer && a.Tenant == b.Tenant
 }
 
 // sessionKey finds a session again from an HTTP request, which knows its id
@@ -67,7 +45,7 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 	g.mu.Lock()
 	t := g.sessions[key]
 	closed := g.work.Err() != nil || t != nil && t.closing
-	kept := t != nil && t.held.keeps(c.prepared)
+	kept := t != nil && t.held.Keeps(c.prepared)
 	g.mu.Unlock()
 	if closed {
 		// A session that is closing was cut: its caller is to read why, also from
@@ -101,17 +79,15 @@ func (g *Guard) track(ss *mcp.ServerSession, req mcp.Request, c *caller) error {
 		return err
 	}
 	t.releaseLocked()
-	h := &hold{owner: c.prepared, ended: bound.Done(), release: release}
+	h := guard.NewHold(bound, release, c.prepared)
 	t.held = h
 	context.AfterFunc(bound, func() { t.cut(h, guard.Cut(bound)) })
 	return nil
 }
 
 func (t *tracked) releaseLocked() {
-	if t.held != nil {
-		t.held.release()
-		t.held = nil
-	}
+	t.held.Release()
+	t.held = nil
 }
 
 // await forgets the session when it ends, by whomever.
@@ -125,7 +101,7 @@ func (t *tracked) await(key any) {
 }
 
 // cut runs when a binding has ended.
-func (t *tracked) cut(h *hold, why *session.DeniedError) {
+func (t *tracked) cut(h *guard.Hold, why *session.DeniedError) {
 	t.g.mu.Lock()
 	defer t.g.mu.Unlock()
 	if why == nil || t.held != h || t.closing {

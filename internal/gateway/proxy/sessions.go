@@ -15,6 +15,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -62,35 +63,11 @@ type tracked struct {
 	up    *upstream
 	// header is what the upstream needs to see in what is said to it.
 	header  http.Header
-	held    *hold // nil while no binding is in place
+	held    *guard.Hold // nil while no binding is in place
 	busy    int
 	idle    chan struct{} // set while somebody waits for busy to fall to zero
 	last    time.Time
 	closing bool
-}
-
-// hold is one binding of a session.
-type hold struct {
-	owner   *session.Prepared
-	ended   <-chan struct{}
-	release context.CancelFunc
-}
-
-func (h *hold) keeps(p *session.Prepared) bool {
-	if h == nil {
-		return false
-	}
-	select {
-	case <-h.ended:
-		return false
-	default:
-		return h.owner == p || sameToken(h.owner, p)
-	}
-}
-
-func sameToken(a, b *session.Prepared) bool {
-	x, y := a.Identity(), b.Identity()
-	return x.Token == y.Token && x.Token != "" && x.Issuer == y.Issuer && x.Tenant == y.Tenant
 }
 
 // NewSessions begins to keep sessions; Close ends it.
@@ -134,10 +111,8 @@ func (s *Sessions) Close() {
 }
 
 func (t *tracked) release() {
-	if t.held != nil {
-		t.held.release()
-		t.held = nil
-	}
+	t.held.Release()
+	t.held = nil
 }
 
 // shareOfOwner is the part of all sessions that one caller may have, so that none
@@ -186,7 +161,7 @@ func (s *Sessions) use(x *exchange, id string) (*tracked, error) {
 		s.mu.Unlock()
 		return nil, nil
 	}
-	kept := t.held.keeps(x.caller)
+	kept := t.held.Keeps(x.caller)
 	if !kept {
 		who := x.caller.Identity()
 		if who.Caller() != t.owner {
@@ -219,14 +194,14 @@ func (s *Sessions) bind(x *exchange, t *tracked) error {
 		return &session.DeniedError{Err: session.ErrClosed}
 	}
 	t.release()
-	h := &hold{owner: x.caller, ended: bound.Done(), release: release}
+	h := guard.NewHold(bound, release, x.caller)
 	t.held = h
 	context.AfterFunc(bound, func() { s.cut(t, h, route.Denied(bound)) })
 	return nil
 }
 
 // cut runs when a binding has ended.
-func (s *Sessions) cut(t *tracked, h *hold, why *session.DeniedError) {
+func (s *Sessions) cut(t *tracked, h *guard.Hold, why *session.DeniedError) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if why == nil || t.held != h || t.closing || s.closed {
