@@ -50,6 +50,7 @@ const (
 	Explain       Operation = "ask what denies a caller"
 	ListEnforcers Operation = "list enforcers"
 	ReadTrail     Operation = "read the trail"
+	ReadAudit     Operation = "read the audit"
 	Enroll        Operation = "enrol enforcers"
 	Retire        Operation = "retire enforcers"
 	ReadBus       Operation = "read the bus's configuration"
@@ -82,6 +83,7 @@ var table = map[Operation]rule{
 	Explain:       {roles: []Role{Viewer, Responder, Commander, Auditor}},
 	ListEnforcers: {roles: []Role{Viewer, Responder, Commander, Auditor}},
 	ReadTrail:     {roles: []Role{Responder, Commander, Auditor}},
+	ReadAudit:     {roles: []Role{Responder, Commander, Auditor}, everywhere: true},
 	Enroll:        {roles: []Role{Commander}},
 	Retire:        {roles: []Role{Commander}},
 	ReadBus:       {roles: []Role{Commander}, everywhere: true},
@@ -106,6 +108,8 @@ var endpoints = map[string]Operation{
 	"DELETE /v1/enforcers/{name}":                 Retire,
 	"GET /v1/trail":                               ReadTrail,
 	"GET /v1/seen":                                ReadTrail,
+	"GET /v1/audit":                               ReadAudit,
+	"GET /v1/audit/export":                        ReadAudit,
 	"GET /v1/bus-config":                          ReadBus,
 	"GET /v1/keyset":                              ReadKeySet,
 	"POST /v1/keyset":                             PublishKeySet,

@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -28,6 +29,7 @@ import (
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/access"
+	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/socket"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -71,6 +73,10 @@ type Service interface {
 	// Trail and Seen tell what enforcers reported.
 	Trail(ctx context.Context, q authority.TrailQuery) (*authority.Trail, error)
 	Seen(ctx context.Context, q authority.TrailQuery) (*authority.Sightings, error)
+	// Audit tells what was done; ExportAudit writes it as lines that can be
+	// verified offline.
+	Audit(ctx context.Context, q authority.AuditQuery) (*authority.AuditPage, error)
+	ExportAudit(ctx context.Context, q authority.AuditQuery, w io.Writer) error
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
 	// soon after, and never calls fn concurrently.
 	Watch(ctx context.Context, fn func(authority.Event) error) error
@@ -93,6 +99,10 @@ type Options struct {
 	// is made, with mode 0600, if it is absent; one that others can read is
 	// refused.
 	TokenFile string
+	// Refused, if not nil, hears of each request that is refused for who sent it,
+	// before anything else is made of it: access.From its context is nil when that
+	// is not known. It must not wait.
+	Refused func(r *http.Request, err error)
 	// Logger hears of failures; nil is silence.
 	Logger *slog.Logger
 }
@@ -113,6 +123,8 @@ type Server struct {
 	waits  chan struct{}
 	watch  chan struct{}
 	all    chan struct{}
+	// refused is never nil.
+	refused func(*http.Request, error)
 }
 
 // Serve listens and returns when it does. Errors wrap ErrNoTLS where that is the
@@ -124,6 +136,9 @@ func Serve(svc Service, o Options) (*Server, error) {
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.refused = o.Refused; s.refused == nil {
+		s.refused = func(*http.Request, error) {}
 	}
 	if o.Socket == "" && o.Listen == "" {
 		return nil, errors.New("api: neither a socket nor an address to listen on")
@@ -314,6 +329,8 @@ func (s *Server) endpoints() map[string]handler {
 		"DELETE /v1/enforcers/{name}":                 s.retire,
 		"GET /v1/trail":                               s.trail,
 		"GET /v1/seen":                                s.seen,
+		"GET /v1/audit":                               s.audit,
+		"GET /v1/audit/export":                        s.exportAudit,
 		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,
@@ -325,7 +342,7 @@ func (s *Server) endpoints() map[string]handler {
 func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http.Handler {
 	mux := http.NewServeMux()
 	for pattern, h := range s.endpoints() {
-		mux.Handle(pattern, s.handle(permit(pattern, h)))
+		mux.Handle(pattern, s.handle(s.permit(pattern, h)))
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		select {
@@ -337,11 +354,15 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 		}
 		p, err := who(r)
 		if err != nil {
+			s.refused(r, err)
 			s.refuse(w, r, err)
 			return
 		}
 		ctx, cancel := p.Deadline(access.With(r.Context(), p))
 		defer cancel()
+		if t := session.ParseTraceparent(r.Header.Get("Traceparent")); t.TraceID != [16]byte{} {
+			ctx = audit.WithTrace(ctx, t)
+		}
 		r = r.WithContext(ctx)
 		if _, pattern := mux.Handler(r); pattern == "" {
 			// The mux's own answers, 404 and 405, are text.
@@ -355,13 +376,14 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 
 // permit lets through who may use the endpoint. What they may do there in
 // particular, and in which tenants, is the service's to check.
-func permit(pattern string, h handler) handler {
+func (s *Server) permit(pattern string, h handler) handler {
 	op, listed := access.Endpoint(pattern)
 	return func(w http.ResponseWriter, r *http.Request) error {
 		if !listed {
 			return authority.NewProblem(authority.ProblemForbidden, "nobody may use this endpoint", "it has no entry in the table of who may")
 		}
 		if err := access.From(r.Context()).Check(op); err != nil {
+			s.refused(r, err)
 			return err
 		}
 		return h(w, r)

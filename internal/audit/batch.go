@@ -31,8 +31,8 @@ const (
 var (
 	errStray   = errors.New("it does not go on from the chain")
 	errForeign = errors.New("no key that may speak for the audit signed it")
-	// errSealed: the key that a batch is sealed to is not here.
-	errSealed = errors.New("audit: sealed to a key that is not here: copy keys/audit-*.key from where it was made")
+	// ErrSealed: the audit, or a part of it, is sealed to a key that is not here.
+	ErrSealed = errors.New("audit: sealed to a key that is not here: copy keys/audit-*.key from where it was made")
 )
 
 // sign returns the frame of a statement.
@@ -160,7 +160,7 @@ func (b *batch) open(sealing func(session.KeyID) (*ecdh.PrivateKey, bool)) ([]en
 	copy(id[:], b.sealed)
 	priv, ok := sealing(id)
 	if !ok {
-		return nil, errSealed
+		return nil, ErrSealed
 	}
 	key, err := hpke.NewDHKEMPrivateKey(priv)
 	if err != nil {

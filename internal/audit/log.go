@@ -67,6 +67,9 @@ type Options struct {
 	Head func() (epoch, number uint64)
 	// Authority names this run in records.
 	Authority string
+	// Reports is where the stream of reports ends. One that ends before what the
+	// audit has of it was made anew, and is audited from its beginning.
+	Reports uint64
 	// KeepFor and KeepBytes bound what is kept; 0 is the default.
 	KeepFor   time.Duration
 	KeepBytes uint64
@@ -162,6 +165,9 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
+	if at.Reports > o.Reports {
+		at.Reports = 0
+	}
 	l.at = at
 	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	l.done.Go(l.run)
@@ -222,7 +228,17 @@ func (l *Log) Note(r authority.AuditRecord) {
 // NoteReport records what the stream of reports has at seq, unless another
 // authority has done so. Reports must be noted in their order.
 func (l *Log) NoteReport(seq uint64, r authority.AuditRecord) {
-	_, _ = l.enqueue(r, seq)
+	if !l.Reported(seq) {
+		_, _ = l.enqueue(r, seq) // counted
+	}
+}
+
+// Reported says whether what the stream of reports has at seq is known to be in
+// the audit.
+func (l *Log) Reported(seq uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return seq <= l.at.Reports
 }
 
 func (l *Log) enqueue(r authority.AuditRecord, report uint64) (*item, error) {

@@ -261,7 +261,7 @@ func TestSealedAtRest(t *testing.T) {
 	must(t, err)
 	defer blind.Close()
 	must(t, blind.Append(s.ctx, record(2)))
-	if _, err := blind.Records(s.ctx, authority.AuditQuery{}); !errors.Is(err, errSealed) {
+	if _, err := blind.Records(s.ctx, authority.AuditQuery{}); !errors.Is(err, ErrSealed) {
 		t.Errorf("without the key: %v", err)
 	}
 	if got := s.sound(s.export(l, authority.AuditQuery{})); len(got) != 2 {

@@ -164,26 +164,7 @@ const (
 	forReceipts = "receipts"
 )
 
-// principalKey and traceKey are of contexts.
-type (
-	principalKey struct{}
-	traceKey     struct{}
-)
-
-// WithPrincipal returns a context of a request by p.
-func WithPrincipal(ctx context.Context, p authority.AuditPrincipal) context.Context {
-	return context.WithValue(ctx, principalKey{}, p)
-}
-
-// PrincipalOf returns who made the request of ctx; its means are "unknown" when
-// nobody said.
-func PrincipalOf(ctx context.Context) authority.AuditPrincipal {
-	p, ok := ctx.Value(principalKey{}).(authority.AuditPrincipal)
-	if !ok {
-		p.Means = "unknown"
-	}
-	return p
-}
+type traceKey struct{}
 
 // WithTrace returns a context of a request with a W3C trace context.
 func WithTrace(ctx context.Context, t session.TraceContext) context.Context {

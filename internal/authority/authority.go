@@ -31,12 +31,14 @@ import (
 	"github.com/nats-io/nkeys"
 
 	"github.com/interlock-fabric/interlock/internal/api"
+	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/flock"
 	"github.com/interlock-fabric/interlock/internal/report"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/internal/trust"
+	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -125,6 +127,10 @@ type Options struct {
 	// RevokeTarget is how soon after a decision every enforcer shall deny; the
 	// status holds the canaries against it. 0 is DefaultRevokeTarget.
 	RevokeTarget time.Duration
+	// AuditFor and AuditBytes are how long, and how much of, the audit is kept;
+	// 0 is the audit's default.
+	AuditFor   time.Duration
+	AuditBytes uint64
 	// Version is shown in the status.
 	Version string
 	// Notice is called with what a person should be told at start; nil tells
@@ -149,6 +155,8 @@ type Authority struct {
 	roster  *roster.Roster
 	tracker *roster.Tracker
 	reports *report.Reader
+	audit   *audit.Log
+	watched watched
 	hub     *hub
 	server  *api.Server
 	metrics *metrics
@@ -234,6 +242,9 @@ func (a *Authority) open(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
+	if err := a.patiently(ctx, a.openAudit); err != nil {
+		return err
+	}
 	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err
 	}
@@ -242,8 +253,9 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	a.reports = report.NewReader(report.Options{
-		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Logger: a.log,
+		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Believed: a.auditReport, Logger: a.log,
 	})
+	a.done.Go(func() { a.tendAudit(run) })
 	a.done.Go(func() { a.reports.Follow(run) })
 	a.done.Go(func() { a.hub.run(run) })
 	if o.CanaryEvery > 0 {
@@ -254,7 +266,7 @@ func (a *Authority) open(ctx context.Context) error {
 	}
 	a.server, err = api.Serve(a, api.Options{
 		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS,
-		TokenFile: filepath.Join(o.DataDir, TokenFile), Logger: a.log,
+		TokenFile: filepath.Join(o.DataDir, TokenFile), Refused: a.refused, Logger: a.log,
 	})
 	if err != nil {
 		return err
@@ -282,6 +294,10 @@ func (a *Authority) Close() error {
 		a.done.Wait()
 		if a.roster != nil {
 			errs = append(errs, a.roster.Close())
+		}
+		if a.audit != nil {
+			a.note(authority.AuditRecord{Kind: authority.AuditAuthority, Action: "stop"})
+			errs = append(errs, a.audit.Close())
 		}
 		if a.seq != nil {
 			a.seq.Close()
@@ -524,6 +540,10 @@ func (a *Authority) openReceipts(ctx context.Context) error {
 	if _, err := a.nc.Subscribe(natsfeed.ReceiptSubjects, func(m *nats.Msg) {
 		if err := a.tracker.Receive(m.Subject, m.Data); err != nil {
 			a.log.Debug("a receipt was refused", "subject", m.Subject, "error", err)
+			return
+		}
+		if a.seq.IsWriter() {
+			a.watched.receipt(m.Data)
 		}
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
@@ -553,6 +573,9 @@ func (a *Authority) onBatch(m *nats.Msg) {
 	}
 	if b.IsCanary() {
 		a.tracker.Canary(b.Epoch, b.Number, b.Time.Time())
+	}
+	if !b.IsCanary() && len(b.Entries) > 0 {
+		a.watched.heard(place{b.Epoch, b.Number})
 	}
 	a.hub.heard(b)
 }

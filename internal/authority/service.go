@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/broker"
@@ -26,8 +27,30 @@ func (a *Authority) planner() *planner {
 	return &planner{tenants: t, issuers: a.o.Issuers, state: a.seq.State(), now: time.Now()}
 }
 
-// Decide takes a decision, or previews it; it is the API's.
+// Decide takes a decision, or previews it, and returns when the log and the audit
+// have it, or have not said so in time; it is the API's.
 func (a *Authority) Decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
+	d, err := a.decide(ctx, idempotencyKey, r)
+	rec := a.decisionRecord(&r, d, err)
+	if d != nil && !d.Committed {
+		a.noteFor(ctx, rec)
+		return d, nil
+	}
+	switch failed := a.record(ctx, rec); {
+	case d == nil || failed == nil:
+	case errors.Is(failed, context.DeadlineExceeded):
+		d.Durable = false
+	default:
+		d.Durable = false
+		d.Warnings = append(d.Warnings, "the decision is not in the audit: "+plain(failed))
+	}
+	if d != nil && !d.Duplicate {
+		a.watched.decided(place{d.Epoch, d.Number}, r.Incident)
+	}
+	return d, err
+}
+
+func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
 	pl, err := a.planner().plan(&r)
 	if err != nil {
 		return nil, err
@@ -165,7 +188,18 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		warn("%d reports came in the name of enforcers that are not enrolled", strange)
 	}
 	if _, ok := ks.AuditKey(); !ok {
-		warn("enforcers have no key to seal reports to: session-authority keys rotate --audit")
+		warn("there is no key to seal the audit and the enforcers' reports to: session-authority keys rotate --audit")
+	}
+	au := a.audit.Status()
+	s.Audit.Number, s.Audit.Waiting = au.Number, au.Waiting
+	if au.Failing != nil {
+		warn("the audit cannot be written since %s, and %d of its records wait: see the log of this authority", au.Since.UTC().Format(time.RFC3339), au.Waiting)
+	}
+	if au.Missed > 0 {
+		warn("%d records are missing from the audit: see the log of this authority", au.Missed)
+	}
+	if au.Strays > 0 {
+		warn("%d messages in the audit's stream are not part of its chain: session-authority audit verify", au.Strays)
 	}
 	list := a.enforcers()
 	// Read after the receipts: none that is honest can be ahead of it.
@@ -301,6 +335,20 @@ func reportProblem(err error) error {
 // Enroll makes an enforcer's identity and enters it in the roster; it is the
 // API's.
 func (a *Authority) Enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error) {
+	e, err := a.enroll(ctx, r)
+	rec := authority.AuditRecord{Kind: authority.AuditRoster, Action: "enroll", Targets: []string{"enforcer " + r.Name}}
+	if len(r.Tenants) > 0 {
+		rec.Detail = "tenants " + strings.Join(r.Tenants, ", ")
+	}
+	if e != nil {
+		rec.Detail += fmt.Sprintf("; receipt key %x", e.ReceiptKey.Public())
+		rec.Detail = strings.TrimPrefix(rec.Detail, "; ")
+	}
+	a.recordOutcome(ctx, rec, err)
+	return e, err
+}
+
+func (a *Authority) enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error) {
 	urls := r.URLs
 	if len(urls) == 0 {
 		urls = a.busURLs()
@@ -351,11 +399,12 @@ func (a *Authority) busURLs() []string {
 func (a *Authority) Retire(ctx context.Context, name string) error {
 	err := a.roster.Retire(ctx, name, time.Now().UTC())
 	if errors.Is(err, roster.ErrUnknown) {
-		return authority.NewProblem(authority.ProblemNotFound, fmt.Sprintf("no enforcer %.64q is enrolled", name), "see session-authority enforcers")
+		err = authority.NewProblem(authority.ProblemNotFound, fmt.Sprintf("no enforcer %.64q is enrolled", name), "see session-authority enforcers")
 	}
 	if err == nil {
 		a.log.Info("retired", "enforcer", name)
 	}
+	a.recordOutcome(ctx, authority.AuditRecord{Kind: authority.AuditRoster, Action: "retire", Targets: []string{"enforcer " + name}}, err)
 	return err
 }
 
@@ -376,6 +425,19 @@ func (a *Authority) KeySet(context.Context) ([]byte, error) { return a.store.Fra
 // came into the directory with it; it is the API's. One that is in force already
 // is no error.
 func (a *Authority) PublishKeySet(ctx context.Context, frame []byte) error {
+	before := a.store.KeySet()
+	err := a.publishKeySet(ctx, frame)
+	if now := a.store.KeySet(); err != nil || now.Version != before.Version {
+		rec := authority.AuditRecord{Kind: authority.AuditKeys, Action: "publish"}
+		if err == nil {
+			rec.Detail = keySetChange(before, now)
+		}
+		a.recordOutcome(ctx, rec, err)
+	}
+	return err
+}
+
+func (a *Authority) publishKeySet(ctx context.Context, frame []byte) error {
 	if !bytes.Equal(frame, a.store.Frame()) {
 		if err := a.seq.PublishKeySet(ctx, frame); errors.Is(err, session.ErrFrame) {
 			return invalid("sign a newer one with the deployment's root key", "the key set is refused: %s", plain(err))

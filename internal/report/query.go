@@ -183,6 +183,15 @@ func callerOf(c *session.Caller) authority.TrailCaller {
 	}
 }
 
+// Records returns the records of a report's content as the API tells them.
+func Records(rep *session.Report, c *session.TrailContent) []authority.TrailRecord {
+	out := make([]authority.TrailRecord, len(c.Records))
+	for i := range c.Records {
+		out[i] = recordOf(rep, &c.Records[i])
+	}
+	return out
+}
+
 func recordOf(rep *session.Report, t *session.TrailRecord) authority.TrailRecord {
 	out := authority.TrailRecord{
 		Enforcer: rep.Enforcer, Boot: hex.EncodeToString(rep.Boot[:]), Report: rep.Count,

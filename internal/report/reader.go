@@ -64,8 +64,9 @@ type Options struct {
 	// Sealing finds the private half of a sealing key.
 	Sealing func(session.KeyID) (*ecdh.PrivateKey, bool)
 	// Believed, if not nil, is called with each report that is believed, once
-	// per Reader and in the order of the stream. It must not call the Reader.
-	Believed func(seq uint64, r *session.Report)
+	// per Reader and in the order of the stream, with its frame's hash. It must not
+	// call the Reader.
+	Believed func(seq uint64, r *session.Report, hash session.Hash)
 	Logger   *slog.Logger
 }
 
@@ -220,7 +221,7 @@ func (r *Reader) take(m *jetstream.RawStreamMsg) error {
 	}
 	e.at = append(e.at, place{m.Sequence, m.Time})
 	if r.o.Believed != nil {
-		r.o.Believed(m.Sequence, rep)
+		r.o.Believed(m.Sequence, rep, hash)
 	}
 	return nil
 }

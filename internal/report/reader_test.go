@@ -398,7 +398,7 @@ func TestSeenAreAddedUp(t *testing.T) {
 func TestBelievedIsTheSeamOfTheAudit(t *testing.T) {
 	w := newWorld(t)
 	var got []uint64
-	w.opts.Believed = func(seq uint64, r *session.Report) {
+	w.opts.Believed = func(seq uint64, r *session.Report, _ session.Hash) {
 		if r.Count != uint64(len(got)+1) || bytes.Contains(r.Sealed, []byte("alice")) {
 			t.Errorf("report %d at %d", r.Count, seq)
 		}

@@ -15,6 +15,8 @@ import (
 const (
 	// MaxAuditText bounds each text of a record, target texts included.
 	MaxAuditText = 256
+	// MaxAuditDetail bounds the enforcers that a record of coverage names.
+	MaxAuditDetail = 200
 	// MaxAuditPage bounds the records of one answer.
 	MaxAuditPage = 1000
 )
@@ -23,11 +25,13 @@ const (
 const (
 	AuditDecision  = "decision"  // a decision, taken or refused
 	AuditSignIn    = "sign-in"   // attempts without a valid credential
+	AuditAccess    = "access"    // what was asked for without the role for it
 	AuditRoster    = "roster"    // an enforcer was enrolled or retired
 	AuditKeys      = "keys"      // a key set came into force: keys, tenants, epochs
 	AuditAuthority = "authority" // an authority was started or stopped
 	AuditReport    = "report"    // what an enforcer reported of calls
 	AuditReceipts  = "receipts"  // what enforcers reported to have applied
+	AuditCoverage  = "coverage"  // where a decision was in force, a while after it
 	AuditRetention = "retention" // the oldest records were removed
 )
 
@@ -91,14 +95,18 @@ type AuditRecord struct {
 	Trail  []TrailRecord  `json:"trail,omitempty"`
 	// Receipts are frames that enforcers signed, which session.ParseFrame reads.
 	Receipts []AuditedReceipt `json:"receipts,omitempty"`
+	// Coverage is of the decision at Sequence. Its Detail has those enforcers at
+	// which it was not in force, and the slowest at which it was, at most
+	// MaxAuditDetail of them.
+	Coverage *Coverage `json:"coverage,omitempty"`
 	// Salt is random: it keeps whoever sees the digest of a record from finding
 	// out by guessing what is in it.
 	Salt string `json:"salt"`
 }
 
 // AuditPrincipal is who asked: a name, as far as it is known, and by what means
-// it was established: "socket", "token", "authority" for the authority itself,
-// "enforcer", or "unknown".
+// it was established: "socket", "bootstrap", "token", "cert", "authority" for the
+// authority itself, "enforcer", or "unknown".
 type AuditPrincipal struct {
 	Name  string `json:"name"`
 	Means string `json:"means"`

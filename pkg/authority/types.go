@@ -126,8 +126,9 @@ type Decision struct {
 	Number uint64 `json:"number,omitempty"`
 	// At is the authority's time of the decision.
 	At time.Time `json:"at,omitzero"`
-	// Durable is set when the log has stored it. Without it the decision is in
-	// effect and may yet be lost: send it again with the same idempotency key.
+	// Durable is set when the log has stored it, and the audit who asked for it.
+	// Without it the decision is in effect and may yet be lost: send it again with
+	// the same idempotency key.
 	Durable bool `json:"durable"`
 	// Duplicate is set when the idempotency key had been used for this same
 	// request: nothing was decided again.
@@ -328,6 +329,11 @@ type Status struct {
 	TimeToRevoke *TimeToRevoke `json:"time_to_revoke,omitempty"`
 	// NotFresh are the enforcers that are not, at most the first hundred.
 	NotFresh []Enforcer `json:"not_fresh,omitempty"`
+	// Audit is the newest record of the audit, and how many wait for the store.
+	Audit struct {
+		Number  uint64 `json:"number"`
+		Waiting int    `json:"waiting"`
+	} `json:"audit"`
 	// Kills are the kills in force: "global", or "tenant" and its name.
 	Kills []string `json:"kills,omitempty"`
 	// Warnings are what an operator should mend.

@@ -1,0 +1,508 @@
+package authority
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/time/rate"
+
+	"github.com/interlock-fabric/interlock/internal/access"
+	"github.com/interlock-fabric/interlock/internal/audit"
+	"github.com/interlock-fabric/interlock/internal/report"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
+	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Bounds of what goes into the audit by itself.
+const (
+	auditTick = 500 * time.Millisecond
+	// maxCovered is how many decisions' coverage is watched at once, and coverFor
+	// how long one is when it does not become complete.
+	maxCovered = 256
+	coverFor   = 30 * time.Second
+	// maxEvidence bounds the receipts, in bytes, that wait to be recorded.
+	maxEvidence = 8 << 20
+	// evidenceLen bounds those in one record.
+	evidenceLen = 64 << 10
+	// reportsPerDay is how many bytes of one enforcer's reports, and reportBurst
+	// how many at once, are kept with their calls.
+	reportsPerDay = 64 << 20
+	reportBurst   = 8 << 20
+	// trailLen bounds the calls of a report in a record.
+	trailLen = 192 << 10
+)
+
+func (a *Authority) openAudit(ctx context.Context) error {
+	js, err := jetstream.New(a.nc)
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	reports, err := js.Stream(ctx, natsfeed.ReportStream)
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	run := rand.Text()[:12]
+	if a.audit, err = audit.Open(ctx, audit.Options{
+		JetStream: js, Trust: a.store.Trust(), Signer: a.store.Signer, Sealing: a.store.Sealing, Frame: a.store.Frame,
+		Head:      func() (uint64, uint64) { e, n, _ := a.seq.Head(); return e, n },
+		Authority: run, Reports: reports.CachedInfo().State.LastSeq, KeepFor: a.o.AuditFor, KeepBytes: a.o.AuditBytes, Logger: a.log,
+	}); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	ks := a.store.KeySet()
+	a.note(authority.AuditRecord{Kind: authority.AuditAuthority, Action: "start",
+		Detail: fmt.Sprintf("version %s; key set %d of epoch %d; run %s", cmp.Or(a.o.Version, "unknown"), ks.Version, ks.Epoch, run)})
+	return nil
+}
+
+// note records what the authority did by itself, without waiting.
+func (a *Authority) note(r authority.AuditRecord) {
+	r.Principal.Means = "authority"
+	r.Outcome = cmp.Or(r.Outcome, authority.OutcomeDone)
+	a.audit.Note(r)
+}
+
+// noteFor records what was asked for in ctx, without waiting.
+func (a *Authority) noteFor(ctx context.Context, r authority.AuditRecord) {
+	a.audit.Note(asked(ctx, r))
+}
+
+// record records what was asked for in ctx and returns when that is durable, or
+// after as long as a decision waits for the log: context.DeadlineExceeded then,
+// and the record goes on waiting. That the caller has gone does not end it.
+func (a *Authority) record(ctx context.Context, r authority.AuditRecord) error {
+	wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), cmp.Or(a.o.AckWait, sequencer.DefaultAckWait))
+	defer cancel()
+	return a.audit.Append(wait, asked(ctx, r))
+}
+
+func asked(ctx context.Context, r authority.AuditRecord) authority.AuditRecord {
+	r.Principal.Means = "unknown"
+	if p := access.From(ctx); p != nil {
+		r.Principal = authority.AuditPrincipal{Name: p.Name, Means: string(p.Means)}
+	}
+	if t := audit.TraceOf(ctx); t.TraceID != [16]byte{} {
+		r.TraceID, r.ParentID = hex.EncodeToString(t.TraceID[:]), hex.EncodeToString(t.Parent[:])
+	}
+	return r
+}
+
+// recordOutcome records what was asked for in ctx and how it ended. What is not
+// durable in time is logged by the audit.
+func (a *Authority) recordOutcome(ctx context.Context, r authority.AuditRecord, err error) {
+	r.Outcome, r.Error = outcomeOf(err)
+	_ = a.record(ctx, r) // what was done is done
+}
+
+// outcomeOf says how something ended, without what the API would not tell.
+func outcomeOf(err error) (outcome, problem string) {
+	var p *authority.Problem
+	switch {
+	case err == nil:
+		return authority.OutcomeDone, ""
+	case !errors.As(err, &p):
+		return authority.OutcomeUnknown, "the authority failed"
+	}
+	outcome = authority.OutcomeRefused
+	if p.Type == authority.ProblemUnavailable || p.Type == authority.ProblemInternal {
+		outcome = authority.OutcomeUnknown
+	}
+	return outcome, strings.TrimPrefix(p.Type, "urn:interlock:problem:") + ": " + p.Detail
+}
+
+// decisionRecord is the record of a request for a decision.
+func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, err error) authority.AuditRecord {
+	rec := authority.AuditRecord{
+		Kind: authority.AuditDecision, Action: string(r.Operation), Reason: r.Reason, Incident: r.Incident, Drill: r.Drill,
+	}
+	rec.Outcome, rec.Error = outcomeOf(err)
+	tenant := ""
+	if t, _ := a.tenants(); len(t.list) == 1 {
+		tenant = t.list[0].Name()
+	}
+	for _, t := range r.Targets {
+		rec.Targets = append(rec.Targets, t.String())
+		rec.Callers = append(rec.Callers, callerOf(t, tenant))
+	}
+	var more []string
+	say := func(format string, v any) { more = append(more, fmt.Sprintf(format, v)) }
+	for _, t := range r.Except {
+		say("except %s", t)
+	}
+	if r.Share != 0 {
+		say("share %g%%", r.Share)
+	}
+	if !r.IssuedBefore.IsZero() {
+		say("issued before %s", r.IssuedBefore.UTC().Format(time.RFC3339))
+	}
+	if !r.Expires.IsZero() {
+		say("until %s", r.Expires.UTC().Format(time.RFC3339))
+	}
+	if r.For != 0 {
+		say("for %s", time.Duration(r.For))
+	}
+	if r.Effect != "" {
+		say("effect %s", r.Effect)
+	}
+	if r.ACR != "" {
+		say("acr %s", r.ACR)
+	}
+	if r.Credentials {
+		more = append(more, "credentials too")
+	}
+	rec.Detail = strings.Join(more, "; ")
+	switch {
+	case d == nil:
+	case !d.Committed:
+		rec.Outcome = authority.OutcomePreview
+	default:
+		rec.Epoch, rec.Sequence, rec.Entries = d.Epoch, d.Number, d.Entries
+		rec.Pending, rec.Duplicate = !d.Durable, d.Duplicate
+	}
+	return rec
+}
+
+// callerOf says whom a target is about: the agent and the user are both named.
+func callerOf(t authority.Target, tenant string) authority.AuditCaller {
+	c := authority.AuditCaller{Tenant: cmp.Or(t.Tenant, tenant), Agent: authority.AuditAny, User: authority.AuditAny}
+	for _, term := range t.Terms {
+		switch term.Kind {
+		case session.KindGlobal.String():
+			c.Tenant = authority.AuditAny
+		case session.KindTenant.String():
+			c.Tenant = term.Value
+		case session.KindUser.String():
+			c.User = term.Value
+		case session.KindAgent.String():
+			c.Agent = term.Value
+		case session.KindClient.String():
+			c.Client = term.Value
+		case session.KindSession.String():
+			c.Session = term.Value
+		}
+	}
+	return c
+}
+
+// keySetChange says what a key set changed. Keys are named by their ids.
+func keySetChange(before, now *session.KeySet) string {
+	parts := []string{fmt.Sprintf("key set %d, until %s", now.Version, now.NotAfter)}
+	if now.Epoch != before.Epoch {
+		parts = append(parts, fmt.Sprintf("epoch %d opened", now.Epoch))
+	}
+	for _, t := range now.Tenants {
+		if before.TenantName(t.ID) == "" {
+			parts = append(parts, "tenant "+t.Name+" added")
+		}
+	}
+	for _, k := range now.Keys {
+		id := session.KeyIDOf(k.Public)
+		i := slices.IndexFunc(before.Keys, func(o session.SigningKey) bool { return session.KeyIDOf(o.Public) == id })
+		if i < 0 {
+			parts = append(parts, fmt.Sprintf("key %s added", id))
+		}
+		if k.Withdrawn && (i < 0 || !before.Keys[i].Withdrawn) {
+			parts = append(parts, fmt.Sprintf("key %s withdrawn after seq %d of epoch %d", id, k.LastNumber, k.LastEpoch))
+		}
+	}
+	return strings.Join(parts, "; ")
+}
+
+// auditReport takes a believed report. The reader is locked meanwhile.
+func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash) {
+	if a.audit.Reported(seq) {
+		return
+	}
+	rec := authority.AuditRecord{
+		Time: time.Now(), Kind: authority.AuditReport, Action: "report", Outcome: authority.OutcomeDone,
+		Principal: authority.AuditPrincipal{Name: r.Enforcer, Means: "enforcer"},
+		Report: &authority.AuditedReport{
+			Enforcer: r.Enforcer, Boot: hex.EncodeToString(r.Boot[:]), Number: r.Count, Hash: hex.EncodeToString(hash[:]),
+		},
+	}
+	var content *session.TrailContent
+	if key, ok := a.store.Sealing(r.Key); ok {
+		content, _ = r.Unseal(key) // the reader counts those that it cannot open
+	}
+	switch {
+	case content == nil:
+		rec.Detail = "it cannot be opened with the keys that are here"
+	case len(content.Records) == 0:
+		return // callers that were seen, and totals
+	case !a.watched.room(r.Enforcer, len(r.Sealed)):
+		rec.Report.Withheld = uint64(len(content.Records))
+		rec.Detail = "the enforcer reports more than the audit keeps of it"
+	default:
+		rec.Trail = report.Records(r, content)
+		for len(rec.Trail) > 0 {
+			if b, err := json.Marshal(rec.Trail); err == nil && len(b) <= trailLen {
+				break
+			}
+			rec.Trail = rec.Trail[:len(rec.Trail)*3/4]
+		}
+		rec.Report.Withheld = uint64(len(content.Records) - len(rec.Trail))
+	}
+	a.audit.NoteReport(seq, rec)
+}
+
+// watched is what goes into the audit by itself, gathered.
+type watched struct {
+	mu       sync.Mutex
+	denied   map[attempt]uint64
+	receipts []evidence
+	size     int
+	lost     uint64
+	open     []covered
+	limits   map[string]*rate.Limiter
+	// news are the newest batches with decisions, canaries not counted.
+	news  map[place]struct{}
+	order []place
+}
+
+// attempt is something that was refused for who asked for it.
+type attempt struct {
+	who   authority.AuditPrincipal
+	what  string // the endpoint, of whoever is known
+	where string // the host, of whoever is not
+}
+
+// maxAttempts and maxNews bound the distinct attempts between two records, and
+// the batches that are known to hold decisions.
+const (
+	maxAttempts = 256
+	maxNews     = 1 << 14
+)
+
+// evidence is a receipt and the batches that it says were applied.
+type evidence struct {
+	authority.AuditedReceipt
+	of []place
+}
+
+// covered is a decision whose coverage is to be recorded.
+type covered struct {
+	place
+	incident string
+	since    time.Time
+}
+
+// refused counts a request that was refused for who sent it; it is the API's.
+func (a *Authority) refused(r *http.Request, err error) {
+	var at attempt
+	var p *authority.Problem
+	switch who := access.From(r.Context()); {
+	case who != nil:
+		at.who = authority.AuditPrincipal{Name: who.Name, Means: string(who.Means)}
+		at.what = r.Pattern
+	case errors.As(err, &p) && p.Type == authority.ProblemUnauthorised:
+		at.who.Means = "unknown"
+		at.where, _, _ = net.SplitHostPort(r.RemoteAddr) // none on the socket
+	default:
+		return // an issuer that does not answer says nothing of anybody
+	}
+	w := &a.watched
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, known := w.denied[at]; !known && len(w.denied) >= maxAttempts {
+		at = attempt{who: authority.AuditPrincipal{Means: "unknown"}, where: "more hosts than are told apart"}
+	}
+	if w.denied == nil {
+		w.denied = map[attempt]uint64{}
+	}
+	w.denied[at]++
+}
+
+// heard notes a batch with decisions.
+func (w *watched) heard(p place) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, known := w.news[p]; known {
+		return
+	}
+	if w.news == nil {
+		w.news = map[place]struct{}{}
+	}
+	if len(w.order) >= maxNews {
+		for _, old := range w.order[:maxNews/4] {
+			delete(w.news, old)
+		}
+		w.order = append(w.order[:0], w.order[maxNews/4:]...)
+	}
+	w.news[p] = struct{}{}
+	w.order = append(w.order, p)
+}
+
+// receipt keeps a receipt that was believed, if it says that something was
+// applied.
+func (w *watched) receipt(frame []byte) {
+	f, err := session.ParseFrame(frame)
+	if err != nil {
+		return
+	}
+	r, err := session.UnmarshalReceipt(f.Body)
+	if err != nil || len(r.Batches) == 0 {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.size+len(frame) > maxEvidence {
+		w.lost++
+		return
+	}
+	e := evidence{AuditedReceipt: authority.AuditedReceipt{Enforcer: r.Enforcer, Frame: slices.Clone(frame)}}
+	for _, b := range r.Batches {
+		e.of = append(e.of, place{r.Epoch, b.Number})
+	}
+	w.receipts = append(w.receipts, e)
+	w.size += len(frame)
+}
+
+// decided has the coverage of a decision recorded. In a storm only the newest are.
+func (w *watched) decided(p place, incident string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if n := len(w.open); n > 0 && w.open[n-1].place == p && w.open[n-1].incident == incident {
+		return // of the same batch
+	}
+	if len(w.open) >= maxCovered {
+		w.open = append(w.open[:0], w.open[1:]...)
+	}
+	w.open = append(w.open, covered{p, incident, time.Now()})
+}
+
+// room reports whether n more bytes of an enforcer's reports are kept.
+func (w *watched) room(enforcer string, n int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	l := w.limits[enforcer]
+	if l == nil {
+		if w.limits == nil {
+			w.limits = map[string]*rate.Limiter{}
+		}
+		l = rate.NewLimiter(reportsPerDay/(24*3600.0), reportBurst)
+		w.limits[enforcer] = l
+	}
+	return l.AllowN(time.Now(), n)
+}
+
+// tendAudit records what was gathered, until ctx ends.
+func (a *Authority) tendAudit(ctx context.Context) {
+	tick := time.NewTicker(auditTick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			a.auditGathered(true)
+			return
+		case <-tick.C:
+			a.auditGathered(false)
+		}
+	}
+}
+
+func (a *Authority) auditGathered(last bool) {
+	w := &a.watched
+	w.mu.Lock()
+	denied, lost, open := w.denied, w.lost, w.open
+	var receipts []authority.AuditedReceipt
+	for _, e := range w.receipts {
+		// The batches have been heard meanwhile.
+		if slices.ContainsFunc(e.of, func(p place) bool { _, ok := w.news[p]; return ok }) {
+			receipts = append(receipts, e.AuditedReceipt)
+		}
+	}
+	w.denied, w.lost, w.receipts, w.size, w.open = nil, 0, nil, 0, nil
+	w.mu.Unlock()
+	for at, n := range denied {
+		r := authority.AuditRecord{Kind: authority.AuditAccess, Action: at.what, Outcome: authority.OutcomeRefused, Count: n, Principal: at.who}
+		if at.what == "" {
+			r.Kind, r.Action, r.Detail = authority.AuditSignIn, "sign-in", "from "+cmp.Or(at.where, "this machine")
+		}
+		a.audit.Note(r)
+	}
+	for len(receipts) > 0 {
+		n := 0
+		for size := 0; n < len(receipts) && (n == 0 || size+len(receipts[n].Frame) <= evidenceLen); n++ {
+			size += len(receipts[n].Frame)
+		}
+		a.note(authority.AuditRecord{Kind: authority.AuditReceipts, Action: "keep", Receipts: receipts[:n]})
+		receipts = receipts[n:]
+	}
+	if lost > 0 {
+		a.note(authority.AuditRecord{Kind: authority.AuditReceipts, Action: "lose", Count: lost, Detail: "more receipts than are kept at once"})
+	}
+	var keep []covered
+	for _, o := range open {
+		c := a.tracker.Coverage(o.epoch, o.number, true)
+		if !c.Complete && time.Since(o.since) < coverFor && !last {
+			keep = append(keep, o)
+			continue
+		}
+		epoch, head, _ := a.seq.Head()
+		c.Durable = epoch == o.epoch && o.number <= head
+		c.Detail = notable(c.Detail)
+		a.note(authority.AuditRecord{
+			Kind: authority.AuditCoverage, Action: "measure", Incident: o.incident, Epoch: o.epoch, Sequence: o.number, Coverage: &c,
+		})
+	}
+	if len(keep) > 0 {
+		w.mu.Lock()
+		w.open = append(keep, w.open...)
+		w.mu.Unlock()
+	}
+}
+
+// notable returns the enforcers at which a decision was not in force, and then
+// the slowest.
+func notable(all []authority.EnforcerCoverage) []authority.EnforcerCoverage {
+	slices.SortStableFunc(all, func(a, b authority.EnforcerCoverage) int {
+		in := func(e authority.EnforcerCoverage) int {
+			if e.State == authority.StateApplied {
+				return 1
+			}
+			return 0
+		}
+		return cmp.Or(cmp.Compare(in(a), in(b)), cmp.Compare(b.LatencyMillis, a.LatencyMillis))
+	})
+	return all[:min(len(all), authority.MaxAuditDetail)]
+}
+
+// Audit returns records of the audit; it is the API's.
+func (a *Authority) Audit(ctx context.Context, q authority.AuditQuery) (*authority.AuditPage, error) {
+	p, err := a.audit.Records(ctx, q)
+	return p, auditProblem(err)
+}
+
+// ExportAudit writes the audit as lines that can be verified; it is the API's.
+func (a *Authority) ExportAudit(ctx context.Context, q authority.AuditQuery, w io.Writer) error {
+	return auditProblem(a.audit.Export(ctx, q, w))
+}
+
+func auditProblem(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, audit.ErrCursor):
+		return invalid("use the next of the page before", "the cursor is not one that a page has given")
+	case errors.Is(err, audit.ErrNoKey), errors.Is(err, audit.ErrSealed):
+		return authority.NewProblem(authority.ProblemUnavailable, strings.TrimPrefix(plain(err), "audit: "), "then ask again")
+	case transient(err):
+		return authority.NewProblem(authority.ProblemUnavailable, "the store of the audit does not answer", "try again in a moment")
+	}
+	return err
+}

@@ -1,0 +1,419 @@
+package authority
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/interlock-fabric/interlock/internal/audit"
+	"github.com/interlock-fabric/interlock/internal/trust"
+	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
+	"github.com/interlock-fabric/interlock/pkg/session"
+	"github.com/interlock-fabric/interlock/pkg/trail"
+)
+
+func (f *fixture) audited(q authority.AuditQuery) []authority.AuditEntry {
+	f.Helper()
+	p, err := f.c.Audit(f.ctx, q)
+	if err != nil {
+		f.Fatal(err)
+	}
+	return p.Records
+}
+
+// exported exports the audit, demands that it is sound, and returns it.
+func (f *fixture) exported(q authority.AuditQuery) []byte {
+	f.Helper()
+	var b bytes.Buffer
+	if err := f.c.ExportAudit(f.ctx, q, &b); err != nil {
+		f.Fatal(err)
+	}
+	r, err := audit.Verify(bytes.NewReader(b.Bytes()), f.a.store.Root(), nil)
+	if err != nil || !r.Sound {
+		f.Fatalf("%+v, %v", r, err)
+	}
+	return b.Bytes()
+}
+
+// Everything that is asked for is on record: who asked, by what means, for what,
+// why, and how it ended; agent and user both.
+func TestAudit(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}, Version: "v1.2.3"})
+	f.enroll("tools")
+	d := f.decide(authority.Request{Operation: authority.Revoke, Reason: "stolen-token", Incident: "INC-142",
+		Targets: []authority.Target{{Terms: []authority.Term{{Kind: "user", Issuer: issuer, Value: "alice"}, {Kind: "agent", Issuer: issuer, Value: "billing-bot"}}}}})
+	if !d.Durable {
+		t.Fatalf("%+v", d)
+	}
+	if _, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Kill, Targets: everything(), Incident: "INC-142"}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Share: 5, Commit: true})
+	var p *authority.Problem
+	if !errors.As(err, &p) {
+		t.Fatal(err)
+	}
+	if _, err := f.c.Enroll(f.ctx, authority.EnrollRequest{Name: "tools"}); !errors.As(err, &p) || p.Type != authority.ProblemConflict {
+		t.Fatal(err)
+	}
+	if err := f.c.Retire(f.ctx, "tools"); err != nil {
+		t.Fatal(err)
+	}
+	root, err := trust.LoadRoot(filepath.Join(f.a.o.DataDir, KeysDir, trust.RootFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := trust.Open(filepath.Join(f.a.o.DataDir, KeysDir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.AddTenant(root, "globex", session.InstantOf(time.Now())); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.c.PublishKeySet(f.ctx, keys.Frame()); err != nil {
+		t.Fatal(err)
+	}
+	const want = `retention
+	start authority done/authority v1.2.3
+	enroll roster done/socket enforcer tools
+	revoke decision done/socket user alice and agent billing-bot
+	kill decision previewed/socket global
+	revoke decision refused/socket session s
+	enroll roster refused/socket enforcer tools
+	retire roster done/socket enforcer tools
+	publish keys done/socket tenant globex added`
+	list := f.audited(authority.AuditQuery{})
+	slices.Reverse(list)
+	list = slices.DeleteFunc(list, func(e authority.AuditEntry) bool { return e.Kind == authority.AuditCoverage })
+	lines := strings.Split(want, "\n\t")[1:]
+	if len(list) != len(lines) {
+		t.Fatalf("%d records, want %d: %+v", len(list), len(lines), list)
+	}
+	for i, e := range list {
+		means := e.Principal.Means
+		if means == "socket" && e.Principal.Name != fmt.Sprintf("uid:%d@localhost", os.Getuid()) {
+			t.Errorf("asked for by %q", e.Principal.Name)
+		}
+		got := fmt.Sprintf("%s %s %s/%s %s%s", e.Action, e.Kind, e.Outcome, means, strings.Join(e.Targets, ", "), e.Detail)
+		words := strings.Fields(lines[i])
+		if !strings.HasPrefix(got, strings.Join(words[:3], " ")+" ") || !strings.Contains(got, strings.Join(words[3:], " ")) || e.Authority == "" {
+			t.Errorf("%q, want %q", got, lines[i])
+		}
+	}
+	dec := list[2]
+	if dec.Epoch != d.Epoch || dec.Sequence != d.Number || dec.Reason != "stolen-token" || dec.Incident != "INC-142" || dec.Pending ||
+		fmt.Sprint(dec.Callers) != "[{default billing-bot alice  }]" {
+		t.Errorf("%+v", dec)
+	}
+	if list[4].Error == "" || list[4].Callers[0].Agent != "*" || list[4].Callers[0].User != "*" || list[4].Callers[0].Session != "s" {
+		t.Errorf("%+v", list[4])
+	}
+	for _, q := range []authority.AuditQuery{{Agent: "billing-bot"}, {User: "alice"}, {User: "alice", Agent: "billing-bot", Incident: "INC-142"}} {
+		if l := f.audited(q); len(l) != 1 || l[0].Number != dec.Number {
+			t.Errorf("%+v: %+v", q, l)
+		}
+	}
+	if raw := f.exported(authority.AuditQuery{}); bytes.Contains(raw, []byte("seed")) || bytes.Count(raw, []byte(`"body"`)) < len(list) {
+		t.Errorf("%s", raw)
+	}
+	if raw := f.exported(authority.AuditQuery{Incident: "INC-142"}); bytes.Contains(raw, []byte("globex")) {
+		t.Error("more than was asked for")
+	}
+}
+
+// The trace id of a request is on record, and attempts without a token are.
+func TestAuditOfRequests(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}, APIListen: "127.0.0.1:0"})
+	send := func(token string) int {
+		req, err := http.NewRequestWithContext(f.ctx, http.MethodPost, "http://"+f.a.APIAddr()+"/v1/decisions",
+			strings.NewReader(`{"operation":"revoke","targets":[{"terms":[{"kind":"session","value":"s"}]}]}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("Authorization", "Bearer "+token)
+		req.Header.Set("Traceparent", "00-"+trace+"-b7ad6b7169203331-01")
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	defer http.DefaultTransport.(*http.Transport).CloseIdleConnections()
+	token, err := os.ReadFile(filepath.Join(f.a.o.DataDir, TokenFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code := send(strings.TrimSpace(string(token))); code != http.StatusOK {
+		t.Fatal(code)
+	}
+	if l := f.audited(authority.AuditQuery{Trace: trace}); len(l) != 1 || l[0].Principal.Means != "bootstrap" || l[0].ParentID != "b7ad6b7169203331" {
+		t.Errorf("%+v", l)
+	}
+	for range 20 {
+		if code := send("wrong"); code != http.StatusUnauthorized {
+			t.Fatal(code)
+		}
+	}
+	f.until(func() bool {
+		n := uint64(0)
+		for _, e := range f.audited(authority.AuditQuery{Kind: authority.AuditSignIn}) {
+			if n += e.Count; e.Outcome != authority.OutcomeRefused || !strings.Contains(e.Detail, "127.0.0.1") || strings.Contains(fmt.Sprint(e), "wrong") {
+				t.Fatalf("%+v", e)
+			}
+		}
+		return n == 20
+	})
+	if l := f.audited(authority.AuditQuery{Kind: authority.AuditSignIn}); len(l) > 4 {
+		t.Errorf("%d records of 20 attempts", len(l))
+	}
+}
+
+// A decision that the audit does not have is in effect, and is not acknowledged
+// as durable; its record is there once the store takes it.
+func TestDecisionWaitsForItsRecord(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}, AckWait: 200 * time.Millisecond})
+	f.until(func() bool { return f.a.audit.Status().Number > 0 })
+	limit := func(n int64) {
+		js, err := jetstream.New(f.a.nc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := js.Stream(f.ctx, natsfeed.AuditStream)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := s.CachedInfo().Config
+		if c.MaxMsgs = n; n > 0 {
+			c.MaxMsgs = int64(s.CachedInfo().State.Msgs)
+		}
+		if _, err := js.UpdateStream(f.ctx, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Incident: "INC-1", Commit: true}
+	limit(1)
+	d, err := f.c.DecideOnce(f.ctx, "k", r)
+	if err != nil || d.Durable || !d.Committed || d.Number == 0 {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	if c := f.settle(d); !c.Durable {
+		t.Errorf("the log has it: %+v", c)
+	}
+	f.until(func() bool {
+		st, err := f.c.Status(f.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Audit.Waiting > 0 && strings.Contains(strings.Join(st.Warnings, "\n"), "the audit cannot be written")
+	})
+	limit(-1)
+	f.until(func() bool {
+		l := f.audited(authority.AuditQuery{Incident: "INC-1", Kind: authority.AuditDecision})
+		return len(l) == 1 && l[0].Sequence == d.Number
+	})
+	if d, err = f.c.DecideOnce(f.ctx, "k", r); err != nil || !d.Durable || !d.Duplicate {
+		t.Errorf("%+v, %v", d, err)
+	}
+}
+
+// What enforcers reported is in the audit, found by agent, user and trace, beside
+// what was decided; receipts and coverage are there, too. A restart audits none
+// of it again.
+func TestAuditOfEnforcement(t *testing.T) {
+	dir := t.TempDir()
+	f := start(t, Options{Issuers: []string{issuer}, DataDir: dir})
+	p := f.point("tools", trail.Options{Sample: 1})
+	alice := f.prepare(p.Enforcer, session.Identity{User: "alice", Session: session.SessionRef{ID: "s-1"}, Actors: []session.Actor{{ID: "spiffe://corp/agent/billing"}}})
+	bob := f.prepare(p.Enforcer, session.Identity{User: "bob", Session: session.SessionRef{ID: "s-2"}})
+	for _, who := range []*session.Prepared{alice, bob} {
+		if err := p.call(who, "transfer_funds"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("user", "alice"), Incident: "INC-7"})
+	f.settle(d)
+	if err := p.call(alice, "transfer_funds"); !errors.Is(err, session.ErrRevoked) {
+		t.Fatal(err)
+	}
+	decisions := func(q authority.AuditQuery) (calls, others []string) {
+		for _, e := range f.audited(q) {
+			for _, c := range e.Trail {
+				calls = append(calls, c.Decision+" "+c.User)
+			}
+			if e.Kind != authority.AuditReport {
+				others = append(others, e.Kind)
+			}
+		}
+		slices.Sort(calls)
+		slices.Sort(others)
+		return calls, others
+	}
+	f.until(func() bool {
+		calls, others := decisions(authority.AuditQuery{User: "alice"})
+		return fmt.Sprint(calls, others) == "[allowed alice denied alice] [decision]"
+	})
+	if calls, _ := decisions(authority.AuditQuery{Agent: "SPIFFE://corp/agent/billing"}); len(calls) != 2 {
+		t.Errorf("by agent: %v", calls)
+	}
+	if calls, _ := decisions(authority.AuditQuery{Trace: trace, User: "bob"}); fmt.Sprint(calls) != "[allowed bob]" {
+		t.Errorf("by trace and user: %v", calls)
+	}
+	f.until(func() bool {
+		_, others := decisions(authority.AuditQuery{Incident: "INC-7"})
+		return fmt.Sprint(others) == "[coverage decision]"
+	})
+	cover := f.audited(authority.AuditQuery{Kind: authority.AuditCoverage, Incident: "INC-7"})[0]
+	if c := cover.Coverage; c == nil || !c.Effective || c.InEffect != 1 || len(c.Detail) != 1 || c.Detail[0].AppliedAt.IsZero() || cover.Sequence != d.Number {
+		t.Errorf("%+v", cover)
+	}
+	f.until(func() bool {
+		return slices.ContainsFunc(f.audited(authority.AuditQuery{Kind: authority.AuditReceipts}), times(t, d))
+	})
+	calls, _ := decisions(authority.AuditQuery{})
+	f.exported(authority.AuditQuery{})
+	if err := errors.Join(p.rec.Close(), p.Close(), f.a.Close()); err != nil {
+		t.Fatal(err)
+	}
+	f = start(t, Options{Issuers: []string{issuer}, DataDir: dir})
+	if err := f.a.reports.CatchUp(f.ctx); err != nil {
+		t.Fatal(err)
+	}
+	f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s")})
+	if again, _ := decisions(authority.AuditQuery{}); len(again) < len(calls) || len(again) > len(calls)+1 { // one more may have come as it closed
+		t.Errorf("after a restart: %v, before it %v", again, calls)
+	}
+	actions := []string{}
+	for _, e := range f.audited(authority.AuditQuery{Kind: authority.AuditAuthority}) {
+		actions = append(actions, e.Action)
+	}
+	if fmt.Sprint(actions) != "[start stop start]" {
+		t.Errorf("%v", actions)
+	}
+	f.exported(authority.AuditQuery{})
+}
+
+// times reports whether a record has a receipt that says when d was applied.
+func times(t *testing.T, d *authority.Decision) func(authority.AuditEntry) bool {
+	return func(e authority.AuditEntry) bool {
+		for _, x := range e.Receipts {
+			fr, err := session.ParseFrame(x.Frame)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := session.UnmarshalReceipt(fr.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if slices.ContainsFunc(r.Batches, func(b session.Applied) bool { return b.Number == d.Number }) {
+				return true
+			}
+		}
+		return false
+	}
+}
+
+const childEnv = "AUTHORITY_TEST_CHILD"
+
+// child is an authority that decides without end, and says what was acknowledged.
+func child(dir string) {
+	fail := func(err error) {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "child:", err)
+			os.Exit(1)
+		}
+	}
+	ctx := context.Background()
+	a, err := Open(ctx, Options{DataDir: dir, Issuers: []string{issuer}})
+	fail(err)
+	c, err := authority.New(authority.Options{Socket: a.Socket()})
+	fail(err)
+	var n atomic.Int64
+	var out sync.Mutex
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for {
+				incident := fmt.Sprintf("%s-%d", os.Getenv(childEnv+"_ROUND"), n.Add(1))
+				d, err := c.Decide(ctx, authority.Request{Operation: authority.Revoke, Targets: one("session", incident), Incident: incident, Commit: true})
+				fail(err)
+				if d.Durable {
+					out.Lock()
+					fmt.Println(incident, d.Number)
+					out.Unlock()
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// An authority that is killed with -9 at any moment has the record of every
+// decision that it acknowledged, and the chain goes on.
+func TestKilledAuthorityKeepsItsRecords(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "d")
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	acked := map[string]string{}
+	for round := range 4 {
+		cmd := exec.CommandContext(t.Context(), exe)
+		cmd.Env = append(os.Environ(), childEnv+"="+dir, fmt.Sprintf("%s_ROUND=r%d", childEnv, round))
+		cmd.Stderr = os.Stderr
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		at, n := 1+rand.IntN(150), 0
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			incident, number, _ := strings.Cut(lines.Text(), " ")
+			acked[incident] = number
+			if n++; n == at {
+				_ = cmd.Process.Signal(syscall.SIGKILL)
+			}
+		}
+		if err := cmd.Wait(); err == nil || n < at {
+			t.Fatalf("the child was to be killed after %d, and ended after %d: %v", at, n, err)
+		}
+	}
+	f := start(t, Options{DataDir: dir, Issuers: []string{issuer}})
+	found := map[string]string{}
+	for line := range bytes.Lines(f.exported(authority.AuditQuery{})) {
+		var l struct{ Body authority.AuditRecord }
+		if err := json.Unmarshal(line, &l); err != nil {
+			t.Fatal(err)
+		}
+		if l.Body.Kind == authority.AuditDecision {
+			found[l.Body.Incident] = fmt.Sprint(l.Body.Sequence)
+		}
+	}
+	for incident, number := range acked {
+		if found[incident] != number {
+			t.Errorf("%s was acknowledged at %s, and its record says %q", incident, number, found[incident])
+		}
+	}
+	t.Logf("%d decisions acknowledged before 4 kills, %d on record", len(acked), len(found))
+}
