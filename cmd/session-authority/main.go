@@ -103,7 +103,7 @@ running.
 	f.StringVar(&g.apiToken, "api-token-file", os.Getenv("INTERLOCK_API_TOKEN_FILE"), "the bearer token's file for --url; default api.token in the data directory (INTERLOCK_API_TOKEN_FILE)")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	cli.AddGroup(root, "Respond", newDecisionCommands(g)...)
-	cli.AddGroup(root, "Look", newStatusCommand(g), newWatchCommand(g), newExplainCommand(g), newTrailCommand(g), newAgentsCommand(g), newEnforcersCommand(g))
+	cli.AddGroup(root, "Look", newStatusCommand(g), newWatchCommand(g), newExplainCommand(g), newTrailCommand(g), newAuditCommand(g), newAgentsCommand(g), newEnforcersCommand(g))
 	cli.AddGroup(root, "Run", newDemoCommand(), newServeCommand(g), newInitCommand(g), newKeysCommand(g), newEpochCommand(g), newEnrollCommand(g), newRetireCommand(g), cli.NewVersionCommand(&g.json))
 	root.AddCommand(&cobra.Command{Use: "targets", Short: "What a decision can name", Long: helpTargets})
 	return root

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/audit"
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/cli"
@@ -72,6 +73,8 @@ with the bearer token in api.token, if --api-listen is given.`,
 	f.Uint64Var(&s.o.SegmentBatches, "segment-batches", sequencer.DefaultSegmentBatches, "batches of the log that do not wait for --segment-every")
 	f.DurationVar(&s.o.CanaryEvery, "canary-every", 10*time.Second, "how often a canary session is revoked, to see that every enforcer denies it; 0 is never")
 	f.DurationVar(&s.o.RevokeTarget, "revoke-target", service.DefaultRevokeTarget, "how soon after a decision every enforcer shall deny: status holds the canaries against it")
+	f.DurationVar(&s.o.AuditFor, "audit-for", audit.DefaultKeepFor, "how long records of the audit are kept")
+	f.Uint64Var(&s.o.AuditBytes, "audit-bytes", audit.DefaultKeepBytes, "how many bytes of them; the oldest give way")
 	f.StringArrayVar(&s.o.Tenants, "tenant", nil, "a tenant to make at the first start; default is one called default; may be repeated")
 	f.StringArrayVar(&s.o.Issuers, "issuer", issuers(), "a token issuer in use; the only one is the default of targets; may be repeated (INTERLOCK_ISSUER)")
 	f.StringVar(&s.level, "log-level", "info", "debug, info, warn or error")
@@ -99,6 +102,9 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	}
 	if s.o.RevokeTarget <= 0 {
 		return cli.Usagef("--revoke-target must be more than nothing")
+	}
+	if s.o.AuditFor < 24*time.Hour || s.o.AuditBytes < 16<<20 {
+		return cli.Usagef("--audit-for must be 24h at least, and --audit-bytes %d", 16<<20)
 	}
 	o := s.o
 	o.DataDir, o.Socket, o.Version, o.Logger = g.dataDir, g.socket, cli.Version(), log

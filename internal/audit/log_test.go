@@ -446,7 +446,7 @@ func TestReportsOnce(t *testing.T) {
 	}
 	must(t, a.Append(s.ctx, record(100)))
 	must(t, b.Append(s.ctx, record(101)))
-	c := s.open()
+	c := s.open(func(o *Options) { o.Reports = 31 })
 	for i := range 31 {
 		c.NoteReport(uint64(i+1), record(i))
 	}
@@ -456,6 +456,13 @@ func TestReportsOnce(t *testing.T) {
 		if n := got[record(i).Detail]; n != 1 {
 			t.Errorf("report %d is there %d times", i, n)
 		}
+	}
+	// A stream of reports that was made anew begins again.
+	d := s.open(func(o *Options) { o.Reports = 5 })
+	d.NoteReport(3, record(200))
+	must(t, d.Append(s.ctx, record(201)))
+	if got := s.sound(s.export(d, authority.AuditQuery{})); got[record(200).Detail] != 1 {
+		t.Error("the reports of a new stream are not taken")
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -416,4 +417,33 @@ func TestKilledAuthorityKeepsItsRecords(t *testing.T) {
 		}
 	}
 	t.Logf("%d decisions acknowledged before 4 kills, %d on record", len(acked), len(found))
+}
+
+// What somebody asks for without the role for it is on record, with who it was.
+func TestAuditOfForbidden(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}})
+	req, err := http.NewRequestWithContext(access.With(f.ctx, access.NewPrincipal("eve@"+issuer, access.MeansToken)), http.MethodPost, "http://a/v1/keyset", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Pattern = "POST /v1/keyset"
+	for range 3 {
+		f.a.refused(req, access.From(req.Context()).Check(access.PublishKeySet))
+	}
+	f.until(func() bool {
+		l := f.audited(authority.AuditQuery{Kind: authority.AuditAccess})
+		return len(l) > 0 && l[0].Principal.Name == "eve@"+issuer && l[0].Principal.Means == "token" && l[0].Action == "POST /v1/keyset" &&
+			l[0].Outcome == authority.OutcomeRefused
+	})
+	// However many different ones there are, they come to a bounded number.
+	for i := range 3 * maxAttempts {
+		r := req.Clone(access.With(f.ctx, access.NewPrincipal(fmt.Sprint("eve", i), access.MeansToken)))
+		f.a.refused(r, errors.New("no"))
+	}
+	f.a.watched.mu.Lock()
+	n := len(f.a.watched.denied)
+	f.a.watched.mu.Unlock()
+	if n > maxAttempts+1 {
+		t.Errorf("%d attempts wait to be recorded", n)
+	}
 }
