@@ -65,8 +65,8 @@ type CardOptions struct {
 // it, for as long as the agent may act. It is made by NewCards and is safe for
 // concurrent use.
 //
-// An agent that is revoked or suspended is not to be discovered: it is answered
-// with 404, which says no more to a stranger than that there is none, and may
+// An agent that is revoked, suspended or unregistered is not to be discovered: it
+// is answered with 404, which says no more to a stranger than that there is none, and may
 // not be cached. When it is restored, it is there again. While the enforcer
 // cannot tell, the answer is 503. A card is answered with an ETag and no-cache,
 // so that nobody keeps one for longer than that.
@@ -174,7 +174,7 @@ func (c *Cards) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // refuse answers for an agent that is not to be shown.
 func refuse(w http.ResponseWriter, err error) {
-	if errors.Is(err, session.ErrRevoked) || errors.Is(err, session.ErrSuspended) {
+	if errors.Is(err, session.ErrRevoked) || errors.Is(err, session.ErrSuspended) || errors.Is(err, session.ErrUnregistered) {
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}

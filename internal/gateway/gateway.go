@@ -71,6 +71,8 @@ type Gateway struct {
 	log      *slog.Logger
 	feed     *natsfeed.Feed
 	enforcer *enforce.Enforcer
+	tenants  []*session.TenantSecret
+	registry registry
 	trail    *trail.Recorder
 	proofs   *credential.ProofChecker
 	sessions *proxy.Sessions
@@ -213,10 +215,15 @@ func (g *Gateway) openEnforcer(c *config.Config) error {
 	if err != nil {
 		return err
 	}
-	g.feed = feed
+	g.feed, g.tenants = feed, e.Tenants
+	known, err := readRegistry(c, g.tenants)
+	if err != nil {
+		return err
+	}
+	g.registry.known.Store(known)
 	g.enforcer, err = enforce.Start(lasting{feed}, &enforce.Options{
 		Enrollment: e, Mode: mode, MaxStale: c.MaxStale, MaxStaleRunning: c.MaxStaleRunning, StateDir: c.StateDir,
-		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Logger: g.log,
+		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Registry: &g.registry, Logger: g.log,
 	})
 	if err != nil || c.Trail.Disabled {
 		return err
@@ -621,6 +628,10 @@ func (g *Gateway) Reload(c *config.Config) (err error) {
 	if err := fixed(old.cfg, c); err != nil {
 		return err
 	}
+	known, err := readRegistry(c, g.tenants)
+	if err != nil {
+		return err
+	}
 	rt, err := g.build(c)
 	if err != nil {
 		return err
@@ -630,6 +641,7 @@ func (g *Gateway) Reload(c *config.Config) (err error) {
 		return err
 	}
 	g.sessions.Configure(sessionOptions(c, nil))
+	g.registry.known.Store(known)
 	g.current.Store(rt)
 	old.release()
 	g.loaded = loaded{At: time.Now(), Reloads: g.loaded.Reloads + 1, Failures: g.loaded.Failures}

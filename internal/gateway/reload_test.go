@@ -2,16 +2,121 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/session"
 )
+
+// Whoever is not in the file is denied, and whoever is in it again is not. The
+// mechanism is the enforcer's registry, which is replaced with the configuration.
+func TestUnregisteredCallersAreDenied(t *testing.T) {
+	w := newWorld(t)
+	up := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(up.Close)
+	const deny = "unregistered: deny\nregistered_file: registered.yaml\n"
+	file := w.write("registered.yaml", `
+- {tenant: default, issuer: "`+issuerURL+`", agents: ["SPIFFE://Corp/agent/a", local], clients: [ci], sessions: [s-known]}
+- {tenant: default, agents: ["spiffe://corp/agent/b"]}
+`)
+	c := w.load(deny + routeTo("http", "/", up.URL, ""))
+	g := w.start(c, Proxy)
+	reload := func(more string) error {
+		next := w.load(more + routeTo("http", "/", up.URL, ""))
+		next.Admin = c.Admin
+		return g.Reload(next)
+	}
+	act := func(chain ...string) func(map[string]any) {
+		return func(c map[string]any) {
+			for _, id := range slices.Backward(chain) {
+				next := map[string]any{"sub": id}
+				if c["act"] != nil {
+					next["act"] = c["act"]
+				}
+				c["act"] = next
+			}
+		}
+	}
+	client := func(id string) func(map[string]any) { return func(c map[string]any) { c["client_id"] = id } }
+	ask := func(change ...func(map[string]any)) int {
+		t.Helper()
+		res := post(t, g.url()+"/", w.token("ann", "s-ann", change...), "{}")
+		if b, _ := io.ReadAll(res.Body); res.StatusCode == http.StatusUnauthorized && !strings.Contains(string(b), "unregistered") {
+			t.Errorf("%s", b)
+		}
+		return res.StatusCode
+	}
+	const ok, no = http.StatusOK, http.StatusUnauthorized
+	sid := func(id string) func(map[string]any) { return func(c map[string]any) { c["sid"] = id } }
+	for name, tt := range map[string]struct {
+		status int
+		change []func(map[string]any)
+	}{
+		"nobody":                {no, nil},
+		"a client":              {ok, []func(map[string]any){client("ci")}},
+		"an agent":              {ok, []func(map[string]any){act("spiffe://corp/agent/a")}},
+		"one that is no URI":    {ok, []func(map[string]any){act("local")}},
+		"a chain":               {ok, []func(map[string]any){act("spiffe://corp/agent/a", "spiffe://corp/agent/b")}},
+		"a stranger in a chain": {no, []func(map[string]any){act("spiffe://corp/agent/a", "spiffe://corp/agent/x")}},
+		"a stranger's client":   {no, []func(map[string]any){act("spiffe://corp/agent/x"), client("ci")}},
+		"a session":             {ok, []func(map[string]any){sid("s-known"), act("spiffe://corp/agent/x")}},
+		"a session below":       {ok, []func(map[string]any){func(c map[string]any) { c["session_ancestors"] = []string{"s-known"} }}},
+	} {
+		if got := ask(tt.change...); got != tt.status {
+			t.Errorf("%s: %d", name, got)
+		}
+	}
+	p, err := g.enforcer.Prepare(session.Identity{Tenant: "default", Issuer: issuerURL, Actors: []session.Actor{{ID: "local"}}})
+	must(t, err)
+	if n := testing.AllocsPerRun(100, func() { g.registry.Registered(p) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+
+	w.write("registered.yaml", "- {tenant: default, issuer: \""+issuerURL+"\", clients: [cli]}")
+	must(t, reload(deny))
+	if got := []int{ask(), ask(client("ci"))}; got[0] != ok || got[1] != no {
+		t.Errorf("after the file has changed: %v", got)
+	}
+	for text, want := range map[string]string{
+		"- {tenant: other, agents: [x]}":         "no tenant",
+		"- {tenant: default, clients: [ci]}":     "clients",
+		"- {tenant: default, agent: x}":          "unknown key",
+		"- {tenant: default, agents: [\"\\0\"]}": "agents",
+	} {
+		w.write("registered.yaml", text)
+		if err := reload(deny); !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	must(t, os.Remove(file))
+	if err := reload(deny); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without the file: %v", err)
+	}
+	if got := ask(client("ci")); got != no {
+		t.Errorf("after a file that cannot be used: %d", got)
+	}
+	must(t, reload(""))
+	if got := ask(client("ci")); got != ok {
+		t.Errorf("when everybody is welcome: %d", got)
+	}
+	for text, key := range map[string]string{
+		"unregistered: deny\n": "unregistered", "unregistered: report\n": "unregistered", "registered_file: f\n": "registered_file",
+	} {
+		if _, err := config.Parse([]byte("enrollment: e\n"+text), nil, nil); !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), key+":") {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
 
 // The mechanism is that a runtime is swapped whole, and the old one kept for as
 // long as it is in use.

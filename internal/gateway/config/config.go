@@ -41,6 +41,11 @@ type Config struct {
 	MaxStaleRunning time.Duration `yaml:"max_stale_running"`
 	MaxEntries      int           `yaml:"max_entries"`
 	MaxBound        int           `yaml:"max_bound"`
+	// Unregistered is what becomes of callers that RegisteredFile does not name:
+	// Allow or Deny.
+	Unregistered string `yaml:"unregistered"`
+	// RegisteredFile says who is known.
+	RegisteredFile string `yaml:"registered_file"`
 	// DrainTimeout bounds how long requests may go on after SIGTERM.
 	DrainTimeout time.Duration `yaml:"drain_timeout"`
 	Log          Log           `yaml:"log"`
@@ -52,6 +57,12 @@ type Config struct {
 	Proxy        Proxy         `yaml:"proxy"`
 	Authz        Authz         `yaml:"authz"`
 }
+
+// What becomes of callers that nobody knows.
+const (
+	Allow = "allow"
+	Deny  = "deny"
+)
 
 // Log says what is written to stderr.
 type Log struct {
@@ -271,7 +282,7 @@ type Authz struct {
 // Defaults returns the configuration of an empty file.
 func Defaults() *Config {
 	return &Config{
-		Mode: "strict", DrainTimeout: 20 * time.Second,
+		Mode: "strict", Unregistered: Allow, DrainTimeout: 20 * time.Second,
 		Log: Log{Level: "info", Format: "text"},
 		Proxy: Proxy{
 			ReadHeaderTimeout: 10 * time.Second, BodyTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
@@ -363,7 +374,7 @@ func wellKnown(resource string) string {
 
 // resolve takes relative paths from dir.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.Enrollment, &c.StateDir, &c.Admin.Socket, &c.Proof.NonceKeyFile}
+	paths := []*string{&c.Enrollment, &c.StateDir, &c.Admin.Socket, &c.Proof.NonceKeyFile, &c.RegisteredFile}
 	for i := range c.Issuers {
 		paths = append(paths, &c.Issuers[i].JWKSFile, &c.Issuers[i].Introspection.ClientSecretFile)
 	}

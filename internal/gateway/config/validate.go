@@ -72,6 +72,14 @@ func (c *Config) validate() error {
 	default:
 		return bad("log.level", "%q: use debug, info, warn or error", c.Log.Level)
 	}
+	switch {
+	case c.Unregistered != Allow && c.Unregistered != Deny:
+		return bad("unregistered", "%q: use allow or deny", c.Unregistered)
+	case c.Unregistered == Deny && c.RegisteredFile == "":
+		return bad("unregistered", "deny needs to know who is registered: name a file in registered_file, there is no other source")
+	case c.Unregistered != Deny && c.RegisteredFile != "":
+		return bad("registered_file", "is for unregistered: deny")
+	}
 	if c.Log.Format != "text" && c.Log.Format != "json" {
 		return bad("log.format", "%q: use text or json", c.Log.Format)
 	}

@@ -28,7 +28,7 @@ var errNoCard = &operation.Refusal{Status: http.StatusNotFound, Code: -32007, Wh
 // discoverable reports whether the agent's card may be shown.
 func (x *exchange) discoverable() error {
 	err := x.cards.Discoverable()
-	if errors.Is(err, session.ErrRevoked) || errors.Is(err, session.ErrSuspended) {
+	if errors.Is(err, session.ErrRevoked) || errors.Is(err, session.ErrSuspended) || errors.Is(err, session.ErrUnregistered) {
 		own := *errNoCard
 		own.ID = x.op.ID
 		return &own
