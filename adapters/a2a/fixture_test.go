@@ -21,7 +21,6 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	"github.com/interlock-fabric/interlock/internal/guardtest"
@@ -133,12 +132,7 @@ func (w *world) dial(t *testing.T, transport a2a.TransportProtocol, token string
 	c.Client, err = a2aclient.NewFromEndpoints(t.Context(), []*a2a.AgentInterface{a2a.NewAgentInterface(w.at[transport], transport)},
 		a2aclient.WithJSONRPCTransport(hc), a2aclient.WithRESTTransport(hc),
 		a2agrpc.WithGRPCTransport(grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithChainUnaryInterceptor(func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, o ...grpc.CallOption) error {
-				return next(metadata.AppendToOutgoingContext(ctx, "authorization", c.bearer()), m, req, reply, cc, o...)
-			}),
-			grpc.WithChainStreamInterceptor(func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, next grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
-				return next(metadata.AppendToOutgoingContext(ctx, "authorization", c.bearer()), d, cc, m, o...)
-			})))
+			grpc.WithPerRPCCredentials(guardtest.CallMetadata(func() map[string]string { return map[string]string{"authorization": c.bearer()} }))))
 	if err != nil {
 		t.Fatal(err)
 	}

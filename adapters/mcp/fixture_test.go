@@ -404,29 +404,3 @@ func mustDeny(t *testing.T, err error, want mcpguard.Denied) {
 }
 
 var stolenAnswer = mcpguard.Denied{Error: "revoked", Reason: "stolen-token", Incident: "INC-142", Seq: 48213}
-
-func within(t *testing.T, done <-chan error) error {
-	t.Helper()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(20 * time.Second):
-		t.Fatal("no answer")
-		return nil
-	}
-}
-
-// eventually waits for a condition on a real server.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	deadline := time.After(20 * time.Second)
-	for !ok() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("never: %s", what)
-		}
-	}
-}

@@ -18,6 +18,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -107,7 +108,7 @@ func TestSeenTokenIsCheckedButNotVerifiedAgain(t *testing.T) {
 	forEachEra(t, func(t *testing.T, era string) {
 		w := newWorld(t, nil)
 		c := w.mustDial(t, era, w.token(t, "ann"))
-		eventually(t, "the token is kept", func() bool {
+		guardtest.Eventually(t, "the token is kept", func() bool {
 			mustAllow(t, c, "echo")
 			return w.verifier.CacheStats().Hits > 0
 		})
@@ -133,13 +134,13 @@ func TestRunningCallIsCut(t *testing.T) {
 		done := w.goCall(t, c, "wait")
 		other := w.goCall(t, bystander, "stubborn")
 		w.enforcer.deny(stolen, user("ann"))
-		mustDeny(t, within(t, done), stolenAnswer)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
 		w.await(t, w.ended, "wait")
-		if cause := within(t, w.causes); !errors.Is(cause, session.ErrRevoked) {
+		if cause := guardtest.Within(t, "the tool's context ends", w.causes); !errors.Is(cause, session.ErrRevoked) {
 			t.Fatalf("the tool was told %v", cause)
 		}
 		close(w.let)
-		if err := within(t, other); err != nil {
+		if err := guardtest.Within(t, "the call ends", other); err != nil {
 			t.Fatalf("bystander: %v", err)
 		}
 	})
@@ -152,7 +153,7 @@ func TestToolThatIgnoresItsContextDoesNotHoldTheCutBack(t *testing.T) {
 		c := w.mustDial(t, era, w.token(t, "ann"))
 		done := w.goCall(t, c, "stubborn")
 		w.enforcer.deny(stolen, user("ann"))
-		mustDeny(t, within(t, done), stolenAnswer)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
 		select {
 		case <-w.ended:
 			t.Fatal("the tool has ended: it was to ignore the cut")
@@ -174,7 +175,7 @@ func TestRevokedToolIsDeniedAloneAndCut(t *testing.T) {
 			return call.Tool == "wait" && call.Audience == resource
 		})
 		want := mcpguard.Denied{Error: "revoked", Reason: "unsafe-behaviour", Seq: 7}
-		mustDeny(t, within(t, done), want)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), want)
 		_, err := c.call("wait")
 		mustDeny(t, err, want)
 		mustAllow(t, c, "echo")

@@ -14,6 +14,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -28,7 +29,7 @@ func TestIdleLegacySessionOfARevokedCallerIsClosed(t *testing.T) {
 		t.Fatalf("%d sessions", n)
 	}
 	w.enforcer.deny(stolen, user("ann"))
-	eventually(t, "ann's session is closed", func() bool { return w.sessions() == 1 })
+	guardtest.Eventually(t, "ann's session is closed", func() bool { return w.sessions() == 1 })
 	mustAllow(t, bystander, "echo")
 }
 
@@ -39,9 +40,9 @@ func TestSessionIsClosedOnlyOnceTheErrorIsOut(t *testing.T) {
 		c := w.mustDial(t, legacy, w.token(t, "ann"))
 		done := w.goCall(t, c, "wait")
 		lift := w.enforcer.deny(stolen, user("ann"))
-		mustDeny(t, within(t, done), stolenAnswer)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
 		w.await(t, w.ended, "wait")
-		eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+		guardtest.Eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
 		lift()
 	}
 }
@@ -52,8 +53,8 @@ func TestSessionWithAToolThatIgnoresItsContextIsClosed(t *testing.T) {
 	c := w.mustDial(t, legacy, w.token(t, "ann"))
 	done := w.goCall(t, c, "stubborn")
 	w.enforcer.deny(stolen, user("ann"))
-	mustDeny(t, within(t, done), stolenAnswer)
-	eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+	mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
+	guardtest.Eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
 }
 
 func TestSuspendedCallerKeepsItsSession(t *testing.T) {
@@ -63,7 +64,7 @@ func TestSuspendedCallerKeepsItsSession(t *testing.T) {
 		done := w.goCall(t, c, "wait")
 		lift := w.enforcer.deny(session.Denial{Effect: session.EffectSuspended, Reason: session.ReasonAnomaly, Seq: 3}, user("ann"))
 		want := mcpguard.Denied{Error: "suspended", Reason: "anomaly", Seq: 3}
-		mustDeny(t, within(t, done), want)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), want)
 		_, err := c.call("echo")
 		mustDeny(t, err, want)
 		lift()
@@ -71,7 +72,7 @@ func TestSuspendedCallerKeepsItsSession(t *testing.T) {
 		// Bound anew: the next decision closes it.
 		if era == legacy {
 			w.enforcer.deny(stolen, user("ann"))
-			eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+			guardtest.Eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
 		}
 	})
 }
@@ -87,7 +88,7 @@ func TestSessionIsBoundAnewAtOnce(t *testing.T) {
 		w.await(t, w.started, "echo")
 		w.await(t, w.ended, "echo")
 		lift := w.enforcer.deny(stolen, user("ann"))
-		eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+		guardtest.Eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
 		lift()
 	}
 }
@@ -121,14 +122,14 @@ func TestCancelledCallDoesNotKeepTheSessionOpen(t *testing.T) {
 	go func() { _, err := c.CallTool(ctx, &mcp.CallToolParams{Name: "stubborn"}); done <- err }()
 	w.await(t, w.started, "stubborn")
 	cancel()
-	if err := within(t, done); !errors.Is(err, context.Canceled) {
+	if err := guardtest.Within(t, "the call ends", done); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
-	if cause := within(t, w.causes); errors.Is(cause, session.ErrDenied) {
+	if cause := guardtest.Within(t, "the tool's context ends", w.causes); errors.Is(cause, session.ErrDenied) {
 		t.Fatal(cause) // it was the client's doing
 	}
 	w.enforcer.deny(stolen, user("ann"))
-	eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+	guardtest.Eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
 }
 
 // The mechanism is PropagateRequestCancellation: a stateless call has nobody
@@ -142,7 +143,7 @@ func TestStatelessCallEndsWithItsRequest(t *testing.T) {
 	w.await(t, w.started, "wait")
 	cancel()
 	w.await(t, w.ended, "wait")
-	if err := within(t, done); err == nil {
+	if err := guardtest.Within(t, "the call ends", done); err == nil {
 		t.Fatal("answered")
 	}
 }
@@ -194,7 +195,7 @@ func TestSessionIsBoundToTheRenewedToken(t *testing.T) {
 	c.bearer.set(w.token(t, "ann", func(c map[string]any) { c["jti"] = "second" }))
 	mustAllow(t, c, "echo")
 	w.enforcer.deny(stolen, func(id *session.Identity, _ *session.Call) bool { return id.Token == "second" })
-	eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
+	guardtest.Eventually(t, "the session is closed", func() bool { return w.sessions() == 0 })
 }
 
 // The mechanism is the handler's binding of the GET request.
@@ -203,7 +204,7 @@ func TestLegacyEventStreamIsCutWithAReason(t *testing.T) {
 	c := w.mustDial(t, legacy, w.token(t, "ann"))
 	mustAllow(t, c, "echo")
 	// The session and the stream are bound; the stream opens by itself.
-	eventually(t, "the stream is open", func() bool { now, _ := w.enforcer.bindings(); return now == 2 })
+	guardtest.Eventually(t, "the stream is open", func() bool { now, _ := w.enforcer.bindings(); return now == 2 })
 	w.enforcer.deny(stolen, user("ann"))
 	select {
 	case got := <-c.logs:
@@ -280,7 +281,7 @@ func TestStdioServerActsForItsConfiguredIdentity(t *testing.T) {
 		w.await(t, w.started, "echo")
 		done := w.goCall(t, c, "wait")
 		w.enforcer.deny(stolen, user("ann"))
-		mustDeny(t, within(t, done), stolenAnswer)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
 		// And the server hangs up.
 		select {
 		case <-ran: //nolint:errcheck // that it ended is what counts
@@ -400,13 +401,13 @@ func TestClosedGuardDeniesAndClosesItsSessions(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.await(t, w.ended, "wait")
-		if err := within(t, done); err == nil {
+		if err := guardtest.Within(t, "the call ends", done); err == nil {
 			t.Fatal("a running call outlived its guard")
 		}
 		if _, err := c.call("echo"); err == nil {
 			t.Fatal("allowed")
 		}
-		eventually(t, "every session is closed", func() bool { return w.sessions() == 0 })
+		guardtest.Eventually(t, "every session is closed", func() bool { return w.sessions() == 0 })
 		_, err := w.dial(t, era, w.token(t, "ann"))
 		if err == nil {
 			t.Fatal("allowed")
@@ -419,13 +420,13 @@ func TestCloseSaysWhichToolsItLeftBehind(t *testing.T) {
 	c := w.mustDial(t, modern, w.token(t, "ann"))
 	done := w.goCall(t, c, "stubborn")
 	w.enforcer.deny(stolen, user("ann"))
-	mustDeny(t, within(t, done), stolenAnswer)
+	mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
 	if err := w.guard.Close(); err == nil || !strings.Contains(err.Error(), "1 tools or sessions") {
 		t.Fatal(err)
 	}
 	close(w.let)
 	w.await(t, w.ended, "stubborn")
-	eventually(t, "Close joins", func() bool { return w.guard.Close() == nil })
+	guardtest.Eventually(t, "Close joins", func() bool { return w.guard.Close() == nil })
 }
 
 // The mechanism is the read deadline: without it the answer waits for a body

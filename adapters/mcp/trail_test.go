@@ -26,7 +26,7 @@ func TestTrail(t *testing.T) {
 		// By caller: cut while it runs, then denied before it is read.
 		done := w.goCall(t, ann, "wait")
 		w.enforcer.deny(stolen, user("ann"))
-		mustDeny(t, within(t, done), stolenAnswer)
+		mustDeny(t, guardtest.Within(t, "the call ends", done), stolenAnswer)
 		if _, err := ann.call("echo"); err == nil {
 			t.Error("the caller is not denied")
 		}

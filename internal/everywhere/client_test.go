@@ -20,11 +20,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 )
 
 // The revisions of MCP, with sessions and without.
@@ -167,22 +167,17 @@ func dialA2A(t *testing.T, w *way, k kind, by *wire) *a2aclient.Client {
 	if k == grpcStream {
 		at = a2a.NewAgentInterface(w.grpc, a2a.TransportProtocolGRPC)
 	}
-	out := func(ctx context.Context) context.Context {
-		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+by.token)
+	out := func() map[string]string {
+		md := map[string]string{"authorization": "Bearer " + by.token}
 		if by.work != "" {
-			ctx = metadata.AppendToOutgoingContext(ctx, strings.ToLower(workHeader), by.work)
+			md[strings.ToLower(workHeader)] = by.work
 		}
-		return ctx
+		return md
 	}
 	c, err := a2aclient.NewFromEndpoints(t.Context(), []*a2a.AgentInterface{at},
 		a2aclient.WithJSONRPCTransport(&http.Client{Transport: by}),
 		a2agrpc.WithGRPCTransport(grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithChainUnaryInterceptor(func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, o ...grpc.CallOption) error {
-				return next(out(ctx), m, req, reply, cc, o...)
-			}),
-			grpc.WithChainStreamInterceptor(func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, next grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
-				return next(out(ctx), d, cc, m, o...)
-			})))
+			grpc.WithPerRPCCredentials(guardtest.CallMetadata(out))))
 	must(t, err)
 	t.Cleanup(func() { _ = c.Destroy() })
 	return c
@@ -273,7 +268,7 @@ func (x *work) join(t *testing.T, by *wire) {
 func (x *work) goesOn(t *testing.T) {
 	t.Helper()
 	before := x.events.Load()
-	eventually(t, x.way.name+", "+x.name+" goes on", func() bool {
+	guardtest.Eventually(t, x.way.name+", "+x.name+" goes on", func() bool {
 		select {
 		case out := <-x.ended:
 			t.Fatalf("%s, %s ended: %+v", x.way.name, x.name, out)
@@ -298,7 +293,7 @@ func (x *work) mustEnd(t *testing.T) {
 		}
 	}
 	x.stop()
-	eventually(t, x.way.name+": the host has left "+x.name, func() bool { return x.way.host.open(x.name) == 0 && x.way.host.running(x.name) == 0 })
+	guardtest.Eventually(t, x.way.name+": the host has left "+x.name, func() bool { return x.way.host.open(x.name) == 0 && x.way.host.running(x.name) == 0 })
 }
 
 // result is how an attempt ended.

@@ -27,6 +27,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/enrolled"
 	"github.com/interlock-fabric/interlock/internal/gateway"
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
@@ -51,20 +52,6 @@ func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	limit := time.After(patience)
-	for !ok() {
-		select {
-		case <-tick.C:
-		case <-limit:
-			t.Fatalf("never: %s", what)
-		}
 	}
 }
 
@@ -164,7 +151,7 @@ func (w *world) proxied(ctx context.Context, keys jose.JSONWebKeySet, dir string
 	g, err := gateway.Start(gateway.Options{Config: c, Kind: gateway.Proxy})
 	must(t, err)
 	t.Cleanup(func() { g.Shutdown(context.Background()) })
-	eventually(t, "the gateway is ready", func() bool { return g.Status().Enforcer.Ready })
+	guardtest.Eventually(t, "the gateway is ready", func() bool { return g.Status().Enforcer.Ready })
 	addr := g.Addrs()["127.0.0.1:0"]
 	return &way{
 		name: "proxy", host: h, mcp: "http://" + addr + "/mcp", rpc: "http://" + addr + "/rpc", grpc: addr,
@@ -372,16 +359,16 @@ func TestOneDecisionEndsEverythingEverywhere(t *testing.T) {
 				t.Errorf("%d of %d cuts are reported", c.Cut, len(cut))
 			}
 			for _, x := range cut {
-				eventually(t, x.way.name+": the host has left the requests of "+x.name, func() bool { return x.way.host.open(x.name) == 0 })
-				eventually(t, x.way.name+": the work has ended: "+x.name, func() bool { return x.way.host.running(x.name) == 0 })
+				guardtest.Eventually(t, x.way.name+": the host has left the requests of "+x.name, func() bool { return x.way.host.open(x.name) == 0 })
+				guardtest.Eventually(t, x.way.name+": the work has ended: "+x.name, func() bool { return x.way.host.running(x.name) == 0 })
 			}
 
 			// Afterwards, under load all along.
 			for _, l := range loads {
-				eventually(t, fmt.Sprintf("%s, %s is tried again %d times", l.way.name, l.kind, afterwards), func() bool { return l.since.Load() >= afterwards })
+				guardtest.Eventually(t, fmt.Sprintf("%s, %s is tried again %d times", l.way.name, l.kind, afterwards), func() bool { return l.since.Load() >= afterwards })
 			}
 			for _, l := range others {
-				eventually(t, fmt.Sprintf("%s, %s: the bystander goes on", l.way.name, l.kind), func() bool { return l.since.Load() >= afterwards })
+				guardtest.Eventually(t, fmt.Sprintf("%s, %s: the bystander goes on", l.way.name, l.kind), func() bool { return l.since.Load() >= afterwards })
 			}
 			stopLoad()
 			stopOthers()

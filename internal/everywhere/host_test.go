@@ -20,6 +20,7 @@ import (
 
 	a2aguard "github.com/interlock-fabric/interlock/adapters/a2a"
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 )
 
 // Work says of a request which piece of long work it is, for the host's books.
@@ -179,7 +180,7 @@ func newHost(t *testing.T, mg *mcpguard.Guard, ag *a2aguard.Guard) *host {
 		}
 		wg.Wait()
 		h.http.Close()
-		eventually(t, "all work has ended", func() bool {
+		guardtest.Eventually(t, "all work has ended", func() bool {
 			h.mu.Lock()
 			defer h.mu.Unlock()
 			for _, n := range h.runs {

@@ -20,9 +20,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -101,12 +101,7 @@ func TestA2AStreamsAreCut(t *testing.T) {
 		c, err := a2aclient.NewFromEndpoints(t.Context(), []*a2a.AgentInterface{a2a.NewAgentInterface(at, tr)},
 			a2aclient.WithJSONRPCTransport(hc), a2aclient.WithRESTTransport(hc),
 			a2agrpc.WithGRPCTransport(grpc.WithTransportCredentials(insecure.NewCredentials()),
-				grpc.WithChainUnaryInterceptor(func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, o ...grpc.CallOption) error {
-					return next(metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token), m, req, reply, cc, o...)
-				}),
-				grpc.WithChainStreamInterceptor(func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, next grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
-					return next(metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token), d, cc, m, o...)
-				})))
+				grpc.WithPerRPCCredentials(guardtest.CallMetadata(func() map[string]string { return map[string]string{"authorization": "Bearer " + token} }))))
 		must(t, err)
 		t.Cleanup(func() { _ = c.Destroy() })
 		return c

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -99,9 +100,6 @@ routes:
 		t.Cleanup(base.CloseIdleConnections)
 		hc := &http.Client{Transport: bearer{token, base}}
 		at := g.url() + "/rpc"
-		out := func(ctx context.Context) context.Context {
-			return metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
-		}
 		switch tr {
 		case a2a.TransportProtocolHTTPJSON:
 			at = g.url() + "/rest"
@@ -111,12 +109,7 @@ routes:
 		c, err := a2aclient.NewFromEndpoints(t.Context(), []*a2a.AgentInterface{a2a.NewAgentInterface(at, tr)},
 			a2aclient.WithJSONRPCTransport(hc), a2aclient.WithRESTTransport(hc),
 			a2agrpc.WithGRPCTransport(grpc.WithTransportCredentials(insecure.NewCredentials()),
-				grpc.WithChainUnaryInterceptor(func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, o ...grpc.CallOption) error {
-					return next(out(ctx), m, req, reply, cc, o...)
-				}),
-				grpc.WithChainStreamInterceptor(func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, next grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
-					return next(out(ctx), d, cc, m, o...)
-				})))
+				grpc.WithPerRPCCredentials(guardtest.CallMetadata(func() map[string]string { return map[string]string{"authorization": "Bearer " + token} }))))
 		must(t, err)
 		t.Cleanup(func() { _ = c.Destroy() })
 		return c
