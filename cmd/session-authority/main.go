@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -83,6 +84,7 @@ func joinWait(args []string) []string {
 // globals are the flags of every command.
 type globals struct {
 	socket, url, apiToken, dataDir string
+	apiCA, clientCert, clientKey   string
 	json                           bool
 }
 
@@ -100,7 +102,10 @@ running.
 	f.StringVar(&g.dataDir, "data-dir", cli.Env("INTERLOCK_DATA_DIR", defaultDataDir()), "the authority's directory (INTERLOCK_DATA_DIR)")
 	f.StringVar(&g.socket, "socket", os.Getenv("INTERLOCK_SOCKET"), "the API's unix socket; default api.sock in the data directory (INTERLOCK_SOCKET)")
 	f.StringVar(&g.url, "url", os.Getenv("INTERLOCK_URL"), "the API's URL, instead of the socket (INTERLOCK_URL)")
-	f.StringVar(&g.apiToken, "api-token-file", os.Getenv("INTERLOCK_API_TOKEN_FILE"), "the bearer token's file for --url; default api.token in the data directory (INTERLOCK_API_TOKEN_FILE)")
+	f.StringVar(&g.apiToken, "api-token-file", os.Getenv("INTERLOCK_API_TOKEN_FILE"), "file of the bearer token, mode 0600; default for --url is api.token in the data directory (INTERLOCK_API_TOKEN_FILE)")
+	f.StringVar(&g.apiCA, "api-ca", os.Getenv("INTERLOCK_API_CA"), "PEM that verifies --url; default is the system's (INTERLOCK_API_CA)")
+	f.StringVar(&g.clientCert, "client-cert", os.Getenv("INTERLOCK_CLIENT_CERT"), "client certificate for --url, PEM, in place of a token (INTERLOCK_CLIENT_CERT)")
+	f.StringVar(&g.clientKey, "client-key", os.Getenv("INTERLOCK_CLIENT_KEY"), "its key, PEM (INTERLOCK_CLIENT_KEY)")
 	f.BoolVar(&g.json, "json", false, "print JSON")
 	cli.AddGroup(root, "Respond", newDecisionCommands(g)...)
 	cli.AddGroup(root, "Look", newStatusCommand(g), newWatchCommand(g), newExplainCommand(g), newTrailCommand(g), newAuditCommand(g), newAgentsCommand(g), newEnforcersCommand(g))
@@ -145,25 +150,49 @@ func defaultDataDir() string {
 // client returns a client of the authority that the flags name.
 func (g *globals) client() (*authority.Client, error) {
 	o := authority.Options{Socket: g.socket}
+	var err error
 	if g.url != "" {
 		if g.socket != "" && g.socket != os.Getenv("INTERLOCK_SOCKET") {
 			return nil, cli.Usagef("both --socket and --url: give one of them")
 		}
-		path := g.apiToken
+		if o, err = g.remote(); err != nil {
+			return nil, err
+		}
+	} else if o.Socket == "" {
+		o.Socket = filepath.Join(g.dataDir, "api.sock")
+	}
+	if path := g.apiToken; path != "" || g.url != "" && g.clientCert == "" {
 		if path == "" {
 			path = filepath.Join(g.dataDir, "api.token")
 		}
-		token, err := api.ReadToken(path)
-		if err != nil {
+		if o.Token, err = api.ReadToken(path); err != nil {
 			return nil, cli.Usagef("%w: give --api-token-file", err)
 		}
-		o = authority.Options{URL: g.url, Token: token}
-	} else if o.Socket == "" {
-		o.Socket = filepath.Join(g.dataDir, "api.sock")
 	}
 	c, err := authority.New(o)
 	if err != nil {
 		return nil, cli.Usagef("%w", err)
 	}
 	return c, nil
+}
+
+// remote is how to reach the API at --url.
+func (g *globals) remote() (authority.Options, error) {
+	o := authority.Options{URL: g.url}
+	if g.apiCA == "" && g.clientCert == "" && g.clientKey == "" {
+		return o, nil
+	}
+	o.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
+	if g.apiCA != "" {
+		ca, err := verifyBy("api-ca", g.apiCA)
+		if err != nil {
+			return o, err
+		}
+		o.TLS = ca
+	}
+	own, err := keyPair("client-cert", "client-key", g.clientCert, g.clientKey)
+	if own != nil {
+		o.TLS.Certificates = own.Certificates
+	}
+	return o, err
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/audit"
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/broker"
@@ -29,7 +30,7 @@ type serveFlags struct {
 	cluster                          broker.Cluster
 	clusterSecret                    string
 	clusterCert, clusterKey, enforCA string
-	level, format                    string
+	level, format, access            string
 }
 
 func newServeCommand(g *globals) *cobra.Command {
@@ -41,8 +42,10 @@ func newServeCommand(g *globals) *cobra.Command {
 
 The first start makes the keys, if everything that it listens on is loopback, and
 says so; otherwise run session-authority init first. Outside loopback, TLS is
-required. The API is on a unix socket that only this user can open, and on TCP,
-with the bearer token in api.token, if --api-listen is given.`,
+required. The API is on a unix socket that only this user can open, and on TCP, if
+--api-listen is given. Who may use it there, by a token of an issuer or by a client
+certificate, is in the file that --access names; without one it is whoever has the
+bootstrap token in api.token.`,
 		Example: `  session-authority serve
   session-authority serve --data-dir /var/lib/interlock --nats-listen 10.0.0.5:4222 \
     --nats-tls-cert bus.pem --nats-tls-key bus.key --enforcer-ca ca.pem`,
@@ -69,6 +72,7 @@ with the bearer token in api.token, if --api-listen is given.`,
 	f.StringVar(&s.apiCert, "api-tls-cert", "", "certificate of the API, PEM")
 	f.StringVar(&s.apiKey, "api-tls-key", "", "its key, PEM")
 	f.StringVar(&s.o.MetricsListen, "metrics-listen", "", "host:port for Prometheus /metrics, open to whoever can reach it, as in 127.0.0.1:9470")
+	f.StringVar(&s.access, "access", cli.Env("INTERLOCK_ACCESS", ""), "file that says who may use the API, YAML (INTERLOCK_ACCESS)")
 	f.DurationVar(&s.o.SegmentEvery, "segment-every", sequencer.DefaultSegmentEvery, "how often the state is published for those who start; the log is trimmed behind the third newest")
 	f.Uint64Var(&s.o.SegmentBatches, "segment-batches", sequencer.DefaultSegmentBatches, "batches of the log that do not wait for --segment-every")
 	f.DurationVar(&s.o.CanaryEvery, "canary-every", 10*time.Second, "how often a canary session is revoked, to see that every enforcer denies it; 0 is never")
@@ -117,8 +121,13 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	if o.APITLS, err = certificate("api-tls", s.apiCert, s.apiKey); err != nil {
 		return err
 	}
+	if s.access != "" {
+		if o.Access, err = access.Load(s.access); err != nil {
+			return cli.Usagef("--access: %w", err)
+		}
+	}
 	if s.natsCA != "" && o.NATSURL != "" {
-		if o.NATSClientTLS, err = verifyBy(s.natsCA); err != nil {
+		if o.NATSClientTLS, err = verifyBy("nats-ca", s.natsCA); err != nil {
 			return err
 		}
 	}
@@ -149,27 +158,32 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 }
 
 func certificate(flag, cert, key string) (*tls.Config, error) {
+	return keyPair(flag+"-cert", flag+"-key", cert, key)
+}
+
+// keyPair loads a certificate and its key; nil where neither is given.
+func keyPair(certFlag, keyFlag, cert, key string) (*tls.Config, error) {
 	if cert == "" && key == "" {
 		return nil, nil
 	}
 	if cert == "" || key == "" {
-		return nil, cli.Usagef("--%s-cert and --%s-key go together: give both", flag, flag)
+		return nil, cli.Usagef("--%s and --%s go together: give both", certFlag, keyFlag)
 	}
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
-		return nil, cli.Usagef("--%s-cert: %w: give a certificate and its key in PEM", flag, err)
+		return nil, cli.Usagef("--%s: %w: give a certificate and its key in PEM", certFlag, err)
 	}
 	return &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}, nil
 }
 
-func verifyBy(path string) (*tls.Config, error) {
+func verifyBy(flag, path string) (*tls.Config, error) {
 	pem, err := os.ReadFile(path)
 	if err != nil {
-		return nil, cli.Usagef("--nats-ca: %w", err)
+		return nil, cli.Usagef("--%s: %w", flag, err)
 	}
 	c := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
 	if !c.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, cli.Usagef("--nats-ca: %s has no certificate: give PEM", path)
+		return nil, cli.Usagef("--%s: %s has no certificate: give PEM", flag, path)
 	}
 	return c, nil
 }
@@ -194,7 +208,7 @@ func (s *serveFlags) clusterOptions() (*broker.Cluster, error) {
 	if s.natsCA == "" {
 		return nil, cli.Usagef("a cluster over TLS verifies both sides: give --nats-ca")
 	}
-	ca, err := verifyBy(s.natsCA)
+	ca, err := verifyBy("nats-ca", s.natsCA)
 	if err != nil {
 		return nil, err
 	}

@@ -216,6 +216,9 @@ type Scope struct {
 	tenants []string
 }
 
+// Everything is the scope of the authority itself.
+func Everything() Scope { return Scope{all: true} }
+
 // All reports whether the scope is all tenants, those to come included, and so
 // what belongs to none.
 func (s Scope) All() bool { return s.all }

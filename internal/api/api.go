@@ -50,7 +50,10 @@ const (
 	// maxAtOnce bounds requests of all kinds.
 	maxAtOnce = 1024
 	keepAlive = 10 * time.Second
-	tokenLen  = 32
+	// tokenLen is what a bootstrap token has at least, maxTokenLen what any token
+	// has at most.
+	tokenLen    = 32
+	maxTokenLen = 12 << 10
 )
 
 // ErrNoTLS: the address is not a loopback one and no certificate was given.
@@ -306,7 +309,7 @@ func ReadToken(path string) (string, error) {
 		return "", fmt.Errorf("api: token: %w", err)
 	}
 	token := string(bytes.TrimSpace(b))
-	if len(token) < tokenLen || len(token) > 512 || strings.ContainsAny(token, " \t\r\n") {
+	if len(token) < tokenLen || len(token) > maxTokenLen || strings.ContainsAny(token, " \t\r\n") {
 		return "", fmt.Errorf("api: token file %s holds no token: remove it, and restart the authority to make another", path)
 	}
 	return token, nil

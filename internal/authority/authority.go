@@ -30,6 +30,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nkeys"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/api"
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/broker"
@@ -102,6 +103,9 @@ type Options struct {
 	// is required outside loopback.
 	APIListen string
 	APITLS    *tls.Config
+	// Access is who may use the API; nil is this machine's user, and whoever has
+	// the token in TokenFile.
+	Access *access.Config
 
 	// MetricsListen is a host:port that serves Prometheus /metrics to whoever can
 	// reach it; empty is none.
@@ -218,6 +222,13 @@ func (a *Authority) open(ctx context.Context) error {
 	if err := a.openKeys(); err != nil {
 		return err
 	}
+	if o.Access != nil {
+		for _, t := range o.Access.Tenants() {
+			if _, ok := a.store.KeySet().Tenant(t); !ok {
+				a.log.Warn("a role is granted in a tenant that there is not", "tenant", t)
+			}
+		}
+	}
 	if err := a.openBus(ctx); err != nil {
 		return err
 	}
@@ -265,7 +276,7 @@ func (a *Authority) open(ctx context.Context) error {
 		a.done.Go(func() { a.tendStore(run) })
 	}
 	a.server, err = api.Serve(a, api.Options{
-		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS,
+		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS, Access: o.Access,
 		TokenFile: filepath.Join(o.DataDir, TokenFile), Refused: a.refused, Logger: a.log,
 	})
 	if err != nil {

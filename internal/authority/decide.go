@@ -80,6 +80,14 @@ type plan struct {
 	wide     bool
 	would    []string
 	warnings []string
+	// touched are what the targets ask of whoever decides, each once.
+	touched []touched
+}
+
+// touched is a tenant, or "" for all, and how wide a target in it is.
+type touched struct {
+	tenant           string
+	wide, everything bool
 }
 
 // named is a target with its key.
@@ -88,6 +96,13 @@ type named struct {
 	key   session.Key
 	shape session.Shape
 	wide  bool
+	// tenant is the name of the target's; empty for all.
+	tenant string
+}
+
+// everything reports whether the target is a whole tenant, or all of them.
+func (n *named) everything() bool {
+	return n.shape == session.Shape(session.KindGlobal) || n.shape == session.Shape(session.KindTenant)
 }
 
 func invalid(mend, format string, a ...any) error {
@@ -125,6 +140,9 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 		}
 		seen[n.key] = true
 		out.wide = out.wide || n.wide
+		if t := (touched{n.tenant, n.wide, n.everything()}); !slices.Contains(out.touched, t) {
+			out.touched = append(out.touched, t)
+		}
 		before := len(out.entries)
 		if err := p.apply(out, r, n, base); err != nil {
 			return nil, err
@@ -302,6 +320,7 @@ func (p *planner) name(t authority.Target) (named, error) {
 		n.wide = n.wide && k.Wide()
 	}
 	if secret != nil {
+		n.tenant = secret.Name()
 		if n.key, err = secret.Key(canonical); err != nil {
 			return named{}, invalid("see session-authority help targets", "%s: %s", n.text, plain(err))
 		}
@@ -320,7 +339,6 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 			out.warnings = append(out.warnings, n.text+" "+fmt.Sprintf(format, a...))
 		}
 	}
-	everything := n.shape == session.Shape(session.KindGlobal) || n.shape == session.Shape(session.KindTenant)
 	inForce := map[session.Effect]*session.Record{}
 	if base.Op == session.OpLift { // what is set does not depend on it
 		records := p.state.Lookup(n.key)
@@ -376,7 +394,7 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 		switch {
 		case n.shape.Terminal() && !r.Drill:
 			return authority.NewProblem(authority.ProblemTerminal, fmt.Sprintf("a revoked %s never comes back", n.shape), "have the caller sign in again for a new one")
-		case everything:
+		case n.everything():
 			return p.restoreAll(out, r, n, inForce, lift, warn)
 		case r.Share != 0 && r.Share < 100:
 			return invalid("leave share out", "a revoked %s is restored at once, and its earlier sessions stay dead", n.shape)

@@ -6,9 +6,11 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
@@ -22,9 +24,10 @@ const (
 	maxNotFresh = 100
 )
 
-func (a *Authority) planner() *planner {
+// planner plans for p: with the tenants that exist for it.
+func (a *Authority) planner(p *access.Principal) *planner {
 	t, _ := a.tenants()
-	return &planner{tenants: t, issuers: a.o.Issuers, state: a.seq.State(), now: time.Now()}
+	return &planner{tenants: t.within(p.Visible()), issuers: a.o.Issuers, state: a.seq.State(), now: time.Now()}
 }
 
 // Decide takes a decision, or previews it, and returns when the log and the audit
@@ -51,9 +54,17 @@ func (a *Authority) Decide(ctx context.Context, idempotencyKey string, r authori
 }
 
 func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
-	pl, err := a.planner().plan(&r)
+	p := access.From(ctx)
+	pl, err := a.planner(p).plan(&r)
 	if err != nil {
 		return nil, err
+	}
+	if err := permitted(p, &r, pl); err != nil {
+		return nil, err
+	}
+	if !p.Local() {
+		// What keys others use is nobody's to find out.
+		idempotencyKey = p.Name + "\x00" + idempotencyKey
 	}
 	id, content, err := decisionID(idempotencyKey, &r)
 	if err != nil {
@@ -64,7 +75,7 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 	}
 	d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings}
 	if pl.wide && !r.Commit {
-		d.Preview = a.preview(&r, pl)
+		d.Preview = a.preview(&r, pl, p)
 		return d, nil
 	}
 	a.once422.add(idempotencyKey, content)
@@ -72,21 +83,24 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 	if err != nil {
 		return nil, decideProblem(err)
 	}
-	a.hub.note(res.Epoch, res.Number, res.At.Time())
+	a.hub.note(res.Epoch, res.Number, res.At.Time(), pl.entries)
 	d.Committed, d.Epoch, d.Number, d.At = true, res.Epoch, res.Number, res.At.Time()
 	d.Durable, d.Duplicate, d.Entries = res.Durable, res.Duplicate, len(pl.entries)
 	// The sequence alone cannot be traced to a value.
-	a.log.Info("decided", "operation", string(r.Operation), "epoch", d.Epoch, "number", d.Number, "entries", d.Entries,
+	a.log.Info("decided", "by", p.Name, "operation", string(r.Operation), "epoch", d.Epoch, "number", d.Number, "entries", d.Entries,
 		"incident", r.Incident, "drill", r.Drill, "durable", d.Durable, "duplicate", d.Duplicate)
 	return d, nil
 }
 
-func (a *Authority) preview(r *authority.Request, pl *plan) *authority.Preview {
+// preview counts the enforcers of the tenants that the decision is about, as p may
+// see them.
+func (a *Authority) preview(r *authority.Request, pl *plan, p *access.Principal) *authority.Preview {
 	v := &authority.Preview{Would: pl.would, Targets: len(r.Targets)}
-	list, _ := a.tracker.Enforcers()
-	v.Enforcers = len(list)
-	for i := range list {
-		v.Running += list[i].Running
+	for _, e := range a.enforcersIn(p.Visible()) {
+		if slices.ContainsFunc(pl.touched, func(t touched) bool { return t.tenant == "" || slices.Contains(e.Tenants, t.tenant) }) {
+			v.Enforcers++
+			v.Running += e.Running
+		}
 	}
 	return v
 }
@@ -120,32 +134,42 @@ func decideProblem(err error) error {
 
 // Coverage says where a decision is in force; it is the API's.
 func (a *Authority) Coverage(ctx context.Context, epoch, number uint64, wait time.Duration) (*authority.Coverage, error) {
+	scope := access.From(ctx).Scope(access.ReadCoverage)
 	now, head, _ := a.seq.Head()
 	_, heard := a.hub.timeAt(epoch, number)
-	if number == 0 || epoch != now || number > head && !heard {
+	if number == 0 || epoch != now || number > head && !heard || !scope.All() && !a.hub.touches(epoch, number, scope.Has) {
 		return nil, authority.NewProblem(authority.ProblemNotFound, fmt.Sprintf("no decision %d in epoch %d; the newest is %d in epoch %d", number, epoch, head, now),
 			"use the epoch and number in the answer to the decision")
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	c := a.tracker.Wait(ctx, epoch, number)
+	c := a.tracker.Wait(ctx, epoch, number, a.view(scope))
 	now, head, _ = a.seq.Head()
 	c.Durable = epoch == now && number <= head
 	return &c, nil
 }
 
 // Status says how the authority and its enforcers are; it is the API's.
-func (a *Authority) Status(context.Context) (*authority.Status, error) {
+func (a *Authority) Status(ctx context.Context) (*authority.Status, error) {
+	scope := access.From(ctx).Scope(access.ReadStatus)
 	st, ks, now := a.seq.Status(), a.store.KeySet(), time.Now()
 	s := &authority.Status{
 		Version: a.o.Version, Writer: st.Writer, Epoch: st.Epoch, Number: st.Number, Head: hex.EncodeToString(st.Head[:]),
-		Time: now.UTC(), Entries: st.Entries, Tenants: tenantNames(ks),
+		Time: now.UTC(), Entries: st.Entries, Tenants: slices.DeleteFunc(tenantNames(ks), func(t string) bool { return !scope.Has(t) }),
 		KeySet:  authority.KeySetStatus{Version: ks.Version, NotAfter: ks.NotAfter.Time()},
 		Segment: st.Segment, SegmentTime: st.SegmentAt, LogFrom: st.LogFrom,
 	}
 	for _, k := range ks.Keys {
 		if !k.Withdrawn && k.Use != session.UseAudit {
 			s.KeySet.Keys = append(s.KeySet.Keys, session.KeyIDOf(k.Public).String())
+		}
+	}
+	if !scope.All() { // how many there are elsewhere is nobody's to know
+		s.Entries = 0
+		for _, t := range ks.Tenants {
+			if scope.Has(t.Name) {
+				s.Entries += a.seq.State().TenantLen(t.ID)
+			}
 		}
 	}
 	warn := func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) }
@@ -162,21 +186,21 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	case errors.Is(st.Halted, sequencer.ErrRolledBack):
 		warn("the log was rolled back, and nothing is written: session-authority epoch open")
 	case errors.Is(st.Halted, sequencer.ErrTrimmed):
-		warn("the log was trimmed, no published segment leads up to it, and nothing is written: restore the streams from a backup and start again, or session-authority epoch open, which begins with the %d entries held here", st.Entries)
+		warn("the log was trimmed, no published segment leads up to it, and nothing is written: restore the streams from a backup and start again, or session-authority epoch open, which begins with the entries held here")
 	case st.Halted != nil:
 		warn("nothing is written: %v", st.Halted)
 	}
 	if st.SegmentsRefused > 0 {
 		warn("%d published segments were refused, and older ones or the log used: see the log of this authority", st.SegmentsRefused)
 	}
-	if _, missing := a.tenants(); len(missing) > 0 {
+	if _, missing := a.tenants(); len(missing) > 0 && scope.All() {
 		warn("the keys of %d tenants are not here, the first is %s: copy keys/tenants.json from where they were added", len(missing), missing[0])
 	}
-	if n := a.tracker.Strangers(); n > 0 {
+	if n := a.tracker.Strangers(); n > 0 && scope.All() {
 		warn("%d receipts came in the name of enforcers that are not enrolled", n)
 	}
 	trails, strange := a.reports.Enforcers()
-	for _, e := range trails {
+	for _, e := range a.trailIn(trails, scope) {
 		if e.Refused > 0 {
 			warn("%d reports in the name of %s were refused", e.Refused, e.Name)
 		}
@@ -184,14 +208,16 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 			warn("%d reports of %s are missing: its trail has gaps", e.Missing, e.Name)
 		}
 	}
-	if strange > 0 {
+	if strange > 0 && scope.All() {
 		warn("%d reports came in the name of enforcers that are not enrolled", strange)
 	}
 	if _, ok := ks.AuditKey(); !ok {
 		warn("there is no key to seal the audit and the enforcers' reports to: session-authority keys rotate --audit")
 	}
 	au := a.audit.Status()
-	s.Audit.Number, s.Audit.Waiting = au.Number, au.Waiting
+	if scope.All() {
+		s.Audit.Number, s.Audit.Waiting = au.Number, au.Waiting
+	}
 	if au.Failing != nil {
 		warn("the audit cannot be written since %s, and %d of its records wait: see the log of this authority", au.Since.UTC().Format(time.RFC3339), au.Waiting)
 	}
@@ -201,7 +227,7 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 	if au.Strays > 0 {
 		warn("%d messages in the audit's stream are not part of its chain: session-authority audit verify", au.Strays)
 	}
-	list := a.enforcers()
+	list := a.enforcersIn(scope)
 	// Read after the receipts: none that is honest can be ahead of it.
 	epoch, head, _ := a.seq.Head()
 	for _, e := range list {
@@ -257,7 +283,7 @@ func (a *Authority) Status(context.Context) (*authority.Status, error) {
 		s.Kills = append(s.Kills, "global")
 	}
 	for _, t := range ks.Tenants {
-		if killed(session.TenantKey(t.ID)) {
+		if scope.Has(t.Name) && killed(session.TenantKey(t.ID)) {
 			s.Kills = append(s.Kills, "tenant "+t.Name)
 		}
 	}
@@ -279,8 +305,10 @@ func (a *Authority) holdToTarget(s *authority.Status, e *authority.Enforcer) {
 }
 
 // Explain says what denies a caller; it is the API's.
-func (a *Authority) Explain(_ context.Context, r authority.ExplainRequest) (*authority.Explanation, error) {
-	x, err := a.planner().explain(&r)
+func (a *Authority) Explain(ctx context.Context, r authority.ExplainRequest) (*authority.Explanation, error) {
+	pl := a.planner(access.From(ctx))
+	pl.tenants = pl.tenants.within(access.From(ctx).Scope(access.Explain))
+	x, err := pl.explain(&r)
 	if err != nil {
 		return nil, err
 	}
@@ -289,39 +317,32 @@ func (a *Authority) Explain(_ context.Context, r authority.ExplainRequest) (*aut
 }
 
 // Enforcers returns the roster; it is the API's.
-func (a *Authority) Enforcers(context.Context) ([]authority.Enforcer, error) {
-	return a.enforcers(), nil
+func (a *Authority) Enforcers(ctx context.Context) ([]authority.Enforcer, error) {
+	return a.enforcersIn(access.From(ctx).Scope(access.ListEnforcers)), nil
 }
 
-func (a *Authority) enforcers() []authority.Enforcer {
-	ks := a.store.KeySet()
-	list, ids := a.tracker.Enforcers()
-	for i := range list {
-		list[i].Tenants = []string{}
-		for _, id := range ids[i] {
-			if name := ks.TenantName(id); name != "" {
-				list[i].Tenants = append(list[i].Tenants, name)
-			}
-		}
-	}
-	return list
-}
+// enforcers is the whole roster.
+func (a *Authority) enforcers() []authority.Enforcer { return a.enforcersIn(access.Everything()) }
 
 // Trail returns what enforcers recorded; it is the API's.
 func (a *Authority) Trail(ctx context.Context, q authority.TrailQuery) (*authority.Trail, error) {
-	t, err := a.reports.Records(ctx, q)
+	scope := access.From(ctx).Scope(access.ReadTrail)
+	t, err := a.reports.Records(ctx, q, within(scope))
 	if err != nil {
 		return nil, reportProblem(err)
 	}
+	t.Enforcers = a.trailIn(t.Enforcers, scope)
 	return t, nil
 }
 
 // Seen returns whom enforcers saw; it is the API's.
 func (a *Authority) Seen(ctx context.Context, q authority.TrailQuery) (*authority.Sightings, error) {
-	t, err := a.reports.Seen(ctx, q)
+	scope := access.From(ctx).Scope(access.ReadTrail)
+	t, err := a.reports.Seen(ctx, q, within(scope))
 	if err != nil {
 		return nil, reportProblem(err)
 	}
+	t.Enforcers = a.trailIn(t.Enforcers, scope)
 	return t, nil
 }
 
@@ -349,17 +370,16 @@ func (a *Authority) Enroll(ctx context.Context, r authority.EnrollRequest) (*ses
 }
 
 func (a *Authority) enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error) {
+	p := access.From(ctx)
+	if err := a.enrolIn(p, r.Tenants); err != nil {
+		return nil, err
+	}
 	urls := r.URLs
 	if len(urls) == 0 {
 		urls = a.busURLs()
 	}
 	if len(urls) == 0 {
 		return nil, invalid("give the URLs, or serve with --nats-listen", "the bus listens nowhere that an enforcer could reach")
-	}
-	for _, t := range r.Tenants {
-		if _, ok := a.store.KeySet().Tenant(t); !ok {
-			return nil, authority.NewProblem(authority.ProblemTenant, fmt.Sprintf("no tenant %.64q", t), "name tenants of the key set: session-authority keys show")
-		}
 	}
 	e, entry, err := a.store.Enroll(r.Name, r.Tenants, urls, a.o.EnforcerCAs)
 	if errors.Is(err, session.ErrInvalid) {
@@ -379,7 +399,7 @@ func (a *Authority) enroll(ctx context.Context, r authority.EnrollRequest) (*ses
 	case err != nil:
 		return nil, err
 	}
-	a.log.Info("enrolled", "enforcer", entry.Name)
+	a.log.Info("enrolled", "by", p.Name, "enforcer", entry.Name)
 	return e, nil
 }
 
@@ -397,12 +417,16 @@ func (a *Authority) busURLs() []string {
 
 // Retire takes an enforcer out of the roster and off the bus; it is the API's.
 func (a *Authority) Retire(ctx context.Context, name string) error {
-	err := a.roster.Retire(ctx, name, time.Now().UTC())
+	p := access.From(ctx)
+	err := a.retireIn(p, name)
+	if err == nil {
+		err = a.roster.Retire(ctx, name, time.Now().UTC())
+	}
 	if errors.Is(err, roster.ErrUnknown) {
-		err = authority.NewProblem(authority.ProblemNotFound, fmt.Sprintf("no enforcer %.64q is enrolled", name), "see session-authority enforcers")
+		err = unknownEnforcer(name)
 	}
 	if err == nil {
-		a.log.Info("retired", "enforcer", name)
+		a.log.Info("retired", "by", p.Name, "enforcer", name)
 	}
 	a.recordOutcome(ctx, authority.AuditRecord{Kind: authority.AuditRoster, Action: "retire", Targets: []string{"enforcer " + name}}, err)
 	return err
@@ -451,11 +475,17 @@ func (a *Authority) publishKeySet(ctx context.Context, frame []byte) error {
 	a.secrets.mu.Lock()
 	a.secrets.list = nil
 	a.secrets.mu.Unlock()
-	a.log.Info("key set published", "version", a.store.KeySet().Version)
+	a.log.Info("key set published", "by", access.From(ctx).Name, "version", a.store.KeySet().Version)
 	return nil
 }
 
 // Watch tells what happens; it is the API's.
 func (a *Authority) Watch(ctx context.Context, fn func(authority.Event) error) error {
-	return a.hub.watch(ctx, fn)
+	scope := access.From(ctx).Scope(access.Watch)
+	return a.hub.watch(ctx, func(e authority.Event) error {
+		if e, ok := a.eventIn(e, scope); ok {
+			return fn(e)
+		}
+		return nil
+	})
 }

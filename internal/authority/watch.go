@@ -3,6 +3,7 @@ package authority
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,11 +36,31 @@ type hub struct {
 	tenant  func(session.TenantID) string
 
 	mu       sync.Mutex
-	times    map[place]time.Time
+	times    map[place]noted
 	order    []place
 	watchers map[*watcher]struct{}
 	open     []openDecision
 	state    map[string]string
+}
+
+// noted is what is known of a batch: when it was decided, and the tenants that it
+// touches, sorted. A global entry touches all.
+type noted struct {
+	at      time.Time
+	tenants []session.TenantID
+	global  bool
+}
+
+// touch adds what the entries touch.
+func (n *noted) touch(entries []session.Entry) {
+	for i := range entries {
+		id := entries[i].Key.Tenant
+		if entries[i].Key == session.GlobalKey() {
+			n.global = true
+		} else if at, ok := slices.BinarySearch(n.tenants, id); !ok {
+			n.tenants = slices.Insert(n.tenants, at, id)
+		}
+	}
 }
 
 type openDecision struct {
@@ -53,18 +74,19 @@ type watcher struct {
 }
 
 func newHub(tenant func(session.TenantID) string) *hub {
-	return &hub{tenant: tenant, times: map[place]time.Time{}, watchers: map[*watcher]struct{}{}}
+	return &hub{tenant: tenant, times: map[place]noted{}, watchers: map[*watcher]struct{}{}}
 }
 
-// note remembers when a batch was decided.
-func (h *hub) note(epoch, number uint64, at time.Time) {
+// note remembers when a batch was decided, and entries of it.
+func (h *hub) note(epoch, number uint64, at time.Time, entries []session.Entry) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.remember(place{epoch, number}, at)
+	h.remember(place{epoch, number}, at, entries)
 }
 
-func (h *hub) remember(p place, at time.Time) {
-	if _, known := h.times[p]; !known {
+func (h *hub) remember(p place, at time.Time, entries []session.Entry) {
+	n, known := h.times[p]
+	if !known {
 		if len(h.order) >= maxTimes {
 			// A quarter at once, so that forgetting is cheap.
 			for _, old := range h.order[:maxTimes/4] {
@@ -75,15 +97,28 @@ func (h *hub) remember(p place, at time.Time) {
 		h.order = append(h.order, p)
 	}
 	// A batch that was heard and never stored gives way to the one that was.
-	h.times[p] = at
+	n.at = at
+	n.touch(entries)
+	h.times[p] = n
+}
+
+// touches reports whether a batch has an entry of a tenant, by its name, or a
+// global one. Of what was decided too long ago, or before the start, it is not
+// known, and so it has none.
+func (h *hub) touches(epoch, number uint64, has func(tenant string) bool) bool {
+	h.mu.Lock()
+	n := h.times[place{epoch, number}]
+	n.tenants = slices.Clone(n.tenants)
+	h.mu.Unlock()
+	return n.global || slices.ContainsFunc(n.tenants, func(id session.TenantID) bool { return has(h.tenant(id)) })
 }
 
 // timeAt returns when a batch was decided, if that is known.
 func (h *hub) timeAt(epoch, number uint64) (time.Time, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	t, ok := h.times[place{epoch, number}]
-	return t, ok
+	n, ok := h.times[place{epoch, number}]
+	return n.at, ok
 }
 
 // heard takes a batch that was verified.
@@ -91,7 +126,7 @@ func (h *hub) heard(b *session.Batch) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p := place{b.Epoch, b.Number}
-	h.remember(p, b.Time.Time())
+	h.remember(p, b.Time.Time(), b.Entries)
 	if len(h.watchers) == 0 || len(b.Entries) == 0 || b.IsCanary() {
 		return // canaries would be all that a watcher sees
 	}

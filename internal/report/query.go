@@ -20,11 +20,12 @@ const (
 	queryTime = 10 * time.Second
 )
 
-// Records returns the newest records that match q, oldest first.
-func (r *Reader) Records(ctx context.Context, q authority.TrailQuery) (*authority.Trail, error) {
+// Records returns the newest records that match q, oldest first, of callers of the
+// tenants within only; nil is all of them.
+func (r *Reader) Records(ctx context.Context, q authority.TrailQuery, within func(tenant string) bool) (*authority.Trail, error) {
 	limit := cmp.Or(q.Limit, defaultLimit)
 	out := &authority.Trail{Records: []authority.TrailRecord{}}
-	w := newWanted(&q)
+	w := newWanted(&q, within)
 	end := time.Now().Add(queryTime)
 	var err error
 	out.Enforcers, err = r.contents(ctx, q.Enforcer, q.Since, func(c opened) bool {
@@ -46,11 +47,12 @@ func (r *Reader) Records(ctx context.Context, q authority.TrailQuery) (*authorit
 	return out, err
 }
 
-// Seen returns the callers that match q, the last seen first.
-func (r *Reader) Seen(ctx context.Context, q authority.TrailQuery) (*authority.Sightings, error) {
+// Seen returns the callers that match q, the last seen first, of the tenants within
+// only; nil is all of them.
+func (r *Reader) Seen(ctx context.Context, q authority.TrailQuery, within func(tenant string) bool) (*authority.Sightings, error) {
 	limit := cmp.Or(q.Limit, defaultLimit)
 	out := &authority.Sightings{Seen: []authority.Sighting{}}
-	w := newWanted(&q)
+	w := newWanted(&q, within)
 	end := time.Now().Add(queryTime)
 	// The totals of a sighting go on for as long as the enforcer tracks the
 	// caller. A later report of the same says all that an earlier one said.
@@ -129,13 +131,14 @@ const maxCallers = 100_000
 type wanted struct {
 	*authority.TrailQuery
 	tenant, user, agent, session, client, tool, incident string
+	within                                               func(tenant string) bool
 }
 
-func newWanted(q *authority.TrailQuery) wanted {
+func newWanted(q *authority.TrailQuery, within func(string) bool) wanted {
 	return wanted{
 		TrailQuery: q, tenant: session.ReportText(q.Tenant), user: session.ReportText(q.User), agent: session.ReportText(agentOf(q.Agent)),
 		session: session.ReportText(q.Session), client: session.ReportText(q.Client), tool: session.ReportText(q.Tool),
-		incident: session.ReportText(q.Incident),
+		incident: session.ReportText(q.Incident), within: within,
 	}
 }
 
@@ -151,7 +154,7 @@ func (w *wanted) caller(c *session.Caller) bool {
 	is := func(want, have string) bool { return want == "" || want == have }
 	agent := func(a session.Actor) bool { return a.ID == w.agent || agentOf(a.ID) == w.agent }
 	sid := func(a session.Actor) bool { return a.ID == w.session }
-	return is(w.tenant, c.Tenant) && is(w.user, c.User) && is(w.client, c.Client) &&
+	return (w.within == nil || w.within(c.Tenant)) && is(w.tenant, c.Tenant) && is(w.user, c.User) && is(w.client, c.Client) &&
 		(w.agent == "" || slices.ContainsFunc(c.Actors, agent)) &&
 		(is(w.session, c.Session) || slices.ContainsFunc(c.Ancestors, sid))
 }

@@ -156,7 +156,7 @@ func (w *world) stored(n uint64) {
 
 func (w *world) tools(q authority.TrailQuery) (tools []string, of map[string]authority.TrailEnforcer) {
 	w.Helper()
-	t, err := w.reader.Records(w.ctx, q)
+	t, err := w.reader.Records(w.ctx, q, nil)
 	must(w, err)
 	for _, r := range t.Records {
 		tools = append(tools, r.Tool)
@@ -347,10 +347,10 @@ func TestQueries(t *testing.T) {
 			t.Errorf("%+v: %v, want %s", tt.q, tools, tt.want)
 		}
 	}
-	if tr, err := w.reader.Records(w.ctx, authority.TrailQuery{Limit: 4}); err != nil || tr.More {
+	if tr, err := w.reader.Records(w.ctx, authority.TrailQuery{Limit: 4}, nil); err != nil || tr.More {
 		t.Errorf("more than all: %v", err)
 	}
-	if tr, err := w.reader.Records(w.ctx, authority.TrailQuery{Limit: 3}); err != nil || !tr.More {
+	if tr, err := w.reader.Records(w.ctx, authority.TrailQuery{Limit: 3}, nil); err != nil || !tr.More {
 		t.Errorf("there is more, and it does not say so: %v", err)
 	}
 }
@@ -376,7 +376,7 @@ func TestSeenAreAddedUp(t *testing.T) {
 	send(w.author("a", 2), saw("alice", 5000, 6000, 3))
 	send(b, saw("alice", 500, 5500, 4))
 	w.stored(5)
-	s, err := w.reader.Seen(w.ctx, authority.TrailQuery{})
+	s, err := w.reader.Seen(w.ctx, authority.TrailQuery{}, nil)
 	must(t, err)
 	if len(s.Seen) != 2 || s.Seen[1].User != "bob" {
 		t.Fatalf("%+v", s.Seen)
@@ -385,10 +385,10 @@ func TestSeenAreAddedUp(t *testing.T) {
 	if x.User != "alice" || x.Calls != 9+2+3+4 || x.Denied != 4 || x.First.UnixMilli() != 500 || x.Last.UnixMilli() != 6000 || fmt.Sprint(x.Enforcers) != "[a b]" {
 		t.Errorf("%+v", x)
 	}
-	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{User: "bob"}); err != nil || len(s.Seen) != 1 || s.Seen[0].Calls != 1 {
+	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{User: "bob"}, nil); err != nil || len(s.Seen) != 1 || s.Seen[0].Calls != 1 {
 		t.Errorf("%+v, %v", s, err)
 	}
-	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{Limit: 1}); err != nil || len(s.Seen) != 1 || !s.More {
+	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{Limit: 1}, nil); err != nil || len(s.Seen) != 1 || !s.More {
 		t.Errorf("%+v, %v", s, err)
 	}
 }

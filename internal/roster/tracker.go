@@ -297,13 +297,26 @@ func (m *member) silentAt() time.Time { return m.heard.Add(m.last.MaxStale) }
 func (t *Tracker) Coverage(epoch, number uint64, detail bool) authority.Coverage {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c, _ := t.coverage(epoch, number, detail)
+	c, _ := t.coverage(epoch, number, detail, nil)
 	return c
 }
 
-func (t *Tracker) coverage(epoch, number uint64, detail bool) (c authority.Coverage, next time.Time) {
+// View says, by the tenants of an enforcer, whether it belongs to what somebody
+// may see, and whether all that it does is theirs to know: else what it counts over
+// its tenants is left out. Nil is a view of everything.
+type View func(tenants []session.TenantID) (visible, whole bool)
+
+// CoverageOf is Coverage, without detail, of the enforcers in a view.
+func (t *Tracker) CoverageOf(epoch, number uint64, view View) authority.Coverage {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c, _ := t.coverage(epoch, number, false, view)
+	return c
+}
+
+func (t *Tracker) coverage(epoch, number uint64, detail bool, view View) (c authority.Coverage, next time.Time) {
 	now := t.now()
-	c = authority.Coverage{Epoch: epoch, Number: number, Enforcers: len(t.names)}
+	c = authority.Coverage{Epoch: epoch, Number: number}
 	decided, dated := t.log.TimeAt(epoch, number)
 	if dated {
 		c.At = decided.UTC()
@@ -311,6 +324,14 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool) (c authority.Cover
 	shadowed := 0
 	for _, name := range t.names {
 		m := t.members[name]
+		whole := true
+		if view != nil {
+			visible := false
+			if visible, whole = view(m.Tenants); !visible {
+				continue
+			}
+		}
+		c.Enforcers++
 		e := authority.EnforcerCoverage{Name: name, State: authority.StateAbsent}
 		if m.last != nil {
 			e.Mode, e.LastHeard = m.last.Mode.String(), m.heard.UTC()
@@ -379,6 +400,9 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool) (c authority.Cover
 		case authority.StateAbsent:
 			c.Absent++
 		}
+		if !whole {
+			e.Cut = 0
+		}
 		c.Cut += uint64(e.Cut)
 		c.SlowestMillis = max(c.SlowestMillis, e.LatencyMillis)
 		if detail {
@@ -390,13 +414,13 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool) (c authority.Cover
 	return c, next
 }
 
-// Wait returns the coverage of a batch when every live enforcer has sent its
+// Wait returns the coverage of a batch when every live enforcer in the view has sent its
 // receipt or has passed its own staleness bound, or when ctx ends, which is not
 // an error: Complete says which.
-func (t *Tracker) Wait(ctx context.Context, epoch, number uint64) authority.Coverage {
+func (t *Tracker) Wait(ctx context.Context, epoch, number uint64, view View) authority.Coverage {
 	for {
 		t.mu.Lock()
-		c, next := t.coverage(epoch, number, true)
+		c, next := t.coverage(epoch, number, true, view)
 		changed := t.changed
 		t.mu.Unlock()
 		if c.Complete {

@@ -167,7 +167,7 @@ func TestWait(t *testing.T) {
 		l.add(1)
 		got := make(chan time.Duration, 1)
 		begun := time.Now()
-		wait := func() { tr.Wait(t.Context(), 1, 1); got <- time.Since(begun) }
+		wait := func() { tr.Wait(t.Context(), 1, 1, nil); got <- time.Since(begun) }
 		go wait()
 		time.Sleep(time.Millisecond)
 		hosts["a"].send(1)
@@ -196,14 +196,14 @@ func TestWait(t *testing.T) {
 		hosts["a"].send(2)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if c := tr.Wait(ctx, 1, 3); c.Complete {
+		if c := tr.Wait(ctx, 1, 3, nil); c.Complete {
 			t.Errorf("coverage %+v", c)
 		}
 	})
 }
 
 func wait2(tr *Tracker, number uint64, begun time.Time, got chan<- time.Duration) {
-	tr.Wait(context.Background(), 1, number)
+	tr.Wait(context.Background(), 1, number, nil)
 	got <- time.Since(begun)
 }
 
@@ -216,7 +216,7 @@ func TestSilentBeforehand(t *testing.T) {
 		hosts["a"].send(0)
 		time.Sleep(bound + time.Second)
 		l.add(1)
-		c := tr.Wait(t.Context(), 1, 1)
+		c := tr.Wait(t.Context(), 1, 1, nil)
 		if !c.Complete || !c.Effective || c.Denying != 1 || c.Silent != 1 {
 			t.Fatalf("coverage %+v", c)
 		}

@@ -32,14 +32,16 @@ const (
 	watchSilence = 30 * time.Second
 )
 
-// Options says where the authority is: either Socket, or URL and Token.
+// Options says where the authority is: either Socket, or URL.
 type Options struct {
-	// Socket is the path of the API's unix socket.
+	// Socket is the path of the API's unix socket. What may be done on it is what
+	// this machine's user may, or with a Token, whom that names.
 	Socket string
 	// URL is the API's address, as in "http://127.0.0.1:8470". Plain http is
 	// refused outside loopback: the token would travel in clear.
 	URL string
-	// Token is the bearer token. It is required with URL.
+	// Token is the bearer token. With URL it is required, unless TLS has a client
+	// certificate.
 	Token string
 	// TLS configures https; nil uses the system's roots.
 	TLS *tls.Config
@@ -90,8 +92,8 @@ func New(o Options) (*Client, error) {
 		if u.Scheme == "http" && !isLoopback(u.Hostname()) {
 			return nil, errors.New("authority: plain http is for loopback only: use https")
 		}
-		if o.Token == "" {
-			return nil, errors.New("authority: a URL needs a token")
+		if o.Token == "" && (o.TLS == nil || len(o.TLS.Certificates) == 0 && o.TLS.GetClientCertificate == nil) {
+			return nil, errors.New("authority: a URL needs a token or a client certificate")
 		}
 		c.base = u.Scheme + "://" + u.Host
 	}
