@@ -353,6 +353,12 @@ func TestQueries(t *testing.T) {
 	if tr, err := w.reader.Records(w.ctx, authority.TrailQuery{Limit: 3}, nil); err != nil || !tr.More {
 		t.Errorf("there is more, and it does not say so: %v", err)
 	}
+	for tenant, want := range map[string]int{"acme": 4, "other": 0} {
+		tr, err := w.reader.Records(w.ctx, authority.TrailQuery{}, func(t string) bool { return t == tenant })
+		if err != nil || len(tr.Records) != want {
+			t.Errorf("within %s: %d records, %v", tenant, len(tr.Records), err)
+		}
+	}
 }
 
 // TestSeenAreAddedUp: a caller's later report says more of the same; that of
@@ -387,6 +393,9 @@ func TestSeenAreAddedUp(t *testing.T) {
 	}
 	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{User: "bob"}, nil); err != nil || len(s.Seen) != 1 || s.Seen[0].Calls != 1 {
 		t.Errorf("%+v, %v", s, err)
+	}
+	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{}, func(tenant string) bool { return tenant != "" }); err != nil || len(s.Seen) != 0 {
+		t.Errorf("those of no tenant are seen by one: %+v, %v", s, err)
 	}
 	if s, err := w.reader.Seen(w.ctx, authority.TrailQuery{Limit: 1}, nil); err != nil || len(s.Seen) != 1 || !s.More {
 		t.Errorf("%+v, %v", s, err)

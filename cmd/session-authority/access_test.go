@@ -1,0 +1,698 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"maps"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+
+	"github.com/interlock-fabric/interlock/internal/access"
+	"github.com/interlock-fabric/interlock/pkg/authority"
+)
+
+const (
+	audience = "https://authority.example"
+	idp      = "https://login.example" // of the callers that are decided on
+)
+
+// signIn is an OpenID provider at which people sign in. Its keys can rotate.
+type signIn struct {
+	t   *testing.T
+	srv *httptest.Server
+
+	mu  sync.Mutex
+	key *ecdsa.PrivateKey
+	kid string
+}
+
+func newSignIn(t *testing.T) *signIn {
+	s := &signIn{t: t}
+	s.rotate("k1")
+	s.srv = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/.well-known/openid-configuration":
+			_ = json.NewEncoder(w).Encode(map[string]any{"issuer": s.srv.URL, "jwks_uri": s.srv.URL + "/keys"})
+		case "/keys":
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.key.Public(), KeyID: s.kid, Algorithm: "ES256", Use: "sig"}}})
+		default:
+			http.NotFound(w, r)
+		}
+	}))
+	t.Cleanup(s.srv.Close)
+	return s
+}
+
+func (s *signIn) rotate(kid string) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.key, s.kid = key, kid
+}
+
+// token is one for sub, who is in the groups. change alters claims.
+func (s *signIn) token(sub string, groups []string, change map[string]any) string {
+	s.t.Helper()
+	claims := map[string]any{
+		"iss": s.srv.URL, "aud": audience, "sub": sub, "client_id": "console", "groups": groups,
+		"iat": time.Now().Unix(), "exp": time.Now().Add(time.Hour).Unix(),
+	}
+	maps.Copy(claims, change)
+	b, err := json.Marshal(claims)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sig, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: s.key, KeyID: s.kid}}, (&jose.SignerOptions{}).WithType("at+jwt"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	jws, err := sig.Sign(b)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	out, err := jws.CompactSerialize()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return out
+}
+
+// pki issues certificates, into files.
+type pki struct {
+	t   *testing.T
+	dir string
+	ca  *x509.Certificate
+	key *ecdsa.PrivateKey
+}
+
+func newPKI(t *testing.T) *pki {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "ca"}, NotBefore: time.Now().Add(-time.Minute),
+		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, ca, ca, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pki{t, t.TempDir(), ca, key}
+	p.write("ca.pem", "CERTIFICATE", der)
+	return p
+}
+
+func (p *pki) path(name string) string { return filepath.Join(p.dir, name) }
+
+func (p *pki) write(name, kind string, der []byte) {
+	if err := os.WriteFile(p.path(name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// issue makes NAME.pem and NAME.key, for a server on loopback or for a client with
+// a URI.
+func (p *pki) issue(name, uri string) {
+	p.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour)}
+	if uri == "" {
+		c.IPAddresses, c.ExtKeyUsage = []net.IP{net.IPv4(127, 0, 0, 1)}, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	} else {
+		u, err := url.Parse(uri)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		c.URIs, c.ExtKeyUsage = []*url.URL{u}, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, p.ca, key.Public(), p.key)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.write(name+".pem", "CERTIFICATE", der)
+	p.write(name+".key", "PRIVATE KEY", private)
+}
+
+// client trusts the CA, and shows the certificate of that name, if any.
+func (p *pki) client(name string) *http.Client {
+	p.t.Helper()
+	pool := x509.NewCertPool()
+	b, err := os.ReadFile(p.path("ca.pem"))
+	if err != nil || !pool.AppendCertsFromPEM(b) {
+		p.t.Fatal("no CA")
+	}
+	c := &tls.Config{RootCAs: pool}
+	if name != "" {
+		pair, err := tls.LoadX509KeyPair(p.path(name+".pem"), p.path(name+".key"))
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		c.Certificates = []tls.Certificate{pair}
+	}
+	tr := &http.Transport{TLSClientConfig: c}
+	p.t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr}
+}
+
+// served is the real program, serving two tenants to whom its access file names.
+type served struct {
+	*testing.T
+	dir, url string
+	login    *signIn
+	pki      *pki
+	plain    *http.Client
+	op       *authority.Client // the operator's, on the socket
+	log      *syncBuffer
+	stop     func()
+}
+
+// syncBuffer is a buffer that a process writes and a test reads.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// grants is the part of the access file that gives group ROLE-TENANT that role.
+func grants() string {
+	var b strings.Builder
+	for _, r := range access.Roles() {
+		for name, tenant := range map[string]string{"acme": "acme", "beta": "beta", "all": "*"} {
+			fmt.Fprintf(&b, "  - {claim: groups, value: %s-%s, role: %s, tenants: ['%s']}\n", r, name, r, tenant)
+		}
+	}
+	return b.String()
+}
+
+func startServed(t *testing.T) *served {
+	t.Helper()
+	s := &served{T: t, dir: t.TempDir(), login: newSignIn(t), pki: newPKI(t)}
+	s.pki.issue("server", "")
+	s.plain = s.pki.client("")
+	config := fmt.Sprintf(`audience: %s
+issuers:
+- url: %s
+  discovery: true
+  clients: [console, ci]
+  refresh_interval: 10ms
+  grants:
+%sclient_ca: %s
+certificates:
+- {name: "uri:spiffe://corp/ops/alice", role: commander, tenants: ["*"]}
+- {name: "uri:spiffe://corp/ci", role: issuer, tenants: [acme]}
+`, audience, s.login.srv.URL, grants(), s.pki.path("ca.pem"))
+	file := filepath.Join(s.dir, "access.yaml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.start(file)
+	return s
+}
+
+func (s *served) start(accessFile string) {
+	s.Helper()
+	data := filepath.Join(s.dir, "d")
+	cmd := exec.Command("session-authority", "serve", "--data-dir", data, "--tenant", "acme", "--tenant", "beta", "--issuer", idp,
+		"--nats-listen", "127.0.0.1:0", "--api-listen", "127.0.0.1:0", "--api-tls-cert", s.pki.path("server.pem"), "--api-tls-key", s.pki.path("server.key"),
+		"--access", accessFile, "--log-format", "json")
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=50")
+	r, w, err := os.Pipe()
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.log = &syncBuffer{}
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		s.Fatal(err)
+	}
+	w.Close()
+	up, read := make(chan string, 1), make(chan struct{})
+	go func() {
+		defer close(read)
+		lines := bufio.NewScanner(io.TeeReader(r, s.log))
+		for lines.Scan() {
+			var l struct{ Message, API string }
+			if json.Unmarshal(lines.Bytes(), &l) == nil && l.Message == "the authority is up" {
+				up <- l.API
+			}
+		}
+		close(up)
+	}()
+	s.stop = sync.OnceFunc(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+		<-read
+		_ = cmd.Wait() // how it ended is in the log
+		r.Close()
+	})
+	s.Cleanup(s.stop)
+	addr, ok := <-up
+	if !ok {
+		s.Fatalf("it did not come up:\n%s", s.log)
+	}
+	s.url = "https://" + addr
+	if s.op, err = authority.New(authority.Options{Socket: filepath.Join(data, "api.sock")}); err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(s.op.Close)
+}
+
+// caller is who sends a request: with a token, a certificate, or both, or nothing.
+type caller struct {
+	token string
+	http  *http.Client
+}
+
+func (s *served) as(sub string, groups ...string) caller {
+	return caller{s.login.token(sub, groups, nil), s.plain}
+}
+
+func (s *served) do(c caller, method, path, body string) (int, http.Header, string) {
+	s.Helper()
+	ctx, cancel := context.WithTimeout(s.Context(), 20*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, s.url+path, strings.NewReader(body))
+	if err != nil {
+		s.Fatal(err)
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	if c.token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.token)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.Header.Get("Content-Type") == "text/event-stream" {
+		return resp.StatusCode, resp.Header, "" // it does not end
+	}
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return resp.StatusCode, resp.Header, string(b)
+}
+
+func (s *served) decide(tenant, kind, value, incident string) *authority.Decision {
+	s.Helper()
+	r := authority.Request{Operation: authority.Suspend, Targets: []authority.Target{authority.One(tenant, kind, idp, value)}, Incident: incident, Commit: true}
+	d, err := s.op.Decide(s.Context(), r)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return d
+}
+
+func decision(op, tenant, terms string) string {
+	if tenant != "" {
+		tenant = `"tenant":"` + tenant + `",`
+	}
+	return `{"operation":"` + op + `","targets":[{` + tenant + `"terms":[` + terms + `]}]}`
+}
+
+const (
+	sessionTerm = `{"kind":"session","issuer":"` + idp + `","value":"s1"}`
+	userTerm    = `{"kind":"user","issuer":"` + idp + `","value":"alice"}`
+)
+
+// The table: each endpoint, and each kind of decision, and who may.
+func TestWhoMayDoWhat(t *testing.T) {
+	s := startServed(t)
+	d := s.decide("acme", "session", "s0", "INC-1")
+	keySet, err := s.op.KeySet(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame, err := json.Marshal(map[string][]byte{"frame": keySet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const (
+		v, i, r, c, a = access.Viewer, access.Issuer, access.Responder, access.Commander, access.Auditor
+	)
+	type roles = []access.Role
+	n := 0
+	for _, e := range []struct {
+		pattern, path, body string
+		want                int // of who may
+		may                 roles
+		everywhere          bool // only who has the role in all tenants
+	}{
+		{"POST /v1/decisions", "", decision("revoke", "acme", sessionTerm), 200, roles{i, r, c}, false},
+		{"POST /v1/decisions", "", decision("suspend", "acme", sessionTerm), 200, roles{i, r, c}, false},
+		{"POST /v1/decisions", "", decision("resume", "acme", sessionTerm), 200, roles{r, c}, false},
+		{"POST /v1/decisions", "", decision("revoke", "acme", userTerm), 200, roles{r, c}, false},
+		{"POST /v1/decisions", "", decision("restore", "acme", userTerm), 200, roles{r, c}, false},
+		{"POST /v1/decisions", "", decision("kill", "", `{"kind":"tenant","value":"acme"}`), 200, roles{c}, false},
+		{"POST /v1/decisions", "", decision("suspend", "", `{"kind":"tenant","value":"acme"}`), 200, roles{c}, false},
+		{"POST /v1/decisions", "", decision("restore", "", `{"kind":"tenant","value":"acme"}`), 200, roles{c}, false},
+		{"POST /v1/decisions", "", decision("kill", "", `{"kind":"global"}`), 200, roles{c}, true},
+		{"POST /v1/decisions", "", decision("revoke", "", `{"kind":"global"}`), 200, roles{c}, true},
+		{"POST /v1/decisions", "", decision("restore", "", `{"kind":"global"}`), 200, roles{c}, true},
+		{"GET /v1/decisions/{epoch}/{number}/coverage", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, d.Number), "", 200, roles{v, i, r, c, a}, false},
+		{"GET /v1/status", "", "", 200, roles{v, i, r, c, a}, false},
+		{"GET /v1/watch", "", "", 200, roles{v, r, c, a}, false},
+		{"POST /v1/explain", "", `{"identity":{"tenant":"acme","issuer":"` + idp + `","user":"u"}}`, 200, roles{v, r, c, a}, false},
+		{"GET /v1/enforcers", "", "", 200, roles{v, r, c, a}, false},
+		{"POST /v1/enforcers", "", `{"name":"NEW","tenants":["acme"]}`, 201, roles{c}, false},
+		{"POST /v1/enforcers", "", `{"name":"NEW"}`, 201, roles{c}, true},
+		{"DELETE /v1/enforcers/{name}", "/v1/enforcers/NEW", "", 204, roles{c}, false},
+		{"GET /v1/trail", "", "", 200, roles{r, c, a}, false},
+		{"GET /v1/seen", "", "", 200, roles{r, c, a}, false},
+		{"GET /v1/bus-config", "", "", 200, roles{c}, true},
+		{"GET /v1/keyset", "", "", 200, roles{c, a}, true},
+		{"POST /v1/keyset", "", string(frame), 204, roles{c}, true},
+	} {
+		method, path, _ := strings.Cut(e.pattern, " ")
+		if e.path != "" {
+			path = e.path
+		}
+		for _, role := range access.Roles() {
+			for _, where := range []string{"all", "acme"} {
+				n++
+				name := fmt.Sprintf("e%d", n)
+				path, body := strings.ReplaceAll(path, "NEW", name), strings.ReplaceAll(e.body, "NEW", name)
+				if method == "DELETE" {
+					if _, err := s.op.Enroll(t.Context(), authority.EnrollRequest{Name: name, Tenants: []string{"acme"}}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				code, _, got := s.do(s.as("p", string(role)+"-"+where), method, path, body)
+				may := slices.Contains(e.may, role) && (where == "all" || !e.everywhere)
+				what := fmt.Sprintf("%s of %s: %s %s %s", role, where, method, path, body)
+				switch {
+				case may && code != e.want:
+					t.Errorf("%s: %d %s", what, code, got)
+				case !may && (code != 403 || !strings.Contains(got, authority.ProblemForbidden) || !strings.Contains(got, string(e.may[0]))):
+					t.Errorf("%s: %d %s", what, code, got)
+				}
+			}
+		}
+		for what, c := range map[string]struct {
+			caller
+			want int
+		}{
+			"nobody":              {caller{http: s.plain}, 401},
+			"no role":             {s.as("p", "on-call"), 403},
+			"an agent for a user": {caller{s.login.token("alice", []string{"commander-all"}, map[string]any{"act": map[string]any{"sub": "bot"}}), s.plain}, 403},
+			"an agent's client":   {caller{s.login.token("alice", []string{"commander-all"}, map[string]any{"client_id": "bot"}), s.plain}, 403},
+			"for another":         {caller{s.login.token("alice", []string{"commander-all"}, map[string]any{"aud": "https://tools.example"}), s.plain}, 401},
+			"ended":               {caller{s.login.token("alice", []string{"commander-all"}, map[string]any{"exp": time.Now().Add(-time.Hour).Unix()}), s.plain}, 401},
+			"garbage":             {caller{"x.y.z", s.plain}, 401},
+		} {
+			code, h, got := s.do(c.caller, method, path, e.body)
+			if code != c.want || (code == 401) != (h.Get("WWW-Authenticate") != "") || h.Get("Content-Type") != "application/problem+json" {
+				t.Errorf("%s: %s: %d %s", what, e.pattern, code, got)
+			}
+			if what == "an agent for a user" && !strings.Contains(got, "agent holds no role") {
+				t.Errorf("%s is not told why: %s", what, got)
+			}
+		}
+		tested[e.pattern] = true
+	}
+	for _, p := range access.Endpoints() {
+		if !tested[p] {
+			t.Errorf("%s is in no test: add it to the table", p)
+		}
+	}
+}
+
+// tested are the endpoints that a table has.
+var tested = map[string]bool{}
+
+// A client certificate is as good as a token; the bootstrap token is none any more.
+func TestMeans(t *testing.T) {
+	s := startServed(t)
+	s.pki.issue("alice", "spiffe://corp/ops/alice")
+	s.pki.issue("ci", "spiffe://corp/ci")
+	s.pki.issue("bot", "spiffe://corp/agent/bot")
+	stranger := newPKI(t)
+	stranger.issue("alice", "spiffe://corp/ops/alice")
+	alice := caller{http: s.pki.client("alice")}
+	kill := decision("kill", "", `{"kind":"global"}`)
+	for name, c := range map[string]struct {
+		caller
+		body string
+		want int
+	}{
+		"a commander's":      {alice, kill, 200},
+		"a service's":        {caller{http: s.pki.client("ci")}, decision("revoke", "acme", sessionTerm), 200},
+		"a service's, wide":  {caller{http: s.pki.client("ci")}, decision("revoke", "acme", userTerm), 403},
+		"a service's, other": {caller{http: s.pki.client("ci")}, decision("revoke", "beta", sessionTerm), 400},
+		"an agent's":         {caller{http: s.pki.client("bot")}, kill, 403},
+		"none":               {caller{http: s.plain}, kill, 401},
+		// The token is who speaks, whatever the connection shows.
+		"a commander's, with a viewer's token": {caller{s.login.token("v", []string{"viewer-all"}, nil), alice.http}, kill, 403},
+	} {
+		if code, _, got := s.do(c.caller, "POST", "/v1/decisions", c.body); code != c.want {
+			t.Errorf("%s: %d %s", name, code, got)
+		}
+	}
+	// One of another CA does not get as far as a request.
+	c := stranger.client("alice")
+	c.Transport.(*http.Transport).TLSClientConfig.RootCAs = s.plain.Transport.(*http.Transport).TLSClientConfig.RootCAs
+	if resp, err := c.Get(s.url + "/v1/status"); err == nil {
+		resp.Body.Close()
+		t.Errorf("a certificate of another CA: %s", resp.Status)
+	}
+
+	token := strings.Repeat("b", 52)
+	if err := os.WriteFile(filepath.Join(s.dir, "d", "api.token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	s.start(filepath.Join(s.dir, "access.yaml"))
+	if code, _, got := s.do(caller{token, s.plain}, "GET", "/v1/status", ""); code != 401 || !strings.Contains(got, "bootstrap token is refused") {
+		t.Errorf("the bootstrap token: %d %s", code, got)
+	}
+	if strings.Contains(s.log.String(), token) {
+		t.Error("a token is in the log")
+	}
+
+	// The issuer's keys rotate: the new ones are good, and the old ones are not.
+	old := s.as("p", "viewer-all")
+	if code, _, got := s.do(old, "GET", "/v1/status", ""); code != 200 {
+		t.Errorf("before: %d %s", code, got)
+	}
+	s.login.rotate("k2")
+	tick := time.NewTicker(20 * time.Millisecond) // keys are fetched once in a while only
+	defer tick.Stop()
+	for deadline := time.Now().Add(20 * time.Second); ; <-tick.C {
+		code, _, got := s.do(s.as("p", "viewer-all"), "GET", "/v1/status", "")
+		if code == 200 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("a new key: %d %s", code, got)
+		}
+	}
+	if code, _, got := s.do(old, "GET", "/v1/status", ""); code != 401 {
+		t.Errorf("an old key: %d %s", code, got)
+	}
+}
+
+// What is another tenant's does not exist: the answers are those for what there
+// never was, and nothing that is shown has a trace of it.
+func TestOneTenantNeverSeesAnother(t *testing.T) {
+	s := startServed(t)
+	ctx := t.Context()
+	for name, tenants := range map[string][]string{"eu-acme": {"acme"}, "eu-beta": {"beta"}, "shared": {"acme", "beta"}} {
+		if _, err := s.op.Enroll(ctx, authority.EnrollRequest{Name: name, Tenants: tenants}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var everything []string
+	for _, r := range access.Roles() {
+		everything = append(everything, string(r)+"-beta")
+	}
+	beta := s.as("b", everything...)
+
+	// A watcher of beta's hears of beta's, though acme's came first.
+	watch, err := authority.New(authority.Options{URL: s.url, Token: beta.token, TLS: s.plain.Transport.(*http.Transport).TLSClientConfig.Clone()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Close()
+	events := make(chan authority.Event, 16)
+	watching, stop := context.WithTimeout(ctx, 30*time.Second)
+	defer stop()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for e, err := range watch.Watch(watching) {
+			if err != nil {
+				return
+			}
+			select {
+			case events <- e:
+			default:
+			}
+		}
+	}()
+
+	acme := s.decide("acme", "user", "carol", "INC-OURS")
+	kill, err := s.op.Decide(ctx, authority.Request{Operation: authority.Kill, Targets: []authority.Target{authority.One("", "tenant", "", "acme")}, Incident: "INC-OURS", Commit: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The watch may begin only now: beta's decisions are made until one is heard.
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	var first *authority.DecisionEvent
+	for n := 0; first == nil; n++ {
+		s.decide("acme", "user", fmt.Sprint("carol", n), "INC-OURS")
+		s.decide("beta", "user", fmt.Sprint("dave", n), "INC-THEIRS")
+		select {
+		case e := <-events:
+			first = e.Decision
+		case <-tick.C:
+		case <-ended:
+			t.Fatal("the watch ended")
+		}
+	}
+	if len(first.Lines) != 1 || first.Lines[0].Tenant != "beta" || first.Lines[0].Incident != "INC-THEIRS" {
+		t.Errorf("heard %+v", first)
+	}
+	stop()
+	<-ended
+
+	// Nothing that beta can read has a word of acme's.
+	for _, path := range []string{"/v1/status", "/v1/enforcers", "/v1/trail", "/v1/seen", "/v1/trail?tenant=acme", "/v1/seen?tenant=acme", "/v1/trail?enforcer=eu-acme"} {
+		code, _, got := s.do(beta, "GET", path, "")
+		if code != 200 {
+			t.Errorf("%s: %d %s", path, code, got)
+		}
+		for _, word := range []string{"acme", "INC-OURS", "carol"} {
+			if strings.Contains(got, word) {
+				t.Errorf("%s shows %s: %s", path, word, got)
+			}
+		}
+	}
+	var st authority.Status
+	if _, _, got := s.do(beta, "GET", "/v1/status", ""); json.Unmarshal([]byte(got), &st) != nil || !slices.Equal(st.Tenants, []string{"beta"}) || len(st.Kills) != 0 || st.Enforcers.Enrolled != 2 {
+		t.Errorf("status %+v", st)
+	}
+	if all, err := s.op.Status(ctx); err != nil || all.Entries <= st.Entries || st.Entries == 0 || len(all.Kills) != 1 || all.Enforcers.Enrolled != 3 {
+		t.Errorf("the operator's %+v, %v; beta's has %d entries", all, err, st.Entries)
+	}
+
+	// What names acme's is answered as what names nothing.
+	missing := func(s string) string {
+		return strings.NewReplacer("eu-acme", "eu-none", "acme", "none").Replace(s)
+	}
+	for _, e := range []struct{ method, path, body string }{
+		{"POST", "/v1/decisions", decision("revoke", "acme", sessionTerm)},
+		{"POST", "/v1/decisions", decision("revoke", "acme", userTerm)},
+		{"POST", "/v1/decisions", decision("kill", "", `{"kind":"tenant","value":"acme"}`)},
+		{"POST", "/v1/decisions", decision("restore", "", `{"kind":"tenant","value":"acme"}`)},
+		{"POST", "/v1/decisions", `{"operation":"suspend","targets":[{"tenant":"beta","terms":[` + userTerm + `]}],"except":[{"tenant":"acme","terms":[` + userTerm + `]}]}`},
+		{"POST", "/v1/explain", `{"identity":{"tenant":"acme","issuer":"` + idp + `","user":"carol"}}`},
+		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["acme"]}`},
+		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["beta","acme"]}`},
+		{"DELETE", "/v1/enforcers/eu-acme", ""},
+	} {
+		code, _, got := s.do(beta, e.method, e.path, e.body)
+		other, _, want := s.do(beta, e.method, missing(e.path), missing(e.body))
+		if code != other || missing(got) != want || code < 400 {
+			t.Errorf("%s %s %s: %d %s; for what there is not: %d %s", e.method, e.path, e.body, code, got, other, want)
+		}
+	}
+	for _, d := range []*authority.Decision{acme, kill} {
+		code, _, got := s.do(beta, "GET", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, d.Number), "")
+		other, _, _ := s.do(beta, "GET", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, 1_000_000), "")
+		if code != 404 || other != 404 {
+			t.Errorf("coverage of acme's: %d %s; of none: %d", code, got, other)
+		}
+	}
+	mine := s.decide("beta", "user", "erin", "INC-THEIRS")
+	var cov authority.Coverage
+	if _, _, got := s.do(beta, "GET", fmt.Sprintf("/v1/decisions/%d/%d/coverage", mine.Epoch, mine.Number), ""); json.Unmarshal([]byte(got), &cov) != nil || cov.Enforcers != 2 || len(cov.Detail) != 2 {
+		t.Errorf("coverage of beta's own: %+v", cov)
+	}
+	// Global is everybody's to be shown and nobody's of one tenant to decide.
+	if code, _, got := s.do(beta, "POST", "/v1/decisions", decision("kill", "", `{"kind":"global"}`)); code != 403 {
+		t.Errorf("a global kill: %d %s", code, got)
+	}
+	// The shared enforcer is not beta's alone.
+	if code, _, got := s.do(beta, "DELETE", "/v1/enforcers/shared", ""); code != 403 || strings.Contains(got, "acme") {
+		t.Errorf("retiring the shared enforcer: %d %s", code, got)
+	}
+	// A preview counts the enforcers of the tenant.
+	var prev authority.Decision
+	if _, _, got := s.do(beta, "POST", "/v1/decisions", decision("suspend", "beta", userTerm)); json.Unmarshal([]byte(got), &prev) != nil || prev.Preview == nil || prev.Preview.Enforcers != 2 {
+		t.Errorf("preview %s", got)
+	}
+	// Idempotency keys are one's own.
+	body := strings.Replace(decision("suspend", "beta", sessionTerm), "{", `{"commit":true,`, 1)
+	for _, who := range []caller{beta, s.as("b2", "responder-beta"), s.as("o", "commander-all")} {
+		req, err := http.NewRequestWithContext(ctx, "POST", s.url+"/v1/decisions", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header = http.Header{"Content-Type": {"application/json"}, "Idempotency-Key": {"k"}, "Authorization": {"Bearer " + who.token}}
+		resp, err := s.plain.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var d authority.Decision
+		err = json.NewDecoder(resp.Body).Decode(&d)
+		resp.Body.Close()
+		if err != nil || !d.Committed || d.Duplicate {
+			t.Errorf("%s %+v, %v", resp.Status, d, err)
+		}
+		body = strings.Replace(body, `"s1"`, `"s1x"`, 1)
+	}
+}
