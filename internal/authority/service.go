@@ -151,7 +151,11 @@ func (a *Authority) Coverage(ctx context.Context, epoch, number uint64, wait tim
 
 // Status says how the authority and its enforcers are; it is the API's.
 func (a *Authority) Status(ctx context.Context) (*authority.Status, error) {
-	scope := access.From(ctx).Scope(access.ReadStatus)
+	return a.status(access.From(ctx).Scope(access.ReadStatus)), nil
+}
+
+// status is the status as a scope shows it.
+func (a *Authority) status(scope access.Scope) *authority.Status {
 	st, ks, now := a.seq.Status(), a.store.KeySet(), time.Now()
 	s := &authority.Status{
 		Version: a.o.Version, Writer: st.Writer, Epoch: st.Epoch, Number: st.Number, Head: hex.EncodeToString(st.Head[:]),
@@ -287,7 +291,7 @@ func (a *Authority) Status(ctx context.Context) (*authority.Status, error) {
 			s.Kills = append(s.Kills, "tenant "+t.Name)
 		}
 	}
-	return s, nil
+	return s
 }
 
 // holdToTarget counts an armed enforcer's last canary.
