@@ -412,6 +412,8 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"DELETE /v1/enforcers/{name}", "/v1/enforcers/NEW", "", 204, roles{c}, false},
 		{"GET /v1/trail", "", "", 200, roles{r, c, a}, false},
 		{"GET /v1/seen", "", "", 200, roles{r, c, a}, false},
+		{"GET /v1/audit", "", "", 200, roles{r, c, a}, true},
+		{"GET /v1/audit/export", "", "", 200, roles{r, c, a}, true},
 		{"GET /v1/bus-config", "", "", 200, roles{c}, true},
 		{"GET /v1/keyset", "", "", 200, roles{c, a}, true},
 		{"POST /v1/keyset", "", string(frame), 204, roles{c}, true},
