@@ -2,19 +2,10 @@ package mcpguard_test
 
 import (
 	"context"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"net/http"
 	"testing"
-	"time"
 
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	mcpguard "github.com/interlock-fabric/interlock/adapters/mcp"
@@ -187,32 +178,11 @@ func TestRevokedToolIsDeniedAloneAndCut(t *testing.T) {
 func TestTokenBoundToAKeyNeedsAProof(t *testing.T) {
 	forEachEra(t, func(t *testing.T, era string) {
 		w := newWorld(t, nil)
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum, err := (&jose.JSONWebKey{Key: key.Public()}).Thumbprint(crypto.SHA256)
-		if err != nil {
-			t.Fatal(err)
-		}
-		signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, (&jose.SignerOptions{EmbedJWK: true}).WithType("dpop+jwt"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		token := w.token(t, "ann", func(c map[string]any) {
-			c["cnf"] = map[string]any{"jkt": base64.RawURLEncoding.EncodeToString(sum)}
-		})
+		ann := guardtest.NewHolder(t)
+		token := w.token(t, "ann", ann.Bind)
 		prove := func(r *http.Request, token string) {
-			ath := sha256.Sum256([]byte(token))
-			proof, err := jwt.Signed(signer).Claims(map[string]any{
-				"jti": rand.Text(), "htm": r.Method, "htu": r.URL.String(), "iat": time.Now().Unix(),
-				"ath": base64.RawURLEncoding.EncodeToString(ath[:]),
-			}).Serialize()
-			if err != nil {
-				t.Error(err)
-			}
 			r.Header.Set("Authorization", "DPoP "+token)
-			r.Header.Set("DPoP", proof)
+			r.Header.Set("DPoP", ann.Proof(r.Method, r.URL.String(), token, nil))
 		}
 		if _, err := w.dial(t, era, token); err == nil {
 			t.Fatal("good without a proof")

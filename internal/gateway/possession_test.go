@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -20,45 +19,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
-
+	"github.com/interlock-fabric/interlock/internal/guardtest"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
 func hash64(b []byte) string {
 	sum := sha256.Sum256(b)
 	return base64.RawURLEncoding.EncodeToString(sum[:])
-}
-
-// holder has a key that tokens are bound to.
-type holder struct {
-	t      testing.TB
-	signer jose.Signer
-	jkt    string
-}
-
-func newHolder(t testing.TB) *holder {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, (&jose.SignerOptions{EmbedJWK: true}).WithType("dpop+jwt"))
-	must(t, err)
-	sum, err := (&jose.JSONWebKey{Key: key.Public()}).Thumbprint(crypto.SHA256)
-	must(t, err)
-	return &holder{t, signer, base64.RawURLEncoding.EncodeToString(sum)}
-}
-
-// bound binds a token to the holder's key.
-func (h *holder) bound(c map[string]any) { c["cnf"] = map[string]any{"jkt": h.jkt} }
-
-// proof is a good one for a POST of a token, but for what is changed.
-func (h *holder) proof(token, url string, change map[string]any) string {
-	h.t.Helper()
-	c := map[string]any{"jti": rand.Text(), "htm": http.MethodPost, "htu": url, "iat": time.Now().Unix(), "ath": hash64([]byte(token))}
-	for k, v := range change {
-		c[k] = v
-	}
-	return sign(h.t, h.signer, c)
 }
 
 // present has a request carry a token with its proofs.
@@ -78,8 +45,8 @@ func TestDPoP(t *testing.T) {
 	up, reached := plainUpstream(t)
 	c := w.load(routeTo("mcp", "/mcp", up.URL, ""))
 	g := w.start(c, Proxy)
-	ann, eve := newHolder(t), newHolder(t)
-	token, other := w.token("ann", "s-ann", ann.bound), w.token("ann", "s-ann", ann.bound)
+	ann, eve := guardtest.NewHolder(t), guardtest.NewHolder(t)
+	token, other := w.token("ann", "s-ann", ann.Bind), w.token("ann", "s-ann", ann.Bind)
 	send := func(change func(*http.Request)) (int, string, http.Header) {
 		t.Helper()
 		resp := post(t, g.url()+"/mcp", "", toolCall("echo"), change)
@@ -87,7 +54,7 @@ func TestDPoP(t *testing.T) {
 		must(t, err)
 		return resp.StatusCode, string(b), resp.Header
 	}
-	first := ann.proof(token, resource, nil)
+	first := ann.Proof(http.MethodPost, resource, token, nil)
 	if status, body, _ := send(present(token, first)); status != http.StatusOK {
 		t.Fatalf("a good proof: %d %s", status, body)
 	}
@@ -96,14 +63,14 @@ func TestDPoP(t *testing.T) {
 	}
 	at := func(url string, host ...string) func(*http.Request) {
 		return func(r *http.Request) {
-			present(token, ann.proof(token, url, nil))(r)
+			present(token, ann.Proof(http.MethodPost, url, token, nil))(r)
 			for _, h := range host {
 				r.Host = h
 			}
 		}
 	}
 	proof := func(change map[string]any) func(*http.Request) {
-		return present(token, ann.proof(token, resource, change))
+		return present(token, ann.Proof(http.MethodPost, resource, token, change))
 	}
 	for name, x := range map[string]struct {
 		change func(*http.Request)
@@ -116,12 +83,12 @@ func TestDPoP(t *testing.T) {
 		"another server, which the request names": {at("http://other.example/mcp", "other.example"), "another URL"},
 		"the listener's own address":              {at(g.url() + "/mcp"), "another URL"},
 		"another method":                          {proof(map[string]any{"htm": http.MethodGet}), "another method"},
-		"another token":                           {present(token, ann.proof(other, resource, nil)), "another token"},
-		"another's key":                           {present(token, eve.proof(token, resource, nil)), "another key"},
+		"another token":                           {present(token, ann.Proof(http.MethodPost, resource, other, nil)), "another token"},
+		"another's key":                           {present(token, eve.Proof(http.MethodPost, resource, token, nil)), "another key"},
 		"too old":                                 {proof(map[string]any{"iat": time.Now().Add(-2 * time.Minute).Unix()}), "too old"},
 		"of the future":                           {proof(map[string]any{"iat": time.Now().Add(time.Minute).Unix()}), "not valid yet"},
 		"none":                                    {present(token), "missing"},
-		"two":                                     {present(token, ann.proof(token, resource, nil), ann.proof(token, resource, nil)), "twice"},
+		"two":                                     {present(token, ann.Proof(http.MethodPost, resource, token, nil), ann.Proof(http.MethodPost, resource, token, nil)), "twice"},
 		"as a bearer token":                       {func(r *http.Request) { r.Header.Set("Authorization", "Bearer "+token) }, "scheme DPoP"},
 		"for a token of no key":                   {present(w.token("ann", "s-ann"), first), "bound to no key"},
 	} {
@@ -140,7 +107,7 @@ func TestDPoP(t *testing.T) {
 	}
 
 	// What was accepted is remembered over a reload.
-	last := ann.proof(token, resource, nil)
+	last := ann.Proof(http.MethodPost, resource, token, nil)
 	if status, body, _ := send(present(token, last)); status != http.StatusOK {
 		t.Fatalf("a good proof: %d %s", status, body)
 	}
@@ -149,7 +116,7 @@ func TestDPoP(t *testing.T) {
 		t.Errorf("again, after a reload: %d %s", status, body)
 	}
 	// A decision on the key counts for whoever proves it.
-	w.decide(authority.Revoke, "key", "jkt:"+ann.jkt)
+	w.decide(authority.Revoke, "key", "jkt:"+ann.Thumbprint)
 	eventually(t, "denied", func() bool {
 		status, body, _ := send(proof(nil))
 		return status == http.StatusUnauthorized && strings.Contains(body, "INC-142")
@@ -161,7 +128,7 @@ func TestDPoP(t *testing.T) {
 func TestOriginOfProofs(t *testing.T) {
 	w := newWorld(t)
 	up, reached := plainUpstream(t)
-	ann := newHolder(t)
+	ann := guardtest.NewHolder(t)
 	route := routeTo("mcp", "/mcp", up.URL, "")
 	for name, x := range map[string]struct {
 		config string
@@ -175,7 +142,7 @@ func TestOriginOfProofs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := w.start(w.load(x.config), Proxy)
-			token := w.token("ann", "s-ann", ann.bound, func(c map[string]any) {
+			token := w.token("ann", "s-ann", ann.Bind, func(c map[string]any) {
 				if name == "unknown" {
 					c["aud"] = "urn:example:tools"
 				}
@@ -184,7 +151,7 @@ func TestOriginOfProofs(t *testing.T) {
 			if origin == "" {
 				origin, want = "https://tools.example", http.StatusUnauthorized
 			}
-			resp := post(t, g.url()+"/mcp", "", toolCall("echo"), present(token, ann.proof(token, origin+"/mcp", nil)), func(r *http.Request) { r.Host = "tools.example" })
+			resp := post(t, g.url()+"/mcp", "", toolCall("echo"), present(token, ann.Proof(http.MethodPost, origin+"/mcp", token, nil)), func(r *http.Request) { r.Host = "tools.example" })
 			body, _ := io.ReadAll(resp.Body)
 			if resp.StatusCode != want || !strings.Contains(string(body), x.says) || len(reached) != map[int]int{http.StatusOK: 1}[want] {
 				t.Errorf("%s: %s", resp.Status, body)
@@ -203,14 +170,14 @@ func TestNonceOfProofs(t *testing.T) {
 	up, _ := plainUpstream(t)
 	w.write("nonce", strings.Repeat("k", 32))
 	g := w.start(w.load("proof: {nonce_key_file: nonce}\n"+routeTo("mcp", "/mcp", up.URL, "")), Proxy)
-	ann := newHolder(t)
-	token := w.token("ann", "s-ann", ann.bound)
-	resp := post(t, g.url()+"/mcp", "", toolCall("echo"), present(token, ann.proof(token, resource, nil)))
+	ann := guardtest.NewHolder(t)
+	token := w.token("ann", "s-ann", ann.Bind)
+	resp := post(t, g.url()+"/mcp", "", toolCall("echo"), present(token, ann.Proof(http.MethodPost, resource, token, nil)))
 	nonce := resp.Header.Get("Dpop-Nonce")
 	if challenge := strings.Join(resp.Header.Values("Www-Authenticate"), ", "); resp.StatusCode != http.StatusUnauthorized || nonce == "" || !strings.Contains(challenge, `DPoP error="use_dpop_nonce"`) {
 		t.Fatalf("%s %v", resp.Status, resp.Header)
 	}
-	resp = post(t, g.url()+"/mcp", "", toolCall("echo"), present(token, ann.proof(token, resource, map[string]any{"nonce": nonce})))
+	resp = post(t, g.url()+"/mcp", "", toolCall("echo"), present(token, ann.Proof(http.MethodPost, resource, token, map[string]any{"nonce": nonce})))
 	if resp.StatusCode != http.StatusOK {
 		t.Error(resp.Status)
 	}
@@ -326,10 +293,10 @@ func TestCertificateBoundTokens(t *testing.T) {
 	w.write("clients.pem", clientCA.pem())
 	g := w.start(w.load(strings.Replace(routeTo("mcp", "/mcp", up.URL, ""), listener, fmt.Sprintf(secureListener, ", client_ca: clients.pem"), 1)), Proxy)
 	own, anothers, stranger := clientCA.issue("ann"), clientCA.issue("eve"), newCA(t).issue("ann")
-	ann := newHolder(t)
+	ann := guardtest.NewHolder(t)
 	x5t := hash64(own.Certificate[0])
 	byCert := w.token("ann", "s-ann", func(c map[string]any) { c["cnf"] = map[string]any{"x5t#S256": x5t} })
-	byBoth := w.token("ann", "s-ann", func(c map[string]any) { c["cnf"] = map[string]any{"x5t#S256": x5t, "jkt": ann.jkt} })
+	byBoth := w.token("ann", "s-ann", func(c map[string]any) { c["cnf"] = map[string]any{"x5t#S256": x5t, "jkt": ann.Thumbprint} })
 	byNone := w.token("ann", "s-ann")
 	for _, h2 := range []bool{false, true} {
 		for name, x := range map[string]struct {
@@ -353,7 +320,7 @@ func TestCertificateBoundTokens(t *testing.T) {
 				tr := over(t, serverCA, h2, x.cert)
 				var proofs []string
 				if x.proved != "" {
-					proofs = append(proofs, ann.proof(x.proved, resource, nil))
+					proofs = append(proofs, ann.Proof(http.MethodPost, resource, x.proved, nil))
 				}
 				resp, body, err := sendTLS(t, tr, g, x.auth, proofs...)
 				switch {
