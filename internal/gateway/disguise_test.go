@@ -1,11 +1,25 @@
 package gateway
 
 import (
+	"bytes"
+	"context"
+	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
+	auth "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/interlock-fabric/interlock/internal/gateway/config"
+	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -127,4 +141,115 @@ func TestForwardAuthIsNotOverridden(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whatever a caller does, its sessions are closed where they were opened.
+func TestSessionsAreClosedWhereTheyWereOpened(t *testing.T) {
+	w := newWorld(t)
+	opened, closed := 0, make(chan string, 8)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		switch {
+		case r.URL.Path != "/v1/endpoint":
+			http.NotFound(w, r)
+		case r.Method == http.MethodDelete:
+			closed <- r.Header.Get("Mcp-Session-Id")
+		case strings.Contains(string(body), "initialize"):
+			opened++
+			w.Header().Set("Mcp-Session-Id", fmt.Sprint("session-", opened))
+		}
+	}))
+	defer up.Close()
+	g := w.start(w.load(routeTo("mcp", "/", up.URL+"/v1", "")), Proxy)
+	ann, tr := w.token("ann", "s-ann"), &http.Transport{DisableKeepAlives: true}
+	ask := func(path, method string, status int, header ...string) {
+		t.Helper()
+		header = append(header, "Content-Type", "application/json")
+		if resp := send(t, tr, "POST", g.url()+path, ann, `{"jsonrpc":"2.0","id":1,"method":"`+method+`","params":{}}`, header...); resp.StatusCode != status {
+			t.Fatal(resp.Status)
+		}
+	}
+	ask("/endpoint", "initialize", 200)
+	ask("/elsewhere", "ping", 404, "Mcp-Session-Id", "session-1")
+	ask("/endpoint", "initialize", 200, "Mcp-Session-Id", "session-1")
+	if n := g.sessions.Len(); n != 2 {
+		t.Errorf("%d sessions are tracked", n)
+	}
+	w.decide(authority.Revoke, "session", "s-ann")
+	got := []string{within(t, "a session is closed", closed), within(t, "the other is closed", closed)}
+	if slices.Sort(got); got[0] != "session-1" || got[1] != "session-2" {
+		t.Errorf("closed are %v", got)
+	}
+}
+
+// A request that makes the gateway panic is denied, ends nothing else, and is in
+// the log where an operator sees it.
+func TestPanicsAreToldAndContained(t *testing.T) {
+	w := newWorld(t)
+	up, _ := plainUpstream(t)
+	for kind, c := range map[Kind]*config.Config{
+		Proxy: w.load(routeTo("http", "/files", up.URL, "")),
+		Authz: w.load(authzBoth),
+	} {
+		var log syncBuffer
+		g, err := Start(Options{
+			Config: c, Kind: kind, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelInfo})),
+			Observe: func(d *route.Decision) {
+				if d.Method == "GET /files/bad" {
+					panic("on purpose")
+				}
+			},
+		})
+		must(t, err)
+		defer g.Shutdown(context.Background())
+		eventually(t, "ready", func() bool { return g.unready() == "" })
+		ann := w.token("ann", "s-ann")
+		ask := func(path string) bool {
+			if kind == Proxy {
+				req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, g.url()+path, nil)
+				must(t, err)
+				req.Header.Set("Authorization", "Bearer "+ann)
+				resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+				if err != nil {
+					return false
+				}
+				defer resp.Body.Close()
+				return resp.StatusCode == http.StatusOK
+			}
+			conn, err := grpc.NewClient(strings.TrimPrefix(g.url(), "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+			must(t, err)
+			defer conn.Close()
+			res, err := auth.NewAuthorizationClient(conn).Check(t.Context(), &auth.CheckRequest{Attributes: &auth.AttributeContext{Request: &auth.AttributeContext_Request{
+				Http: &auth.AttributeContext_HttpRequest{Method: "GET", Path: path, Host: "tools.example", Headers: map[string]string{"authorization": "Bearer " + ann}},
+			}}})
+			must(t, err)
+			return res.Status.Code == int32(codes.OK)
+		}
+		if ask("/files/bad") {
+			t.Error("allowed")
+		}
+		if !ask("/files/good") {
+			t.Error("another request is denied")
+		}
+		if s := log.String(); !strings.Contains(s, "level=ERROR") || !strings.Contains(s, "on purpose") || strings.Contains(s, ann) {
+			t.Errorf("the log: %s", s)
+		}
+	}
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
 }

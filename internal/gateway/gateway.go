@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"os"
 	"reflect"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -509,7 +510,7 @@ func (g *Gateway) open(rt *runtime, c config.Listener) (*server, error) {
 		handler = &authz.HTTP{Service: g.service}
 	}
 	srv := &http.Server{
-		Handler:           handler,
+		Handler:           g.watched(handler),
 		ReadHeaderTimeout: p.ReadHeaderTimeout, IdleTimeout: p.IdleTimeout, MaxHeaderBytes: p.MaxHeaderBytes,
 		ErrorLog:  slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
 		TLSConfig: secured,
@@ -529,6 +530,28 @@ func (g *Gateway) open(rt *runtime, c config.Listener) (*server, error) {
 		g.ended(c.Listen, err)
 	})
 	return &server{addr: c.Listen, l: l, stop: srv.Shutdown, kill: func() { _ = srv.Close() }}, nil
+}
+
+// watched says in the log that a handler has panicked. The server, which ends the
+// connection then, says it among what no operator reads.
+func (g *Gateway) watched(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			v := recover()
+			if v == nil {
+				return
+			}
+			if v != http.ErrAbortHandler { //nolint:errorlint // it is that value, or another
+				g.panicked(v)
+			}
+			panic(http.ErrAbortHandler) // the server is to be silent about it
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (g *Gateway) panicked(v any) {
+	g.log.Error("a request made the gateway panic", "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
 }
 
 // service is the authorization service of a new request.
@@ -553,7 +576,7 @@ func (g *Gateway) serveGRPC(l net.Listener, addr string, secured *tls.Config) *s
 		opts = append(opts, grpc.Creds(credentials.NewTLS(secured)))
 	}
 	srv := grpc.NewServer(opts...)
-	auth.RegisterAuthorizationServer(srv, &authz.GRPC{Service: g.service})
+	auth.RegisterAuthorizationServer(srv, &authz.GRPC{Service: g.service, Panicked: g.panicked})
 	g.wg.Go(func() {
 		if err := srv.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
 			g.ended(addr, err)

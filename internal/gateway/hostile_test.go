@@ -124,6 +124,7 @@ func TestA2AOperationsHaveOneName(t *testing.T) {
 		"as gRPC":                {"/a2a/GetTask", send, grpc, h2c()},
 		"as gRPC, no method":     {"/a2a/", send, grpc, h2c()},
 		"at a path of REST":      {"/a2a/tasks/t1:cancel", send, nil, nil},
+		"without the version":    {"/a2a/tasks/t1:cancel", strings.Replace(send, `"jsonrpc":"2.0",`, "", 1), nil, nil},
 		"by the name of A2A 0.3": {"/a2a", strings.Replace(send, "SendMessage", "message/stream", 1), nil, nil},
 		"as REST, further down":  {"/a2a/x/y/z/message:send", strings.Replace(send, "SendMessage", "GetTask", 1), nil, nil},
 		"REST":                   {"/a2a/message:send", "{}", nil, nil},

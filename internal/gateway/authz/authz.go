@@ -40,6 +40,7 @@ var (
 	errDescribed = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the request is not described: see authz.forward_headers"}
 	errUnread    = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the message was not sent along whole: raise max_request_bytes"}
 	errSpoofed   = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "a header could be taken for one that names the caller"}
+	errPanic     = &operation.Refusal{Status: http.StatusServiceUnavailable, Code: -32603, Why: "the request could not be decided"}
 	errMethod    = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "the method is not one of MCP"}
 	errOverride  = &operation.Refusal{Status: http.StatusForbidden, Code: -32600, Why: "a header asks for another method than the request's"}
 )
@@ -133,11 +134,20 @@ func operationOf(g *route.Guard, r *http.Request, below string, body []byte, par
 type GRPC struct {
 	auth.UnimplementedAuthorizationServer
 	Service func() (*Service, func())
+	// Panicked hears of a panic, whose request is denied: gRPC's server would end
+	// the process.
+	Panicked func(any)
 }
 
 // Check answers one request. It has no error of its own: what cannot be decided is
 // denied.
-func (x *GRPC) Check(ctx context.Context, in *auth.CheckRequest) (*auth.CheckResponse, error) {
+func (x *GRPC) Check(ctx context.Context, in *auth.CheckRequest) (res *auth.CheckResponse, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			x.Panicked(v)
+			res, err = refused(errPanic), nil
+		}
+	}()
 	s, done := x.Service()
 	defer done()
 	h := in.GetAttributes().GetRequest().GetHttp()

@@ -214,7 +214,8 @@ func CheckREST(body []byte) error {
 		return nil // what the Go SDK sends where there is nothing to say
 	}
 	return members(body, func(key []byte, _ json.RawMessage) error {
-		if strings.EqualFold(string(key), "jsonrpc") {
+		// Some do without the version; no body of REST has a method.
+		if k := string(key); strings.EqualFold(k, "jsonrpc") || strings.EqualFold(k, "method") {
 			return refuse(codeInvalid, "a message of JSON-RPC at a path of REST")
 		}
 		return nil

@@ -61,6 +61,8 @@ type tracked struct {
 	key   sessionKey
 	owner string
 	up    *upstream
+	// below and query are where it was opened: its requests are made there.
+	below, query string
 	// header is what the upstream needs to see in what is said to it.
 	header  http.Header
 	held    *guard.Hold // nil while no binding is in place
@@ -303,7 +305,8 @@ func (s *Sessions) say(t *tracked, method string, body []byte) error {
 	ctx, cancel := context.WithTimeout(s.ctx, lastWordsTime)
 	defer cancel()
 	var u url.URL
-	t.up.address(&u, "")
+	t.up.address(&u, t.below)
+	u.RawQuery = t.query
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(body))
 	if err != nil {
 		return err
@@ -333,17 +336,25 @@ var kept = append([]string{headerVersion, "Authorization"}, route.IdentityHeader
 
 // answered learns from an upstream's answer which session the request was in.
 func (s *Sessions) answered(x *exchange, res *http.Response) error {
+	id := res.Header.Get(headerSession)
 	if t := x.session; t != nil {
-		if res.StatusCode == http.StatusNotFound || res.Request.Method == http.MethodDelete && res.StatusCode < 300 {
+		gone := res.StatusCode == http.StatusNotFound || res.Request.Method == http.MethodDelete && res.StatusCode < 300
+		// What is said of it elsewhere says nothing.
+		if gone && x.below == t.below && res.Request.URL.RawQuery == t.query {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			t.closing = true
 			t.release()
 			s.removeLocked(t)
+			return nil
 		}
-		return nil
+		if id == "" || id == t.key.id {
+			return nil
+		}
+		// The upstream has opened another.
+		x.session = nil
+		s.done(t)
 	}
-	id := res.Header.Get(headerSession)
 	if id == "" {
 		id = res.Request.Header.Get(headerSession)
 	}
@@ -351,7 +362,7 @@ func (s *Sessions) answered(x *exchange, res *http.Response) error {
 		return nil
 	}
 	who := x.caller.Identity()
-	t := &tracked{key: sessionKey{x.g.Route.Name, id}, owner: who.Caller(), up: x.up, header: http.Header{}, busy: 1}
+	t := &tracked{key: sessionKey{x.g.Route.Name, id}, owner: who.Caller(), up: x.up, below: x.below, query: res.Request.URL.RawQuery, header: http.Header{}, busy: 1}
 	for _, name := range kept {
 		if v := res.Request.Header.Values(name); len(v) > 0 {
 			t.header[name] = v
