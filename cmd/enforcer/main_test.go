@@ -3,13 +3,11 @@ package main
 import (
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/clitest"
 )
 
@@ -34,12 +32,4 @@ func signalEnforcer(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Fatalf("no enforcer runs")
 }
 
-func TestEveryCommandHelpsItself(t *testing.T) {
-	var out strings.Builder
-	for _, name := range []string{"proxy", "authz", "config", "check", "status", "version", "completion"} {
-		out.Reset()
-		if code := run([]string{name, "--help"}, strings.NewReader(""), &out, &out); code != cli.ExitOK || !strings.Contains(out.String(), "Usage:") {
-			t.Errorf("%s --help: exit code %d\n%s", name, code, out.String())
-		}
-	}
-}
+func TestEveryCommandHelpsItself(t *testing.T) { clitest.Help(t, newRoot(), run) }

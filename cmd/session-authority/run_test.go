@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/cli"
+	"github.com/interlock-fabric/interlock/internal/clitest"
 )
 
 // answering runs the program against an API that answers as it is told to. What
@@ -144,13 +145,4 @@ func TestWaitTakesADurationOrStandsAlone(t *testing.T) {
 	}
 }
 
-func TestEveryCommandHelpsItself(t *testing.T) {
-	var out strings.Builder
-	for _, name := range []string{"serve", "init", "keys", "epoch", "enroll", "retire", "enforcers", "revoke", "suspend", "step-up",
-		"reduce", "resume", "kill", "restore", "status", "watch", "explain", "version", "completion", "demo"} {
-		out.Reset()
-		if code := run([]string{name, "--help"}, strings.NewReader(""), &out, &out); code != cli.ExitOK || !strings.Contains(out.String(), "Usage:") {
-			t.Errorf("%s --help: exit code %d\n%s", name, code, out.String())
-		}
-	}
-}
+func TestEveryCommandHelpsItself(t *testing.T) { clitest.Help(t, newRoot(), run) }

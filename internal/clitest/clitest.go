@@ -6,17 +6,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
 	"go.uber.org/goleak"
 
 	"github.com/interlock-fabric/interlock/internal/cli"
@@ -122,4 +125,28 @@ func freePort(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Setenv(args[0], l.Addr().String())
 	ts.Check(l.Close())
+}
+
+// Help demands of every command of root, however deep, that run prints how it is
+// used.
+func Help(t *testing.T, root *cobra.Command, run func(args []string, stdin io.Reader, stdout, stderr io.Writer) int) {
+	t.Helper()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		help(t, c, nil, run)
+	}
+}
+
+func help(t *testing.T, c *cobra.Command, above []string, run func([]string, io.Reader, io.Writer, io.Writer) int) {
+	t.Helper()
+	path := append(slices.Clone(above), c.Name())
+	if c.Runnable() || c.HasSubCommands() { // what is neither is a topic
+		var out strings.Builder
+		if code := run(append(path, "--help"), strings.NewReader(""), &out, &out); code != cli.ExitOK || !strings.Contains(out.String(), "Usage:") {
+			t.Errorf("%s --help: exit code %d\n%s", strings.Join(path, " "), code, out.String())
+		}
+	}
+	for _, below := range c.Commands() {
+		help(t, below, path, run)
+	}
 }

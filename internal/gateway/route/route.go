@@ -5,7 +5,6 @@ package route
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -106,11 +105,7 @@ func (g *Guard) Note(o *operation.Operation, e trail.Event) {
 // Denied returns the denial that a bound context was cut with, or nil when it
 // ended for another reason, or not at all.
 func Denied(ctx context.Context) *session.DeniedError {
-	var d *session.DeniedError
-	if ctx.Err() != nil && errors.As(context.Cause(ctx), &d) {
-		return d
-	}
-	return nil
+	return guard.Cut(ctx)
 }
 
 // Table finds the guard of a request.
