@@ -414,6 +414,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"GET /v1/seen", "", "", 200, roles{r, c, a}, false},
 		{"GET /v1/audit", "", "", 200, roles{r, c, a}, true},
 		{"GET /v1/audit/export", "", "", 200, roles{r, c, a}, true},
+		{"GET /v1/receipts/export", fmt.Sprintf("/v1/receipts/export?epoch=%d&number=%d", d.Epoch, d.Number), "", 200, roles{r, c, a}, true},
 		{"GET /v1/bus-config", "", "", 200, roles{c}, true},
 		{"GET /v1/keyset", "", "", 200, roles{c, a}, true},
 		{"POST /v1/keyset", "", string(frame), 204, roles{c}, true},

@@ -119,7 +119,7 @@ func auditText(e *authority.AuditEntry) string {
 	if e.Principal.Name != "" {
 		who = e.Principal.Name + " (" + who + ")"
 	}
-	fmt.Fprintf(&b, "%d %s %s %s by %s", e.Number, e.Time.Format("2006-01-02T15:04:05.000Z07:00"), e.Action, e.Outcome, who)
+	fmt.Fprintf(&b, "%d %s %s %s by %s", e.Number, e.Time.Format(stamp), e.Action, e.Outcome, who)
 	targets := e.Targets
 	if n := len(targets) + e.Left; n > 3 {
 		targets = append(append([]string(nil), targets[:min(3, len(targets))]...), fmt.Sprintf("… %d in all", n))
@@ -164,7 +164,7 @@ func callText(t *authority.TrailRecord) string {
 	for _, a := range t.Actors {
 		agents = append(agents, a.ID)
 	}
-	s := fmt.Sprintf("%s %s %s at %s by agent %s for user %s", t.Last.Format("2006-01-02T15:04:05.000Z07:00"), t.Decision, cmp.Or(t.Tool, t.Method, "a call"),
+	s := fmt.Sprintf("%s %s %s at %s by agent %s for user %s", t.Last.Format(stamp), t.Decision, cmp.Or(t.Tool, t.Method, "a call"),
 		t.Enforcer, cmp.Or(strings.Join(agents, " < "), "-"), cmp.Or(t.User, "-"))
 	if t.Session != "" {
 		s += ", session " + t.Session

@@ -110,6 +110,7 @@ var endpoints = map[string]Operation{
 	"GET /v1/seen":                                ReadTrail,
 	"GET /v1/audit":                               ReadAudit,
 	"GET /v1/audit/export":                        ReadAudit,
+	"GET /v1/receipts/export":                     ReadAudit,
 	"GET /v1/bus-config":                          ReadBus,
 	"GET /v1/keyset":                              ReadKeySet,
 	"POST /v1/keyset":                             PublishKeySet,

@@ -76,10 +76,11 @@ type Service interface {
 	// Trail and Seen tell what enforcers reported.
 	Trail(ctx context.Context, q authority.TrailQuery) (*authority.Trail, error)
 	Seen(ctx context.Context, q authority.TrailQuery) (*authority.Sightings, error)
-	// Audit tells what was done; ExportAudit writes it as lines that can be
-	// verified offline.
+	// Audit tells what was done; ExportAudit writes it, and ExportReceipts what
+	// enforcers signed, as lines that can be verified offline.
 	Audit(ctx context.Context, q authority.AuditQuery) (*authority.AuditPage, error)
 	ExportAudit(ctx context.Context, q authority.AuditQuery, w io.Writer) error
+	ExportReceipts(ctx context.Context, incident string, epoch, number uint64, w io.Writer) error
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
 	// soon after, and never calls fn concurrently.
 	Watch(ctx context.Context, fn func(authority.Event) error) error
@@ -334,6 +335,7 @@ func (s *Server) endpoints() map[string]handler {
 		"GET /v1/seen":                                s.seen,
 		"GET /v1/audit":                               s.audit,
 		"GET /v1/audit/export":                        s.exportAudit,
+		"GET /v1/receipts/export":                     s.exportReceipts,
 		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,

@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"strconv"
 	"time"
 
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -39,6 +40,20 @@ func (s *Server) exportAudit(w http.ResponseWriter, r *http.Request) error {
 		return authority.NewProblem(authority.ProblemInvalid, "an export goes on to the end", "leave until, before and limit out")
 	}
 	return s.export(w, r, func(ctx context.Context, w io.Writer) error { return s.svc.ExportAudit(ctx, q, w) })
+}
+
+func (s *Server) exportReceipts(w http.ResponseWriter, r *http.Request) error {
+	v := r.URL.Query()
+	incident := v.Get("incident")
+	epoch, err1 := strconv.ParseUint(v.Get("epoch"), 10, 64)
+	number, err2 := strconv.ParseUint(v.Get("number"), 10, 64)
+	one := incident == "" && len(v) == 2 && err1 == nil && err2 == nil && number > 0
+	if !one && (incident == "" || len(v) != 1 || len(v["incident"]) != 1 || len(incident) > 4096) {
+		return authority.NewProblem(authority.ProblemInvalid, "which decisions is not clear", "give either incident, or epoch and number")
+	}
+	return s.export(w, r, func(ctx context.Context, w io.Writer) error {
+		return s.svc.ExportReceipts(ctx, incident, epoch, number, w)
+	})
 }
 
 // export streams lines. What fails before the first of them are sent is answered

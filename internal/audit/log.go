@@ -104,12 +104,11 @@ type Log struct {
 
 // item is a record that waits for the store.
 type item struct {
-	body     []byte
-	decision string
-	report   uint64 // its place in the stream of reports
-	floor    *floor
-	done     chan struct{}
-	err      error
+	body   []byte
+	report uint64 // its place in the stream of reports
+	floor  *floor
+	done   chan struct{}
+	err    error
 }
 
 // floor is where what is kept shall begin.
@@ -244,7 +243,7 @@ func (l *Log) Reported(seq uint64) bool {
 func (l *Log) enqueue(r authority.AuditRecord, report uint64) (*item, error) {
 	r.Authority = l.o.Authority
 	body, err := encode(r)
-	it := &item{body: body, decision: r.Decision, report: report, done: make(chan struct{})}
+	it := &item{body: body, report: report, done: make(chan struct{})}
 	if err == nil {
 		err = l.add(it)
 	}
@@ -456,9 +455,6 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 			st.Floor, st.Below = it.floor.number, it.floor.below
 		}
 		st.Reports = max(st.Reports, it.report)
-		if it.decision != "" {
-			st.Decisions = append(st.Decisions, it.decision)
-		}
 		st.Number++
 		st.Hash = sum(link(st.Number, session.Hash(st.Hash), sha256.Sum256(it.body)))
 		bodies = append(bodies, it.body)

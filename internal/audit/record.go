@@ -51,7 +51,7 @@ func encode(r authority.AuditRecord) ([]byte, error) {
 	r.Salt = hex.EncodeToString(salt[:])
 	for _, s := range []*string{
 		&r.Kind, &r.Action, &r.Outcome, &r.Authority, &r.Principal.Name, &r.Principal.Means, &r.Reason, &r.Incident,
-		&r.Error, &r.Detail, &r.Decision, &r.TraceID, &r.ParentID,
+		&r.Error, &r.Detail, &r.TraceID, &r.ParentID,
 	} {
 		*s = session.ReportText(*s)
 	}
@@ -150,8 +150,6 @@ type statement struct {
 	KeySet uint64 `json:"keyset"`
 	// Reports is up to where the stream of reports has been audited, in a batch.
 	Reports uint64 `json:"reports,omitempty"`
-	// Decisions are the ids of those that the batch has records of.
-	Decisions []string `json:"decisions,omitempty"`
 	// Sum is of the sealed part of a batch, or of all of an export that comes
 	// before the statement.
 	Sum sum `json:"sum"`

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
@@ -171,7 +172,7 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 	case !d.Committed:
 		rec.Outcome = authority.OutcomePreview
 	default:
-		rec.Epoch, rec.Sequence, rec.Entries = d.Epoch, d.Number, d.Entries
+		rec.Epoch, rec.Sequence, rec.Entries, rec.Decided = d.Epoch, d.Number, d.Entries, d.At.UTC()
 		rec.Pending, rec.Duplicate = !d.Durable, d.Duplicate
 	}
 	return rec
@@ -505,4 +506,111 @@ func auditProblem(err error) error {
 		return authority.NewProblem(authority.ProblemUnavailable, "the store of the audit does not answer", "try again in a moment")
 	}
 	return err
+}
+
+// maxProving bounds the search for what proves where decisions were applied.
+const maxProving = 60 * time.Second
+
+// ExportReceipts writes the receipts that prove where the decisions of an
+// incident, or the one at a place of the log, were applied; it is the API's.
+func (a *Authority) ExportReceipts(ctx context.Context, incident string, epoch, number uint64, w io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, maxProving)
+	defer cancel()
+	x := &audit.Receipts{}
+	for _, e := range a.roster.Enforcers() {
+		x.Enforcers = append(x.Enforcers, audit.Enforcer{Name: e.Name, Key: e.ReceiptKey})
+	}
+	var first, last time.Time
+	err := a.eachAudited(ctx, authority.AuditQuery{Kind: authority.AuditDecision, Incident: incident}, func(e *authority.AuditEntry) bool {
+		if e.Outcome != authority.OutcomeDone || e.Duplicate || incident == "" && (e.Epoch != epoch || e.Sequence != number) {
+			return true
+		}
+		at := e.Time
+		if t, ok := a.hub.timeAt(e.Epoch, e.Sequence); ok {
+			at = t // the log's own; the record is of a moment later
+		} else if !e.Decided.IsZero() {
+			at = e.Decided
+		}
+		x.Decisions = append(x.Decisions, audit.Decision{Epoch: e.Epoch, Number: e.Sequence, At: at, Operation: e.Action, Incident: e.Incident, Drill: e.Drill})
+		if first = at; last.IsZero() {
+			last = at
+		}
+		return len(x.Decisions) < audit.MaxReceiptDecisions && incident != ""
+	})
+	if err != nil {
+		return auditProblem(err)
+	}
+	if len(x.Decisions) == 0 {
+		return authority.NewProblem(authority.ProblemNotFound, "the audit has no such decision", "see session-authority audit list --kind decision")
+	}
+	slices.Reverse(x.Decisions)
+	keys := map[string]bool{}
+	err = a.eachAudited(ctx, authority.AuditQuery{Kind: authority.AuditReceipts, Since: first.Add(-time.Second), Until: last.Add(provenWithin)}, func(e *authority.AuditEntry) bool {
+		for _, r := range slices.Backward(e.Receipts) {
+			if a.proves(r.Frame, x.Decisions) && len(x.Frames) < audit.MaxReceipts {
+				x.Frames = append(x.Frames, r.Frame)
+				keys[r.Enforcer] = true
+			}
+		}
+		return len(x.Frames) < audit.MaxReceipts
+	})
+	if err != nil {
+		return auditProblem(err)
+	}
+	slices.Reverse(x.Frames)
+	// Those that are not in the roster any more can be verified all the same.
+	for _, e := range x.Enforcers {
+		delete(keys, e.Name)
+	}
+	for _, name := range slices.Sorted(maps.Keys(keys)) {
+		e, _ := a.roster.Find(name)
+		x.Enforcers = append(x.Enforcers, audit.Enforcer{Name: name, Key: e.ReceiptKey})
+	}
+	signer, err := a.store.Signer(session.InstantOf(time.Now()))
+	if err != nil {
+		return authority.NewProblem(authority.ProblemUnavailable, "no signing key is here", "session-authority keys rotate")
+	}
+	return audit.WriteReceipts(w, x, a.store.Frame(), a.store.KeySet().Version, signer)
+}
+
+// provenWithin is how long after the last decision receipts are looked for.
+const provenWithin = 10 * time.Minute
+
+// proves reports whether a frame is a receipt that its enforcer signed, and says
+// that one of the decisions was applied.
+func (a *Authority) proves(frame []byte, decisions []audit.Decision) bool {
+	f, err := session.ParseFrame(frame)
+	if err != nil {
+		return false
+	}
+	r, err := session.UnmarshalReceipt(f.Body)
+	if err != nil {
+		return false
+	}
+	of := func(b session.Applied) bool {
+		return slices.ContainsFunc(decisions, func(d audit.Decision) bool { return d.Epoch == r.Epoch && d.Number == b.Number })
+	}
+	key, ok := a.receiptKey(r.Enforcer)
+	// One of before its enforcer was enrolled anew is not signed by the key now.
+	return ok && slices.ContainsFunc(r.Batches, of) && f.Verify(key) == nil
+}
+
+// eachAudited calls fn with the records that match, newest first, until it
+// returns false.
+func (a *Authority) eachAudited(ctx context.Context, q authority.AuditQuery, fn func(*authority.AuditEntry) bool) error {
+	q.Limit = authority.MaxAuditPage
+	for {
+		p, err := a.audit.Records(ctx, q)
+		if err != nil {
+			return err
+		}
+		for i := range p.Records {
+			if !fn(&p.Records[i]) {
+				return nil
+			}
+		}
+		if q.Before = p.Next; p.Next == "" {
+			return nil
+		}
+	}
 }

@@ -290,6 +290,24 @@ func TestAuditOfEnforcement(t *testing.T) {
 	f.until(func() bool {
 		return slices.ContainsFunc(f.audited(authority.AuditQuery{Kind: authority.AuditReceipts}), times(t, d))
 	})
+	for _, by := range []func(*bytes.Buffer) error{
+		func(b *bytes.Buffer) error { return f.c.ExportReceipts(f.ctx, "INC-7", 0, 0, b) },
+		func(b *bytes.Buffer) error { return f.c.ExportReceipts(f.ctx, "", d.Epoch, d.Number, b) },
+	} {
+		var b bytes.Buffer
+		if err := by(&b); err != nil {
+			t.Fatal(err)
+		}
+		r, err := audit.VerifyReceipts(bytes.NewReader(b.Bytes()), f.a.store.Root(), nil)
+		if err != nil || !r.Sound || len(r.Decisions) != 1 || len(r.Decisions[0].Applied) != 1 || r.Decisions[0].Applied[0].Enforcer != "tools" ||
+			r.Decisions[0].Applied[0].LatencyMillis > 5000 || !r.Decisions[0].At.Equal(d.At) {
+			t.Errorf("%+v, %v", r, err)
+		}
+	}
+	var problem *authority.Problem
+	if err := f.c.ExportReceipts(f.ctx, "INC-8", 0, 0, &bytes.Buffer{}); !errors.As(err, &problem) || problem.Type != authority.ProblemNotFound {
+		t.Errorf("of no decision: %v", err)
+	}
 	calls, _ := decisions(authority.AuditQuery{})
 	f.exported(authority.AuditQuery{})
 	if err := errors.Join(p.rec.Close(), p.Close(), f.a.Close()); err != nil {

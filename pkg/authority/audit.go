@@ -74,11 +74,12 @@ type AuditRecord struct {
 	Error  string `json:"error,omitempty"`
 	Detail string `json:"detail,omitempty"`
 	// Epoch and Sequence are a decision's place in the log of decisions, Entries
-	// how many of its entries it took, and Decision its id there, in hex.
+	// how many of its entries it took.
 	Epoch    uint64 `json:"epoch,omitempty"`
 	Sequence uint64 `json:"seq,omitempty"`
 	Entries  int    `json:"entries,omitempty"`
-	Decision string `json:"decision,omitempty"`
+	// Decided is the authority's time of the decision.
+	Decided time.Time `json:"decided,omitzero"`
 	// Pending is set when the log had not said, when the record was made, that
 	// it has stored the decision; Duplicate when it had been taken before under
 	// the same idempotency key.
