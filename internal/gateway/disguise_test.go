@@ -43,6 +43,7 @@ func TestPathsHaveOneSpelling(t *testing.T) {
 	w := newWorld(t)
 	up, reached := plainUpstream(t)
 	g := w.start(w.load(routeTo("http", "/files", up.URL, "")), Proxy)
+	w.decide(authority.Suspend, "tool", "GET /files/b")
 	w.decide(authority.Suspend, "tool", "POST /files/a-b/ü")
 	ann, tr := w.token("ann", "s-ann"), h2c()
 	eventually(t, "the operation is denied", func() bool {
@@ -55,6 +56,9 @@ func TestPathsHaveOneSpelling(t *testing.T) {
 		if resp := send(t, tr, "POST", g.url()+path, ann, ""); resp.StatusCode < 400 || len(reached) > 0 {
 			t.Errorf("%s: %s", path, resp.Status)
 		}
+	}
+	if resp := send(t, tr, "HEAD", g.url()+"/files/b", ann, ""); resp.StatusCode != http.StatusForbidden || len(reached) > 0 {
+		t.Error("HEAD for GET:", resp.Status)
 	}
 	// What else is allowed reaches the upstream as it was sent.
 	if resp := send(t, tr, "POST", g.url()+"/files/%61", ann, ""); resp.StatusCode != http.StatusOK {

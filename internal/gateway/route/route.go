@@ -183,6 +183,9 @@ func (g *Guard) ByPath(method string, u *url.URL, below string, h http.Header) o
 			}
 		}
 	}
+	if method == http.MethodHead {
+		method = http.MethodGet // it does the same, and is answered with less
+	}
 	return operation.Operation{Method: method + " " + u.Path}
 }
 
