@@ -1,7 +1,7 @@
 // Package guard is what the adapters of all protocols have in common: the three
 // methods that they ask of an enforcer, the first check of a request, the
-// caller's way through a context, and the guarded transport of the calls that a
-// host makes itself.
+// caller's way through a context, what runs and what outlives its requests, and
+// the guarded transport of the calls that a host makes itself.
 //
 // A host of one of the protocols wants its adapter instead, and from here the
 // Transport at most. Another puts this in front of its own handler:
