@@ -41,7 +41,8 @@ type Introspection struct {
 	// must see to it, with a client certificate for instance.
 	ClientID, ClientSecret string
 	// MaxAge is how long an answer is believed, and so how long a token that
-	// the issuer has revoked may go on. Zero is DefaultIntrospectionMaxAge, at
+	// the issuer has revoked may begin requests. What runs by then is not asked
+	// about again. Zero is DefaultIntrospectionMaxAge, at
 	// most MaxIntrospectionMaxAge.
 	MaxAge time.Duration
 	// AudienceImplied states that the issuer calls a token active only for the
