@@ -414,3 +414,46 @@ func TestIntrospection(t *testing.T) {
 	i.back()
 	wantStatus(t, "with the issuer back", g, eve, http.StatusOK, "")
 }
+
+// A call under an opaque token that has no end is cut once the issuer has revoked
+// it, and nobody else's is. The mechanism is the watch over the token.
+func TestRunningCallsAreIntrospected(t *testing.T) {
+	w, x := newWorld(t), newTools(t)
+	w.write("introspection.secret", clientSecret+"\n")
+	i := newIssuer(w, `introspection: {url: "@/introspect", client_id: gateway, client_secret_file: introspection.secret, max_age: 300ms}`)
+	g := w.start(w.load(routeTo("mcp", "/mcp", x.URL, "")), Proxy)
+	running := map[string]<-chan error{}
+	for _, user := range []string{"ann", "bob"} {
+		c := w.claims(user, "s-"+user)
+		c["active"] = true
+		delete(c, "exp")
+		i.set(func() { i.opaque["opaque-"+user] = c })
+		a, err := dial(t, g.url()+"/mcp", modern, "opaque-"+user)
+		must(t, err)
+		running[user] = a.start(t.Context(), user)
+		within(t, user+"'s call runs", x.started)
+	}
+	before := i.requests("/introspect")
+	eventually(t, "the issuer is asked again", func() bool { return i.requests("/introspect") >= before+4 })
+	for user, end := range running {
+		select {
+		case err := <-end:
+			t.Fatalf("%s's call ended: %v", user, err)
+		default:
+		}
+	}
+	i.set(func() { i.opaque["opaque-ann"] = nil })
+	if err := within(t, "ann's call is cut", running["ann"]); err == nil || !strings.Contains(err.Error(), "not active") && !strings.Contains(err.Error(), "Unauthorized") {
+		t.Errorf("ann's call: %v", err)
+	}
+	if who := within(t, "the tool is cancelled", x.ended); who != "ann" {
+		t.Errorf("%s's call was cancelled", who)
+	}
+	before = i.requests("/introspect")
+	eventually(t, "the issuer is asked on", func() bool { return i.requests("/introspect") >= before+2 })
+	select {
+	case err := <-running["bob"]:
+		t.Errorf("bob's call ended: %v", err)
+	default:
+	}
+}

@@ -1,6 +1,7 @@
 package guard
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"slices"
@@ -33,6 +34,23 @@ func Admit(e Enforcer, v Verifier, r *http.Request, call session.Call, scopes []
 		}
 	}
 	return p, true, nil
+}
+
+// watcher is a Verifier of credentials whose end is not known beforehand.
+type watcher interface {
+	Watch(context.Context, *http.Request) (context.Context, func())
+}
+
+// Watch ties running work to the credentials of the request that has begun it, by
+// a Verifier that has a method of that name and signature: the context ends, with
+// a *session.DeniedError as its cause, when they are not good any more. Bind the
+// work under it, and call the function when it is done. By another Verifier the
+// context is ctx.
+func Watch(ctx context.Context, v Verifier, r *http.Request) (context.Context, func()) {
+	if v, ok := v.(watcher); ok {
+		return v.Watch(ctx, r)
+	}
+	return ctx, func() {}
 }
 
 // prepare finds out who is calling, and what Check needs to know of them.

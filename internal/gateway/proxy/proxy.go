@@ -25,6 +25,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/gateway/operation"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
 	"github.com/interlock-fabric/interlock/pkg/denial"
+	"github.com/interlock-fabric/interlock/pkg/guard"
 	"github.com/interlock-fabric/interlock/pkg/session"
 	"github.com/interlock-fabric/interlock/pkg/trail"
 )
@@ -186,7 +187,9 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		defer func() { p.opts.Budget.give(x.taken) }()
 	}
 	x.call = g.Call(&x.op)
-	bound, unbind, err := g.Enforcer.Bind(r.Context(), caller, x.call)
+	watched, unwatch := guard.Watch(r.Context(), g.Verifier, r)
+	defer unwatch()
+	bound, unbind, err := g.Enforcer.Bind(watched, caller, x.call)
 	if err != nil {
 		p.deny(w, r, x, err, true, mark)
 		return
