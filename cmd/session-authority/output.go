@@ -29,6 +29,9 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 		if n := p.Targets - len(p.Would); n > 0 {
 			fmt.Fprintf(&b, "and %s more\n", count(n, "target"))
 		}
+		for _, t := range p.Tenants {
+			fmt.Fprintf(&b, "touches %s and %s of tenant %s, on %s\n", count(t.Agents, "agent"), count(t.Sessions, "live session"), t.Tenant, count(t.Enforcers, "enforcer"))
+		}
 		fmt.Fprintf(&b, "on %s with %s; add --commit to do it\n", count(p.Enforcers, "enforcer"), count(int(p.Running), "running call"))
 		return b.String()
 	}

@@ -74,6 +74,9 @@ func statusText(s *authority.Status) string {
 	if s.Segment > 0 {
 		fmt.Fprintf(&b, "newest segment at seq %d, %s; the log begins at seq %d\n", s.Segment, ago(s.Time, s.SegmentTime), s.LogFrom)
 	}
+	if r := s.Registry; r != nil {
+		fmt.Fprintf(&b, "registry: %s, %s, %.1f MiB\n", count(r.Agents, "agent"), count(r.Sessions, "session"), float64(r.Bytes)/(1<<20))
+	}
 	fmt.Fprintf(&b, "key set %d, until %s; tenants %s\n", s.KeySet.Version, s.KeySet.NotAfter.Format(time.DateOnly), strings.Join(s.Tenants, ", "))
 	if len(s.Kills) > 0 {
 		fmt.Fprintf(&b, "KILLED: %s\n", strings.Join(s.Kills, ", "))

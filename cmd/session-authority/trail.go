@@ -62,14 +62,14 @@ func newAgentsCommand(g *globals) *cobra.Command {
 	var since string
 	var seen bool
 	cmd := &cobra.Command{
-		Use: "agents --seen", Short: "Show who was seen in use", Args: cli.NoArgs,
-		Long: `Lists the callers that enforcers saw, registered or not: agents, users, clients and
+		Use: "agents", Short: "Register, change and list agents; show who was seen in use", Args: cli.NoArgs,
+		Long: `Registers, changes and lists agents. With --seen, lists the callers that enforcers saw, registered or not: agents, users, clients and
 sessions, when first and last, and how many calls they made. Enforcers report them
 about once a minute.`,
 		Example: "  session-authority agents --seen --since 24h\n  session-authority agents --seen --json | jq -r .client | sort -u",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !seen {
-				return cli.Usagef("give --seen: there is no registry of agents to list yet")
+				return cli.Usagef("give --seen, or one of the commands: see session-authority agents --help")
 			}
 			if err := trailQuery(&q, since); err != nil {
 				return err
@@ -96,6 +96,7 @@ about once a minute.`,
 	}
 	cmd.Flags().BoolVar(&seen, "seen", false, "those that enforcers saw in use")
 	trailFlags(cmd, &q, &since)
+	cmd.AddCommand(newAgentCommands(g)...)
 	return cmd
 }
 
@@ -155,12 +156,6 @@ func seenTable(out io.Writer, list []authority.Sighting) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	// Flush says what could not be written.
 	_, _ = fmt.Fprintln(w, "AGENTS\tUSER\tCLIENT\tSESSION\tLAST\tFIRST\tCALLS\tDENIED\tENFORCERS")
-	dash := func(s string) string {
-		if s == "" {
-			return "-"
-		}
-		return cli.OneLine(s)
-	}
 	now := time.Now()
 	for _, s := range list {
 		var agents []string

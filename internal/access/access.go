@@ -57,6 +57,13 @@ const (
 	ReadKeySet    Operation = "read the key set"
 	PublishKeySet Operation = "publish a key set"
 	Decide        Operation = "decide"
+	ReadRegistry  Operation = "list agents and sessions"
+	// RegisterAgents and RegisterSessions enter what is not there.
+	RegisterAgents   Operation = "register agents"
+	RegisterSessions Operation = "register sessions"
+	// ChangeAgents suspends, activates and decommissions; it takes DecideWide as
+	// well.
+	ChangeAgents Operation = "change an agent's state"
 
 	// DenyOne denies one session, token, credential or key.
 	DenyOne Operation = "deny a single credential"
@@ -77,23 +84,27 @@ type rule struct {
 
 // table is who may do what. Whatever is not in it nobody may do.
 var table = map[Operation]rule{
-	ReadStatus:    {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
-	Watch:         {roles: []Role{Viewer, Responder, Commander, Auditor}},
-	ReadCoverage:  {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
-	Explain:       {roles: []Role{Viewer, Responder, Commander, Auditor}},
-	ListEnforcers: {roles: []Role{Viewer, Responder, Commander, Auditor}},
-	ReadTrail:     {roles: []Role{Responder, Commander, Auditor}},
-	ReadAudit:     {roles: []Role{Responder, Commander, Auditor}, everywhere: true},
-	Enroll:        {roles: []Role{Commander}},
-	Retire:        {roles: []Role{Commander}},
-	ReadBus:       {roles: []Role{Commander}, everywhere: true},
-	ReadKeySet:    {roles: []Role{Commander, Auditor}, everywhere: true},
-	PublishKeySet: {roles: []Role{Commander}, everywhere: true},
-	Decide:        {roles: []Role{Issuer, Responder, Commander}},
-	DenyOne:       {roles: []Role{Issuer, Responder, Commander}},
-	LiftOne:       {roles: []Role{Responder, Commander}},
-	DecideWide:    {roles: []Role{Responder, Commander}},
-	DecideAll:     {roles: []Role{Commander}},
+	ReadStatus:       {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
+	Watch:            {roles: []Role{Viewer, Responder, Commander, Auditor}},
+	ReadCoverage:     {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
+	Explain:          {roles: []Role{Viewer, Responder, Commander, Auditor}},
+	ListEnforcers:    {roles: []Role{Viewer, Responder, Commander, Auditor}},
+	ReadTrail:        {roles: []Role{Responder, Commander, Auditor}},
+	Enroll:           {roles: []Role{Commander}},
+	Retire:           {roles: []Role{Commander}},
+	ReadBus:          {roles: []Role{Commander}, everywhere: true},
+	ReadKeySet:       {roles: []Role{Commander, Auditor}, everywhere: true},
+	PublishKeySet:    {roles: []Role{Commander}, everywhere: true},
+	ReadRegistry:     {roles: []Role{Issuer, Responder, Commander, Auditor}},
+	RegisterAgents:   {roles: []Role{Issuer, Commander}},
+	RegisterSessions: {roles: []Role{Issuer, Commander}},
+	ChangeAgents:     {roles: []Role{Responder, Commander}},
+	ReadAudit:        {roles: []Role{Responder, Commander, Auditor}, everywhere: true},
+	Decide:           {roles: []Role{Issuer, Responder, Commander}},
+	DenyOne:          {roles: []Role{Issuer, Responder, Commander}},
+	LiftOne:          {roles: []Role{Responder, Commander}},
+	DecideWide:       {roles: []Role{Responder, Commander}},
+	DecideAll:        {roles: []Role{Commander}},
 }
 
 // endpoints are the operations of the API's endpoints, by their patterns.
@@ -107,6 +118,11 @@ var endpoints = map[string]Operation{
 	"POST /v1/enforcers":                          Enroll,
 	"DELETE /v1/enforcers/{name}":                 Retire,
 	"GET /v1/trail":                               ReadTrail,
+	"GET /v1/agents":                              ReadRegistry,
+	"POST /v1/agents":                             RegisterAgents,
+	"POST /v1/agents/lifecycle":                   ChangeAgents,
+	"GET /v1/sessions":                            ReadRegistry,
+	"POST /v1/sessions":                           RegisterSessions,
 	"GET /v1/seen":                                ReadTrail,
 	"GET /v1/audit":                               ReadAudit,
 	"GET /v1/audit/export":                        ReadAudit,

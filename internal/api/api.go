@@ -81,6 +81,12 @@ type Service interface {
 	Audit(ctx context.Context, q authority.AuditQuery) (*authority.AuditPage, error)
 	ExportAudit(ctx context.Context, q authority.AuditQuery, w io.Writer) error
 	ExportReceipts(ctx context.Context, incident string, epoch, number uint64, w io.Writer) error
+	// RegisterAgent reports whether the agent is new, or changed.
+	RegisterAgent(ctx context.Context, r authority.AgentRequest) (a *authority.AgentRecord, changed bool, err error)
+	Agents(ctx context.Context, q authority.RegistryQuery) (*authority.AgentsPage, error)
+	ChangeAgent(ctx context.Context, r authority.LifecycleRequest) (*authority.LifecycleAnswer, error)
+	RegisterSessions(ctx context.Context, r authority.SessionsRequest) (*authority.SessionsAnswer, error)
+	Sessions(ctx context.Context, q authority.RegistryQuery) (*authority.SessionsPage, error)
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
 	// soon after, and never calls fn concurrently.
 	Watch(ctx context.Context, fn func(authority.Event) error) error
@@ -336,6 +342,11 @@ func (s *Server) endpoints() map[string]handler {
 		"GET /v1/audit":                               s.audit,
 		"GET /v1/audit/export":                        s.exportAudit,
 		"GET /v1/receipts/export":                     s.exportReceipts,
+		"GET /v1/agents":                              s.agents,
+		"POST /v1/agents":                             s.registerAgent,
+		"POST /v1/agents/lifecycle":                   s.changeAgent,
+		"GET /v1/sessions":                            s.sessions,
+		"POST /v1/sessions":                           s.registerSessions,
 		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,

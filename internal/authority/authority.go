@@ -35,6 +35,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/flock"
+	"github.com/interlock-fabric/interlock/internal/registry"
 	"github.com/interlock-fabric/interlock/internal/report"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
@@ -143,31 +144,35 @@ type Options struct {
 	// Logger takes what an operator should know; nil is silence.
 	Logger *slog.Logger
 
-	// Hooks are for tests.
-	Hooks sequencer.Hooks
+	// Hooks are for tests, and so is beforeState, which is called before an agent's
+	// state is written.
+	Hooks       sequencer.Hooks
+	beforeState func() error
 }
 
 // Authority is a running authority. Its methods may be called concurrently.
 type Authority struct {
-	o       Options
-	log     *slog.Logger
-	lock    *os.File
-	store   *trust.Store
-	broker  *broker.Broker
-	nc, own *nats.Conn // own is the sequencer's
-	seq     *sequencer.Sequencer
-	roster  *roster.Roster
-	tracker *roster.Tracker
-	reports *report.Reader
-	audit   *audit.Log
-	watched watched
-	hub     *hub
-	server  *api.Server
-	metrics *metrics
-	cancel  context.CancelFunc
-	done    sync.WaitGroup
-	once    sync.Once
-	err     error
+	o          Options
+	log        *slog.Logger
+	lock       *os.File
+	store      *trust.Store
+	broker     *broker.Broker
+	nc, own    *nats.Conn // own is the sequencer's
+	seq        *sequencer.Sequencer
+	roster     *roster.Roster
+	tracker    *roster.Tracker
+	reports    *report.Reader
+	registry   *registry.Registry
+	discovered discovered
+	audit      *audit.Log
+	watched    watched
+	hub        *hub
+	server     *api.Server
+	metrics    *metrics
+	cancel     context.CancelFunc
+	done       sync.WaitGroup
+	once       sync.Once
+	err        error
 
 	once422 dedupe
 	claims  claims
@@ -264,10 +269,18 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	a.reports = report.NewReader(report.Options{
-		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Believed: a.auditReport, Logger: a.log,
+		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Logger: a.log,
+		Believed: func(seq uint64, r *session.Report, hash session.Hash) {
+			a.discovered.hear(r)
+			a.auditReport(seq, r, hash)
+		},
 	})
+	if a.registry, err = registry.Open(ctx, registry.Options{NC: a.nc, Keys: a.store, Logger: a.log}); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
 	a.done.Go(func() { a.tendAudit(run) })
 	a.done.Go(func() { a.reports.Follow(run) })
+	a.done.Go(func() { a.discovered.read(run, a.store.Sealing, a.serves) })
 	a.done.Go(func() { a.hub.run(run) })
 	if o.CanaryEvery > 0 {
 		a.done.Go(func() { a.sendCanaries(run, o.CanaryEvery) })
@@ -303,6 +316,9 @@ func (a *Authority) Close() error {
 			a.cancel()
 		}
 		a.done.Wait()
+		if a.registry != nil {
+			errs = append(errs, a.registry.Close())
+		}
 		if a.roster != nil {
 			errs = append(errs, a.roster.Close())
 		}
@@ -566,6 +582,13 @@ func (a *Authority) openReceipts(ctx context.Context) error {
 func (a *Authority) receiptKey(name string) (ed25519.PublicKey, bool) {
 	e, ok := a.roster.Find(name)
 	return e.ReceiptKey, ok
+}
+
+// serves reports whether an enforcer is, or was, enrolled for a tenant.
+func (a *Authority) serves(enforcer, tenant string) bool {
+	e, ok := a.roster.Find(enforcer)
+	t, known := a.store.KeySet().Tenant(tenant)
+	return ok && known && slices.Contains(e.Tenants, t.ID)
 }
 
 // onBatch hears the log's own subject. What no writer signed is none of its

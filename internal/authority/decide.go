@@ -80,6 +80,8 @@ type plan struct {
 	wide     bool
 	would    []string
 	warnings []string
+	// targets and except are what is named, in canonical form.
+	targets, except []session.Target
 	// touched are what the targets ask of whoever decides, each once.
 	touched []touched
 }
@@ -96,6 +98,8 @@ type named struct {
 	key   session.Key
 	shape session.Shape
 	wide  bool
+	// target is canonical.
+	target session.Target
 	// tenant is the name of the target's; empty for all.
 	tenant string
 }
@@ -124,11 +128,11 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 	if err := fits(r); err != nil {
 		return nil, err
 	}
-	base, err := p.base(r)
+	base, except, err := p.base(r)
 	if err != nil {
 		return nil, err
 	}
-	out := &plan{entries: make([]session.Entry, 0, len(r.Targets))}
+	out := &plan{entries: make([]session.Entry, 0, len(r.Targets)), except: except}
 	seen := make(map[session.Key]bool, len(r.Targets))
 	for _, t := range r.Targets {
 		n, err := p.name(t)
@@ -143,6 +147,7 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 		if t := (touched{n.tenant, n.wide, n.everything()}); !slices.Contains(out.touched, t) {
 			out.touched = append(out.touched, t)
 		}
+		out.targets = append(out.targets, n.target)
 		before := len(out.entries)
 		if err := p.apply(out, r, n, base); err != nil {
 			return nil, err
@@ -207,8 +212,8 @@ func fits(r *authority.Request) error {
 }
 
 // base has what all entries of the decision share.
-func (p *planner) base(r *authority.Request) (session.Entry, error) {
-	e := session.Entry{Op: session.OpSet, Incident: r.Incident, ACR: r.ACR, Drill: r.Drill}
+func (p *planner) base(r *authority.Request) (e session.Entry, except []session.Target, err error) {
+	e = session.Entry{Op: session.OpSet, Incident: r.Incident, ACR: r.ACR, Drill: r.Drill}
 	switch r.Operation {
 	case authority.Revoke:
 		e.Effect = session.EffectRevoked
@@ -230,14 +235,14 @@ func (p *planner) base(r *authority.Request) (session.Entry, error) {
 	if r.Reason != "" {
 		reason, err := session.ParseReason(r.Reason)
 		if err != nil {
-			return e, invalid("use one of "+strings.Join(session.Reasons(), ", "), "unknown reason %.64q", r.Reason)
+			return e, nil, invalid("use one of "+strings.Join(session.Reasons(), ", "), "unknown reason %.64q", r.Reason)
 		}
 		e.Reason = reason
 	}
 	now := session.InstantOf(p.now)
 	if !r.IssuedBefore.IsZero() {
 		if e.IssuedBefore = session.InstantOf(r.IssuedBefore); r.IssuedBefore.After(p.now.Add(maxAhead)) || e.IssuedBefore <= 0 {
-			return e, invalid("give a time that has passed, or leave it out to deny those to come as well", "issued_before is %s, and it is %s", e.IssuedBefore, now)
+			return e, nil, invalid("give a time that has passed, or leave it out to deny those to come as well", "issued_before is %s, and it is %s", e.IssuedBefore, now)
 		}
 	}
 	end := r.Expires
@@ -246,7 +251,7 @@ func (p *planner) base(r *authority.Request) (session.Entry, error) {
 	}
 	if !end.IsZero() {
 		if !end.After(p.now) || end.Year() > 9999 {
-			return e, invalid("give a time to come", "the end %s has passed", end.UTC().Format(time.RFC3339))
+			return e, nil, invalid("give a time to come", "the end %s has passed", end.UTC().Format(time.RFC3339))
 		}
 		if e.Effect == session.EffectRevoked {
 			end = end.Add(revokeSkew)
@@ -254,23 +259,24 @@ func (p *planner) base(r *authority.Request) (session.Entry, error) {
 		e.Expires = session.InstantOf(end)
 	}
 	if len(r.Except) > session.MaxExcept {
-		return e, invalid(fmt.Sprintf("exempt at most %d", session.MaxExcept), "%d exemptions", len(r.Except))
+		return e, nil, invalid(fmt.Sprintf("exempt at most %d", session.MaxExcept), "%d exemptions", len(r.Except))
 	}
 	for _, t := range r.Except {
 		n, err := p.name(t)
 		if err != nil {
-			return e, err
+			return e, nil, err
 		}
 		if n.shape.PerCall() || n.shape <= session.Shape(session.KindTenant) {
-			return e, invalid("exempt a caller: a user, agent, session, …", "%s cannot be exempted", n.text)
+			return e, nil, invalid("exempt a caller: a user, agent, session, …", "%s cannot be exempted", n.text)
 		}
 		e.Except = append(e.Except, n.key)
+		except = append(except, n.target)
 	}
 	e.Except = session.SortKeys(e.Except)
 	if len(e.Except) == 0 {
 		e.Except = nil
 	}
-	return e, nil
+	return e, except, nil
 }
 
 // name resolves a target of the API to its key.
@@ -315,7 +321,7 @@ func (p *planner) name(t authority.Target) (named, error) {
 		}
 		return named{}, invalid("see session-authority help targets", "%s: %s", clip(t.String()), plain(err))
 	}
-	n := named{text: clip(canonical.String()), shape: shape, key: session.GlobalKey(), wide: true}
+	n := named{text: clip(canonical.String()), shape: shape, key: session.GlobalKey(), wide: true, target: canonical}
 	for _, k := range shape.Kinds() {
 		n.wide = n.wide && k.Wide()
 	}

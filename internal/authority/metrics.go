@@ -75,6 +75,10 @@ var (
 	descEntries  = prometheus.NewDesc("interlock_authority_entries", "Entries in force.", nil, nil)
 	descWarnings = prometheus.NewDesc("interlock_authority_warnings", "Warnings in the status.", nil, nil)
 	descKeySet   = prometheus.NewDesc("interlock_authority_key_set_expiry_timestamp_seconds", "When the key set ends, and with it all that is allowed.", nil, nil)
+	descSessions = prometheus.NewDesc("interlock_registry_sessions", "Sessions that are registered.", nil, nil)
+	descAgents   = prometheus.NewDesc("interlock_registry_agents", "Agents that are registered.", nil, nil)
+	descMemory   = prometheus.NewDesc("interlock_registry_bytes", "About what the registry takes in memory.", nil, nil)
+	descRecords  = prometheus.NewDesc("interlock_registry_records_total", "Records that this authority has written to the registry.", nil, nil)
 	descCount    = prometheus.NewDesc("interlock_authority_enforcers", "Enrolled enforcers, by condition.", []string{"condition"}, nil)
 	descArmed    = prometheus.NewDesc("interlock_enforcer_armed", "Whether the enforcer denied the newest canary that it had time for.", []string{"enforcer"}, nil)
 	descCanary   = prometheus.NewDesc("interlock_enforcer_time_to_revoke_seconds", "From the decision on a canary to its denial at the enforcer.", []string{"enforcer"}, nil)
@@ -86,7 +90,7 @@ type collector Authority
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descWriter, descEpoch, descBatch, descEntries, descWarnings, descKeySet, descCount, descArmed, descCanary} {
+	for _, d := range []*prometheus.Desc{descWriter, descEpoch, descBatch, descEntries, descWarnings, descKeySet, descSessions, descAgents, descMemory, descRecords, descCount, descArmed, descCanary} {
 		out <- d
 	}
 }
@@ -116,6 +120,11 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	} {
 		gauge(descCount, float64(n), condition)
 	}
+	r := a.registry.Status()
+	gauge(descSessions, float64(r.Sessions))
+	gauge(descAgents, float64(r.Agents))
+	gauge(descMemory, float64(r.Bytes))
+	out <- prometheus.MustNewConstMetric(descRecords, prometheus.CounterValue, float64(r.Records))
 	took := a.tracker.Canaries()
 	for _, e := range a.enforcers() {
 		if e.Canary != nil {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/registry"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -66,6 +67,9 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 		// What keys others use is nobody's to find out.
 		idempotencyKey = p.Name + "\x00" + idempotencyKey
 	}
+	if err := a.tombstoned(&r, pl); err != nil {
+		return nil, err
+	}
 	id, content, err := decisionID(idempotencyKey, &r)
 	if err != nil {
 		return nil, err
@@ -76,6 +80,7 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 	d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings}
 	if pl.wide && !r.Commit {
 		d.Preview = a.preview(&r, pl, p)
+		d.Warnings = append(d.Warnings, a.count(d.Preview, pl, p.Visible())...)
 		return d, nil
 	}
 	a.once422.add(idempotencyKey, content)
@@ -273,6 +278,20 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 	}
 	if t := s.TimeToRevoke; t != nil && t.Over > 0 {
 		warn("%d of %d armed enforcers deny later than the target of %g ms: the slowest is %s with %.1f ms", t.Over, s.Enforcers.Armed, t.TargetMillis, t.Slowest, t.SlowestMillis)
+	}
+	if r := a.registry.Status(); scope.All() {
+		s.Registry = &authority.RegistryStatus{
+			Sessions: r.Sessions, Agents: r.Agents, Bytes: r.Bytes, Batch: r.Number, Snapshot: r.SnapshotNumber, Pending: r.Pending, Refused: r.Refused,
+		}
+		switch {
+		case errors.Is(r.Err, registry.ErrKey):
+			warn("the registry cannot be read: copy the sealing key, keys/audit-*.key, from where it was made")
+		case r.Err != nil:
+			warn("the registry takes no registrations: %v", r.Err)
+		}
+		if r.Refused > 0 {
+			warn("%d messages in the registry's log were written by no authority, or altered", r.Refused)
+		}
 	}
 	state := a.seq.State()
 	killed := func(k session.Key) bool {

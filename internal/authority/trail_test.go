@@ -132,6 +132,28 @@ func TestTrail(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 
+	// Its agent is listed as one that nobody registered, until somebody does.
+	agents := func(registered string) []authority.AgentRecord {
+		p, err := f.c.Agents(f.ctx, authority.RegistryQuery{Registered: registered})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p.Agents
+	}
+	f.until(func() bool { return len(agents("false")) == 1 })
+	if x := agents("")[0]; x.Registered || x.ID != "spiffe://corp/agent/billing" || x.Tenant != "default" || fmt.Sprint(x.Enforcers) != "[tools]" || x.LastSeen.IsZero() || x.State != "" {
+		t.Errorf("%+v", x)
+	}
+	if l := agents("true"); len(l) != 0 {
+		t.Errorf("%+v", l)
+	}
+	if _, err := f.c.RegisterAgent(f.ctx, authority.AgentRequest{Agent: authority.Agent{ID: "spiffe://corp/agent/billing"}}); err != nil {
+		t.Fatal(err)
+	}
+	if l := agents(""); len(l) != 1 || !l[0].Registered || len(agents("false")) != 0 {
+		t.Errorf("%+v", l)
+	}
+
 	// After the last report nothing is left to say.
 	if err := p.rec.Close(); err != nil {
 		t.Fatal(err)

@@ -32,6 +32,7 @@ const (
 	AuditReport    = "report"    // what an enforcer reported of calls
 	AuditReceipts  = "receipts"  // what enforcers reported to have applied
 	AuditCoverage  = "coverage"  // where a decision was in force, a while after it
+	AuditRegistry  = "registry"  // an agent was registered, or its state changed
 	AuditRetention = "retention" // the oldest records were removed
 )
 

@@ -149,6 +149,11 @@ type Preview struct {
 	// running on it by the last receipts: an upper bound of what can be cut.
 	Enforcers int    `json:"enforcers"`
 	Running   uint64 `json:"running"`
+	// Agents and Sessions are what it would touch, as far as it is registered; see
+	// TenantPreview. Tenants has them by tenant.
+	Agents   int             `json:"agents"`
+	Sessions int             `json:"sessions"`
+	Tenants  []TenantPreview `json:"tenants"`
 }
 
 // EnforcerState says where one enforcer stands, as regards a decision.
@@ -334,6 +339,8 @@ type Status struct {
 		Number  uint64 `json:"number"`
 		Waiting int    `json:"waiting"`
 	} `json:"audit"`
+	// Registry is how the registry is, for who may see all tenants.
+	Registry *RegistryStatus `json:"registry,omitempty"`
 	// Kills are the kills in force: "global", or "tenant" and its name.
 	Kills []string `json:"kills,omitempty"`
 	// Warnings are what an operator should mend.
