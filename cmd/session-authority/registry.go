@@ -284,7 +284,7 @@ func readSessions(stdin io.Reader, file string) ([]authority.Session, error) {
 		if err != nil {
 			return nil, cli.Usagef("--file: %w", err)
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }() // it was only read
 		in = f
 	}
 	b, err := io.ReadAll(io.LimitReader(in, authority.MaxBody+1))
