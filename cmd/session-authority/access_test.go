@@ -376,6 +376,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := s.op.RegisterAgent(t.Context(), authority.AgentRequest{Agent: authority.Agent{Tenant: "acme", ID: "spiffe://corp/bot"}}); err != nil {
+		t.Fatal(err)
+	}
 	frame, err := json.Marshal(map[string][]byte{"frame": keySet})
 	if err != nil {
 		t.Fatal(err)
@@ -415,6 +418,11 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"GET /v1/audit", "", "", 200, roles{r, c, a}, true},
 		{"GET /v1/audit/export", "", "", 200, roles{r, c, a}, true},
 		{"GET /v1/receipts/export", fmt.Sprintf("/v1/receipts/export?epoch=%d&number=%d", d.Epoch, d.Number), "", 200, roles{r, c, a}, true},
+		{"GET /v1/agents", "/v1/agents?tenant=acme", "", 200, roles{i, r, c, a}, false},
+		{"POST /v1/agents", "", `{"tenant":"acme","id":"spiffe://corp/NEW"}`, 201, roles{i, c}, false},
+		{"POST /v1/agents/lifecycle", "", `{"tenant":"acme","id":"spiffe://corp/bot","operation":"suspend"}`, 200, roles{r, c}, false},
+		{"GET /v1/sessions", "/v1/sessions?tenant=acme", "", 200, roles{i, r, c, a}, false},
+		{"POST /v1/sessions", "", `{"sessions":[{"tenant":"acme","issuer":"` + idp + `","id":"NEW","expires":"` + time.Now().Add(time.Hour).UTC().Format(time.RFC3339) + `"}]}`, 201, roles{i, c}, false},
 		{"GET /v1/bus-config", "", "", 200, roles{c}, true},
 		{"GET /v1/keyset", "", "", 200, roles{c, a}, true},
 		{"POST /v1/keyset", "", string(frame), 204, roles{c}, true},
@@ -612,8 +620,15 @@ func TestOneTenantNeverSeesAnother(t *testing.T) {
 	stop()
 	<-ended
 
+	if _, err := s.op.RegisterAgent(ctx, authority.AgentRequest{Agent: authority.Agent{Tenant: "acme", ID: "spiffe://corp/carol-bot"}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.op.RegisterSessions(ctx, []authority.Session{{Tenant: "acme", Issuer: idp, ID: "s-carol", User: "carol", Expires: time.Now().Add(time.Hour)}}); err != nil {
+		t.Fatal(err)
+	}
 	// Nothing that beta can read has a word of acme's.
-	for _, path := range []string{"/v1/status", "/v1/enforcers", "/v1/trail", "/v1/seen", "/v1/trail?tenant=acme", "/v1/seen?tenant=acme", "/v1/trail?enforcer=eu-acme"} {
+	for _, path := range []string{"/v1/status", "/v1/enforcers", "/v1/trail", "/v1/seen", "/v1/trail?tenant=acme", "/v1/seen?tenant=acme", "/v1/trail?enforcer=eu-acme",
+		"/v1/agents", "/v1/sessions", "/v1/agents?id=spiffe://corp/carol-bot", "/v1/sessions?id=s-carol&issuer=" + url.QueryEscape(idp), "/v1/sessions?term=user:carol&issuer=" + url.QueryEscape(idp)} {
 		code, _, got := s.do(beta, "GET", path, "")
 		if code != 200 {
 			t.Errorf("%s: %d %s", path, code, got)
@@ -646,6 +661,11 @@ func TestOneTenantNeverSeesAnother(t *testing.T) {
 		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["acme"]}`},
 		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["beta","acme"]}`},
 		{"DELETE", "/v1/enforcers/eu-acme", ""},
+		{"GET", "/v1/agents?tenant=acme", ""},
+		{"GET", "/v1/sessions?tenant=acme", ""},
+		{"POST", "/v1/agents", `{"tenant":"acme","id":"spiffe://corp/carol-bot"}`},
+		{"POST", "/v1/agents/lifecycle", `{"tenant":"acme","id":"spiffe://corp/carol-bot","operation":"decommission"}`},
+		{"POST", "/v1/sessions", `{"sessions":[{"tenant":"acme","issuer":"` + idp + `","id":"s-carol","expires":"2030-01-01T00:00:00Z"}]}`},
 	} {
 		code, _, got := s.do(beta, e.method, e.path, e.body)
 		other, _, want := s.do(beta, e.method, missing(e.path), missing(e.body))
