@@ -40,6 +40,7 @@ func auditFlags(cmd *cobra.Command, q *authority.AuditQuery, since *string) {
 	f.StringVar(&q.Tenant, "tenant", "", "about callers of this tenant")
 	f.StringVar(&q.Agent, "agent", "", "about this agent")
 	f.StringVar(&q.User, "user", "", "about this user")
+	f.StringVar(&q.Client, "client", "", "about this client")
 	f.StringVar(&q.Session, "session", "", "about this session")
 	f.StringVar(&q.Incident, "incident", "", "of this incident")
 	f.StringVar(&q.Trace, "trace", "", "of this W3C trace id")

@@ -484,7 +484,7 @@ func TestQueries(t *testing.T) {
 		r.Detail, r.Kind, r.Callers, r.Incident = "3", authority.AuditReport, nil, ""
 		call := func(user string) authority.TrailRecord {
 			return authority.TrailRecord{Tool: "tool of " + user, Incident: "INC-2", TraceID: "cd", TrailCaller: authority.TrailCaller{
-				Tenant: "acme", User: user, Session: "s-2", Actors: []authority.TrailLink{{ID: "planner"}, {ID: "worker"}}, Ancestors: []authority.TrailLink{{ID: "s-1"}},
+				Tenant: "acme", User: user, Client: "cli", Session: "s-2", Actors: []authority.TrailLink{{ID: "planner"}, {ID: "worker"}}, Ancestors: []authority.TrailLink{{ID: "s-1"}},
 			}}
 		}
 		r.Trail = []authority.TrailRecord{call("alice"), call("carol")}
@@ -499,6 +499,7 @@ func TestQueries(t *testing.T) {
 		{authority.AuditQuery{User: "carol"}, "[3]"},
 		{authority.AuditQuery{Agent: "spiffe://corp/bot"}, "[2]"},
 		{authority.AuditQuery{Agent: "worker"}, "[3]"},
+		{authority.AuditQuery{Client: "cli"}, "[3]"},
 		{authority.AuditQuery{Session: "s-1"}, "[3]"},
 		{authority.AuditQuery{Session: "s"}, "[2]"},
 		{authority.AuditQuery{Incident: "INC-2"}, "[3 2]"},

@@ -187,12 +187,12 @@ type wanted struct {
 
 func newWanted(q *authority.AuditQuery) wanted {
 	w := wanted{AuditQuery: *q}
-	for _, s := range []*string{&w.Kind, &w.Tenant, &w.User, &w.Session, &w.Incident} {
+	for _, s := range []*string{&w.Kind, &w.Tenant, &w.User, &w.Client, &w.Session, &w.Incident} {
 		*s = session.ReportText(*s)
 	}
 	w.Trace = strings.ToLower(w.Trace)
 	w.agent = session.ReportText(agentOf(q.Agent))
-	w.any = w.agent+w.User+w.Session+w.Tenant != ""
+	w.any = w.agent+w.User+w.Client+w.Session+w.Tenant != ""
 	return w
 }
 
@@ -221,13 +221,13 @@ func (w *wanted) record(r *authority.AuditRecord) bool {
 }
 
 func (w *wanted) caller(c authority.AuditCaller) bool {
-	return is(w.Tenant, c.Tenant) && is(w.User, c.User) && is(w.Session, c.Session) && (w.agent == "" || agentOf(c.Agent) == w.agent)
+	return is(w.Tenant, c.Tenant) && is(w.User, c.User) && is(w.Client, c.Client) && is(w.Session, c.Session) && (w.agent == "" || agentOf(c.Agent) == w.agent)
 }
 
 func (w *wanted) call(t *authority.TrailRecord) bool {
 	agent := func(a authority.TrailLink) bool { return agentOf(a.ID) == w.agent }
 	sid := func(a authority.TrailLink) bool { return a.ID == w.Session }
-	return is(w.Tenant, t.Tenant) && is(w.User, t.User) && is(w.Incident, t.Incident) && is(w.Trace, t.TraceID) &&
+	return is(w.Tenant, t.Tenant) && is(w.User, t.User) && is(w.Client, t.Client) && is(w.Incident, t.Incident) && is(w.Trace, t.TraceID) &&
 		(w.agent == "" || slices.ContainsFunc(t.Actors, agent)) &&
 		(is(w.Session, t.Session) || slices.ContainsFunc(t.Ancestors, sid))
 }

@@ -158,6 +158,7 @@ type AuditQuery struct {
 	Tenant   string
 	Agent    string
 	User     string
+	Client   string
 	Session  string
 	Incident string
 	Trace    string // the W3C trace id, in hex
@@ -172,7 +173,7 @@ type AuditQuery struct {
 
 func (q *AuditQuery) texts() map[string]*string {
 	return map[string]*string{
-		"kind": &q.Kind, "tenant": &q.Tenant, "agent": &q.Agent, "user": &q.User, "session": &q.Session,
+		"kind": &q.Kind, "tenant": &q.Tenant, "agent": &q.Agent, "user": &q.User, "client": &q.Client, "session": &q.Session,
 		"incident": &q.Incident, "trace": &q.Trace, "before": &q.Before,
 	}
 }
