@@ -515,7 +515,10 @@ func (g *Gateway) open(rt *runtime, c config.Listener) (*server, error) {
 		ErrorLog:  slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
 		TLSConfig: secured,
 		Protocols: new(http.Protocols),
-		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: 250},
+		// Of all that is written, and of a connection of HTTP/2 that takes nothing.
+		// The proxy lets its answers take longer, and sees to it that they move.
+		WriteTimeout: p.WriteStallTimeout,
+		HTTP2:        &http.HTTP2Config{MaxConcurrentStreams: 250, WriteByteTimeout: p.WriteStallTimeout},
 	}
 	srv.Protocols.SetHTTP1(true)
 	srv.Protocols.SetHTTP2(true)
@@ -705,6 +708,7 @@ func fixed(a, b *config.Config) error {
 		{"mode", a.Mode, b.Mode}, {"max_stale", a.MaxStale, b.MaxStale}, {"max_stale_running", a.MaxStaleRunning, b.MaxStaleRunning},
 		{"max_entries", a.MaxEntries, b.MaxEntries}, {"max_bound", a.MaxBound, b.MaxBound}, {"log", a.Log, b.Log}, {"admin", a.Admin, b.Admin}, {"trail", a.Trail, b.Trail}, {"proof", a.Proof, b.Proof},
 		{"proxy.read_header_timeout", a.Proxy.ReadHeaderTimeout, b.Proxy.ReadHeaderTimeout}, {"proxy.idle_timeout", a.Proxy.IdleTimeout, b.Proxy.IdleTimeout},
+		{"proxy.write_stall_timeout", a.Proxy.WriteStallTimeout, b.Proxy.WriteStallTimeout},
 		{"proxy.max_header_bytes", a.Proxy.MaxHeaderBytes, b.Proxy.MaxHeaderBytes}, {"proxy.max_connections", a.Proxy.MaxConnections, b.Proxy.MaxConnections},
 	} {
 		if !reflect.DeepEqual(x.a, x.b) {

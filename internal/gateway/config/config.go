@@ -257,9 +257,12 @@ type Proxy struct {
 	IdleTimeout       time.Duration `yaml:"idle_timeout"`
 	// FlushTimeout bounds how long the last words to a client that was cut may
 	// take.
-	FlushTimeout   time.Duration `yaml:"flush_timeout"`
-	MaxHeaderBytes int           `yaml:"max_header_bytes"`
-	MaxConnections int           `yaml:"max_connections"`
+	FlushTimeout time.Duration `yaml:"flush_timeout"`
+	// WriteStallTimeout bounds how long a client may take nothing of what is
+	// written to it: a write is of 32 KiB at most.
+	WriteStallTimeout time.Duration `yaml:"write_stall_timeout"`
+	MaxHeaderBytes    int           `yaml:"max_header_bytes"`
+	MaxConnections    int           `yaml:"max_connections"`
 	// MaxSessions bounds the MCP sessions that are tracked, SessionTimeout how
 	// long one is without requests.
 	MaxSessions    int           `yaml:"max_sessions"`
@@ -286,7 +289,7 @@ func Defaults() *Config {
 		Log: Log{Level: "info", Format: "text"},
 		Proxy: Proxy{
 			ReadHeaderTimeout: 10 * time.Second, BodyTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
-			FlushTimeout: time.Second, MaxHeaderBytes: 64 << 10, MaxConnections: 10_000,
+			FlushTimeout: time.Second, WriteStallTimeout: time.Minute, MaxHeaderBytes: 64 << 10, MaxConnections: 10_000,
 			MaxSessions: 50_000, SessionTimeout: 30 * time.Minute,
 		},
 		Authz: Authz{ForwardHeaders: "x-forwarded"},

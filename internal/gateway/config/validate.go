@@ -38,6 +38,7 @@ func (c *Config) validate() error {
 		{"proxy.body_timeout", c.Proxy.BodyTimeout, 100 * time.Millisecond, time.Hour},
 		{"proxy.idle_timeout", c.Proxy.IdleTimeout, time.Second, time.Hour},
 		{"proxy.flush_timeout", c.Proxy.FlushTimeout, 10 * time.Millisecond, time.Minute},
+		{"proxy.write_stall_timeout", c.Proxy.WriteStallTimeout, 100 * time.Millisecond, time.Hour},
 		{"proxy.session_timeout", c.Proxy.SessionTimeout, time.Second, 7 * 24 * time.Hour},
 	} {
 		// Zero is the enforcer's default, where that is what Defaults leaves.

@@ -117,8 +117,7 @@ type exchange struct {
 	bound context.Context
 	cut   atomic.Bool // noted
 
-	mu   sync.Mutex
-	over bool // the client's connection is not ours any more
+	mu sync.Mutex
 	// digest is that of the arguments, once the body is gone with them.
 	digest session.Hash
 }
@@ -131,7 +130,9 @@ func exchangeOf(ctx context.Context) *exchange {
 }
 
 // ServeHTTP serves one request.
-func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (p *Proxy) ServeHTTP(client http.ResponseWriter, r *http.Request) {
+	w := watch(client, p.opts.Config.Proxy.WriteStallTimeout)
+	defer w.end()
 	if r.Method == http.MethodConnect || r.Method == http.MethodTrace {
 		refuse(w, r, &operation.Refusal{Status: http.StatusMethodNotAllowed, Code: codeInvalid, Why: "the method is not accepted"})
 		return
@@ -200,21 +201,15 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.Note(&x.op, trail.Event{Mark: mark, Caller: caller, Call: x.call, Traceparent: x.traceparent})
 
 	// A client that does not read must not hold up the end of its stream.
-	rc := http.NewResponseController(w)
 	stop := context.AfterFunc(bound, func() {
 		x.cancelTask()
-		x.mu.Lock()
-		defer x.mu.Unlock()
-		if !x.over && route.Denied(bound) != nil {
-			_ = rc.SetWriteDeadline(time.Now().Add(p.opts.Config.Proxy.FlushTimeout))
+		if route.Denied(bound) != nil {
+			w.deadline(time.Now().Add(p.opts.Config.Proxy.FlushTimeout))
 		}
 	})
 	defer func() {
 		stop()
 		x.cancelTask()
-		x.mu.Lock()
-		x.over = true
-		x.mu.Unlock()
 	}()
 	if x.cards != nil {
 		if err := x.discoverable(); err != nil {
@@ -224,12 +219,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(bound, exchangeKey{}, x)))
 	if route.Denied(bound) != nil {
-		// The connection may serve others after this.
-		_ = rc.Flush()
-		x.mu.Lock()
-		defer x.mu.Unlock()
-		x.over = true
-		_ = rc.SetWriteDeadline(time.Time{})
+		_ = w.FlushError() // while its deadline is in force
 	}
 }
 
