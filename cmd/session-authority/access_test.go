@@ -235,7 +235,7 @@ func grants() string {
 	return b.String()
 }
 
-func startServed(t *testing.T) *served {
+func startServed(t *testing.T, more string) *served {
 	t.Helper()
 	s := &served{T: t, dir: t.TempDir(), login: newSignIn(t), pki: newPKI(t)}
 	s.pki.issue("server", "")
@@ -251,7 +251,7 @@ issuers:
 certificates:
 - {name: "uri:spiffe://corp/ops/alice", role: commander, tenants: ["*"]}
 - {name: "uri:spiffe://corp/ci", role: issuer, tenants: [acme]}
-`, audience, s.login.srv.URL, grants(), s.pki.path("ca.pem"))
+`, audience, s.login.srv.URL, grants(), s.pki.path("ca.pem")) + more
 	file := filepath.Join(s.dir, "access.yaml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
@@ -370,7 +370,7 @@ const (
 
 // The table: each endpoint, and each kind of decision, and who may.
 func TestWhoMayDoWhat(t *testing.T) {
-	s := startServed(t)
+	s := startServed(t, "")
 	d := s.decide("acme", "session", "s0", "INC-1")
 	keySet, err := s.op.KeySet(t.Context())
 	if err != nil {
@@ -426,6 +426,11 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"GET /v1/bus-config", "", "", 200, roles{c}, true},
 		{"GET /v1/keyset", "", "", 200, roles{c, a}, true},
 		{"POST /v1/keyset", "", string(frame), 204, roles{c}, true},
+		{"GET /v1/proposals", "", "", 200, roles{r, c, a}, false},
+		{"POST /v1/proposals", "", decision("suspend", "", `{"kind":"tenant","value":"acme"}`), 201, roles{c}, false},
+		{"POST /v1/proposals", "", decision("kill", "", `{"kind":"global"}`), 201, roles{c}, true},
+		{"POST /v1/proposals/{id}/withdraw", "/v1/proposals/ID/withdraw", "", 200, roles{c}, false},
+		{"POST /v1/proposals/{id}/approve", "/v1/proposals/ID/approve", "", 200, roles{c}, false},
 	} {
 		method, path, _ := strings.Cut(e.pattern, " ")
 		if e.path != "" {
@@ -440,6 +445,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 					if _, err := s.op.Enroll(t.Context(), authority.EnrollRequest{Name: name, Tenants: []string{"acme"}}); err != nil {
 						t.Fatal(err)
 					}
+				}
+				if strings.Contains(path, "/ID/") {
+					path = strings.Replace(path, "ID", s.propose(s.as(name, "commander-all"), "suspend", "acme").ID, 1)
 				}
 				code, _, got := s.do(s.as("p", string(role)+"-"+where), method, path, body)
 				may := slices.Contains(e.may, role) && (where == "all" || !e.everywhere)
@@ -486,7 +494,7 @@ var tested = map[string]bool{}
 
 // A client certificate is as good as a token; the bootstrap token is none any more.
 func TestMeans(t *testing.T) {
-	s := startServed(t)
+	s := startServed(t, "")
 	s.pki.issue("alice", "spiffe://corp/ops/alice")
 	s.pki.issue("ci", "spiffe://corp/ci")
 	s.pki.issue("bot", "spiffe://corp/agent/bot")
@@ -558,7 +566,7 @@ func TestMeans(t *testing.T) {
 // What is another tenant's does not exist: the answers are those for what there
 // never was, and nothing that is shown has a trace of it.
 func TestOneTenantNeverSeesAnother(t *testing.T) {
-	s := startServed(t)
+	s := startServed(t, "")
 	ctx := t.Context()
 	for name, tenants := range map[string][]string{"eu-acme": {"acme"}, "eu-beta": {"beta"}, "shared": {"acme", "beta"}} {
 		if _, err := s.op.Enroll(ctx, authority.EnrollRequest{Name: name, Tenants: tenants}); err != nil {
@@ -717,5 +725,292 @@ func TestOneTenantNeverSeesAnother(t *testing.T) {
 			t.Errorf("%s %+v, %v", resp.Status, d, err)
 		}
 		body = strings.Replace(body, `"s1"`, `"s1x"`, 1)
+	}
+}
+
+// propose makes a proposal on a tenant, or on everything.
+func (s *served) propose(c caller, op, tenant string) authority.Proposal {
+	s.Helper()
+	term := `{"kind":"global"}`
+	if tenant != "" {
+		term = `{"kind":"tenant","value":"` + tenant + `"}`
+	}
+	var p authority.Proposal
+	code, _, got := s.do(c, "POST", "/v1/proposals", strings.Replace(decision(op, "", term), "{", `{"incident":"INC-7",`, 1))
+	if code != 201 || json.Unmarshal([]byte(got), &p) != nil || p.ID == "" {
+		s.Fatalf("propose: %d %s", code, got)
+	}
+	return p
+}
+
+func (s *served) kills() []string {
+	s.Helper()
+	st, err := s.op.Status(s.Context())
+	if err != nil {
+		s.Fatal(err)
+	}
+	return st.Kills
+}
+
+func committed(body, more string) string {
+	return strings.Replace(body, "{", `{"commit":true,`+more, 1)
+}
+
+// A kill takes two commanders, over a restart too; one and the same person is not
+// two, and nobody else counts.
+func TestTwoPersons(t *testing.T) {
+	s := startServed(t, "")
+	alice, bob := s.as("alice", "commander-all"), s.as("bob", "commander-acme")
+	killAcme := decision("kill", "", `{"kind":"tenant","value":"acme"}`)
+	for _, op := range []string{"kill", "revoke", "suspend", "step_up", "reduce", "resume", "restore"} {
+		for _, term := range []string{`{"kind":"global"}`, `{"kind":"tenant","value":"acme"}`} {
+			if code, _, got := s.do(alice, "POST", "/v1/decisions", committed(decision(op, "", term), "")); code != 403 || !strings.Contains(got, authority.ProblemTwoPersons) {
+				t.Errorf("%s %s by one: %d %s", op, term, code, got)
+			}
+		}
+	}
+	if code, _, got := s.do(alice, "POST", "/v1/decisions", killAcme); code != 200 || !strings.Contains(got, "second commander") {
+		t.Errorf("preview: %d %s", code, got)
+	}
+	if code, _, got := s.do(alice, "POST", "/v1/decisions", committed(killAcme, `"drill":true,`)); code != 200 {
+		t.Errorf("a drill: %d %s", code, got)
+	}
+	p := s.propose(alice, "kill", "acme")
+	approve, withdraw := "/v1/proposals/"+p.ID+"/approve", "/v1/proposals/"+p.ID+"/withdraw"
+	if p.By != "alice@"+s.login.srv.URL || p.State != authority.ProposalOpen || time.Until(p.Expires) > 15*time.Minute || len(s.kills()) != 0 {
+		t.Errorf("proposed %+v, kills %v", p, s.kills())
+	}
+
+	s.stop()
+	s.start(filepath.Join(s.dir, "access.yaml"))
+	for name, c := range map[string]struct {
+		caller
+		want int
+	}{
+		"the proposer":                {alice, 403},
+		"the proposer, another token": {caller{s.login.token("alice", []string{"commander-acme"}, map[string]any{"jti": "2"}), s.plain}, 403},
+		"a responder":                 {s.as("r", "responder-all"), 403},
+		"a responder, there":          {s.as("r", "responder-acme", "commander-beta"), 403},
+		"another tenant's":            {s.as("b", "commander-beta", "responder-beta"), 404},
+		"an agent":                    {caller{s.login.token("bob", []string{"commander-all"}, map[string]any{"act": map[string]any{"sub": "x"}}), s.plain}, 403},
+	} {
+		if code, _, got := s.do(c.caller, "POST", approve, ""); code != c.want {
+			t.Errorf("%s: %d %s", name, code, got)
+		}
+	}
+	if code, _, got := s.do(s.as("b", "commander-beta"), "POST", withdraw, ""); code != 404 {
+		t.Errorf("another tenant's withdraws: %d %s", code, got)
+	}
+	if _, _, got := s.do(s.as("b", "commander-beta"), "GET", "/v1/proposals", ""); strings.Contains(got, p.ID) || strings.Contains(got, "acme") {
+		t.Errorf("another tenant's sees it: %s", got)
+	}
+	if _, _, got := s.do(bob, "GET", "/v1/proposals", ""); !strings.Contains(got, p.ID) {
+		t.Errorf("it is not listed: %s", got)
+	}
+	if k := s.kills(); len(k) != 0 {
+		t.Errorf("killed before it was approved: %v", k)
+	}
+	before, err := s.op.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// However many approve it at once, it is decided once.
+	var wg sync.WaitGroup
+	type answer struct {
+		code int
+		body string
+	}
+	answers := make(chan answer, 8)
+	for n := range cap(answers) {
+		c := s.as(fmt.Sprint("bob", n), "commander-acme")
+		wg.Go(func() {
+			code, _, body := s.do(c, "POST", approve, "")
+			answers <- answer{code, body}
+		})
+	}
+	wg.Wait()
+	close(answers)
+	numbers := map[uint64]bool{}
+	for a := range answers {
+		var d authority.Decision
+		switch {
+		case a.code == 409:
+		case a.code == 200 && json.Unmarshal([]byte(a.body), &d) == nil && d.Durable:
+			numbers[d.Number] = true
+		default:
+			t.Errorf("approve: %d %s", a.code, a.body)
+		}
+	}
+	after, err := s.op.Status(t.Context())
+	if err != nil || len(numbers) != 1 || !slices.Equal(after.Kills, []string{"tenant acme"}) || after.Entries != before.Entries+1 {
+		t.Errorf("decided at %v; kills %v, %d and %d entries, %v", numbers, after.Kills, before.Entries, after.Entries, err)
+	}
+	for _, path := range []string{approve, withdraw} {
+		if code, _, got := s.do(s.as("carol", "commander-all"), "POST", path, ""); code != 409 || !strings.Contains(got, "executed") {
+			t.Errorf("%s once more: %d %s", path, code, got)
+		}
+	}
+
+	// Its restoring takes two as well; one that was withdrawn is none.
+	w := s.propose(bob, "restore", "acme")
+	if code, _, got := s.do(alice, "POST", "/v1/proposals/"+w.ID+"/withdraw", ""); code != 200 {
+		t.Errorf("withdraw: %d %s", code, got)
+	}
+	if code, _, got := s.do(alice, "POST", "/v1/proposals/"+w.ID+"/approve", ""); code != 409 || len(s.kills()) != 1 {
+		t.Errorf("approve what was withdrawn: %d %s", code, got)
+	}
+	w = s.propose(bob, "restore", "acme")
+	if code, _, got := s.do(alice, "POST", "/v1/proposals/"+w.ID+"/approve", ""); code != 200 || len(s.kills()) != 0 {
+		t.Errorf("restore: %d %s", code, got)
+	}
+	// One principal's open proposals are bounded.
+	code := 0
+	for range 9 {
+		code, _, _ = s.do(s.as("eve", "commander-all"), "POST", "/v1/proposals", killAcme)
+	}
+	if code != 429 {
+		t.Errorf("the ninth open proposal: %d", code)
+	}
+	// The operator of the machine is alone, and may.
+	if d, err := s.op.Decide(t.Context(), authority.Request{Operation: authority.Kill, Targets: []authority.Target{authority.One("", "global", "", "")}, Commit: true}); err != nil || !d.Committed {
+		t.Errorf("the operator: %+v, %v", d, err)
+	}
+}
+
+// Whoever decides alone is heard of.
+func TestBreakGlass(t *testing.T) {
+	s := startServed(t, "")
+	alice := s.as("alice", "commander-all")
+	kill := decision("kill", "", `{"kind":"global"}`)
+	for name, c := range map[string]struct {
+		body string
+		want int
+	}{
+		"no incident":         {committed(kill, `"break_glass":"x",`), 400},
+		"too long a one":      {committed(kill, `"break_glass":"x","incident":"`+strings.Repeat("i", 60)+`",`), 400},
+		"too long a reason":   {committed(kill, `"break_glass":"`+strings.Repeat("x", 201)+`","incident":"i",`), 400},
+		"where it is not for": {committed(decision("revoke", "acme", userTerm), `"break_glass":"x","incident":"i",`), 400},
+	} {
+		if code, _, got := s.do(alice, "POST", "/v1/decisions", c.body); code != c.want {
+			t.Errorf("%s: %d %s", name, code, got)
+		}
+	}
+	if code, _, got := s.do(s.as("r", "responder-all"), "POST", "/v1/decisions", committed(kill, `"break_glass":"x","incident":"i",`)); code != 403 {
+		t.Errorf("a responder: %d %s", code, got)
+	}
+	if k := s.kills(); len(k) != 0 {
+		t.Fatalf("kills %v", k)
+	}
+	var d authority.Decision
+	if code, _, got := s.do(alice, "POST", "/v1/decisions", committed(kill, `"break_glass":"nobody answers","incident":"INC-9",`)); code != 200 || json.Unmarshal([]byte(got), &d) != nil || !d.Durable || len(d.Warnings) == 0 {
+		t.Errorf("%d %s", code, got)
+	}
+	x, err := s.op.Explain(t.Context(), authority.ExplainRequest{Identity: &authority.Identity{Tenant: "beta", Issuer: idp, User: "u"}})
+	if err != nil || !x.Denied || len(x.Matches) != 1 || x.Matches[0].Incident != "BREAK-GLASS INC-9" {
+		t.Errorf("%+v, %v", x, err)
+	}
+	st, err := s.op.Status(t.Context())
+	if err != nil || !slices.ContainsFunc(st.Warnings, func(w string) bool {
+		return strings.HasPrefix(w, "BREAK-GLASS: kill global") && strings.Contains(w, "alice@") && strings.Contains(w, "nobody answers")
+	}) {
+		t.Errorf("warnings %q, %v", st.Warnings, err)
+	}
+	if _, _, got := s.do(s.as("a", "auditor-all"), "GET", "/v1/proposals", ""); !strings.Contains(got, `"state":"break_glass"`) {
+		t.Errorf("proposals %s", got)
+	}
+	if l := s.log.String(); !strings.Contains(l, "BREAK-GLASS: decided by one person alone") || !strings.Contains(l, "alice@") {
+		t.Error("the log is silent")
+	}
+}
+
+// An expired proposal is none. Wide decisions are limited, each principal's for
+// itself, and kills are not.
+func TestLimits(t *testing.T) {
+	s := startServed(t, "proposal_for: 1s\nwide_per_minute: 4\n")
+	p := s.propose(s.as("alice", "commander-all"), "kill", "")
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	bob := s.as("bob", "commander-all")
+	for deadline := time.Now().Add(20 * time.Second); ; <-tick.C {
+		_, _, got := s.do(bob, "GET", "/v1/proposals", "")
+		if strings.Contains(got, `"state":"expired"`) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it does not expire: %s", got)
+		}
+	}
+	if code, _, got := s.do(bob, "POST", "/v1/proposals/"+p.ID+"/approve", ""); code != 409 || !strings.Contains(got, "expired") || len(s.kills()) != 0 {
+		t.Errorf("approve what has expired: %d %s", code, got)
+	}
+
+	wide := committed(decision("suspend", "acme", userTerm), "")
+	code, h, got := 0, http.Header(nil), ""
+	for n := 0; code != 429 && n < 20; n++ {
+		code, h, got = s.do(bob, "POST", "/v1/decisions", wide)
+	}
+	if code != 429 || h.Get("Retry-After") == "" || h.Get("Retry-After") == "0" || !strings.Contains(got, authority.ProblemOverloaded) {
+		t.Errorf("twenty wide decisions at once: %d %v %s", code, h, got)
+	}
+	for what, c := range map[string]struct {
+		caller
+		body string
+	}{
+		"a single session":   {bob, committed(decision("suspend", "acme", sessionTerm), "")},
+		"a preview":          {bob, decision("suspend", "acme", userTerm)},
+		"another principal":  {s.as("carol", "responder-acme"), wide},
+		"a kill":             {bob, committed(decision("kill", "", `{"kind":"global"}`), `"break_glass":"x","incident":"i",`)},
+		"a kill, once again": {bob, committed(decision("kill", "", `{"kind":"tenant","value":"acme"}`), `"break_glass":"x","incident":"i",`)},
+	} {
+		if code, _, got := s.do(c.caller, "POST", "/v1/decisions", c.body); code != 200 {
+			t.Errorf("%s: %d %s", what, code, got)
+		}
+	}
+}
+
+// The program says what to do next.
+func TestProposalsOnTheCommandLine(t *testing.T) {
+	s := startServed(t, "")
+	as := func(who string, args ...string) (int, string) {
+		file := filepath.Join(s.dir, who+".token")
+		if err := os.WriteFile(file, []byte(s.login.token(who, []string{"commander-all"}, nil)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var out, errs strings.Builder
+		code := run(append([]string{"--url", s.url, "--api-ca", s.pki.path("ca.pem"), "--api-token-file", file}, args...), strings.NewReader(""), &out, &errs)
+		return code, out.String() + errs.String()
+	}
+	code, out := as("alice", "kill", "global", "--incident", "INC-1", "--commit")
+	if code != exitProposed || !strings.HasPrefix(out, "proposed as p") || !strings.Contains(out, "NOT in effect") || len(s.kills()) != 0 {
+		t.Fatalf("%d %s", code, out)
+	}
+	id := strings.TrimSuffix(strings.Fields(out)[2], ",")
+	if !strings.Contains(out, "session-authority proposals approve "+id) {
+		t.Errorf("it does not say what to do next: %s", out)
+	}
+	if code, out := as("alice", "proposals", "approve", id); code == 0 || !strings.Contains(out, "their own proposal") {
+		t.Errorf("%d %s", code, out)
+	}
+	if code, out := as("bob", "proposals", "list"); code != 0 || !strings.Contains(out, id+" open, by alice@") || !strings.Contains(out, "kill global") {
+		t.Errorf("%d %s", code, out)
+	}
+	if code, out := as("bob", "proposals", "approve", id); code != 0 || !strings.HasPrefix(out, "killed at seq") || len(s.kills()) != 1 {
+		t.Errorf("%d %s", code, out)
+	}
+	code, out = as("bob", "restore", "global", "--commit")
+	if code != exitProposed {
+		t.Fatalf("%d %s", code, out)
+	}
+	if code, out := as("bob", "proposals", "withdraw", strings.TrimSuffix(strings.Fields(out)[2], ",")); code != 0 || !strings.HasPrefix(out, "withdrawn p") {
+		t.Errorf("%d %s", code, out)
+	}
+	if code, out := as("bob", "restore", "global", "--commit", "--incident", "INC-1", "--break-glass", "false alarm"); code != 0 || !strings.Contains(out, "restored at seq") || !strings.Contains(out, "break-glass") || len(s.kills()) != 0 {
+		t.Errorf("%d %s", code, out)
+	}
+	// A certificate does as well as a token.
+	s.pki.issue("alice", "spiffe://corp/ops/alice")
+	var o, e strings.Builder
+	if code := run([]string{"--url", s.url, "--api-ca", s.pki.path("ca.pem"), "--client-cert", s.pki.path("alice.pem"), "--client-key", s.pki.path("alice.key"), "status"}, strings.NewReader(""), &o, &e); code != 0 || !strings.Contains(o.String()+e.String(), "BREAK-GLASS") {
+		t.Errorf("%d %s%s", code, o.String(), e.String())
 	}
 }

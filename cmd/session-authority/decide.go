@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -17,6 +18,7 @@ import (
 // decisionFlags are the flags of the verbs that decide.
 type decisionFlags struct {
 	issuer, tenant, reason, incident, effect, acr, key string
+	glass                                              string
 	issuedBefore, until, share                         string
 	exceptList                                         []string
 	forTime, wait                                      time.Duration
@@ -90,6 +92,7 @@ session-authority help targets.
 	f.StringVar(&d.incident, "incident", "", "incident id; shown in every denial")
 	f.StringVar(&d.key, "idempotency-key", "", "a decision sent twice under one key is taken once")
 	f.BoolVar(&d.drill, "drill", false, "match and report, but deny nobody")
+	f.StringVar(&d.glass, "break-glass", "", "decide alone what takes two persons, and say why; everybody is told, and --incident is required")
 	f.BoolVar(&d.commit, "commit", false, "do it, where it would only be previewed")
 	f.DurationVar(&d.wait, "wait", authority.MaxWait, "how long to wait until every enforcer has it in force; 0 does not wait")
 	f.Lookup("wait").NoOptDefVal = authority.MaxWait.String()
@@ -193,7 +196,7 @@ func parseShare(s string) (float64, error) {
 func (d *decisionFlags) request(op authority.Operation, args []string, now time.Time) (authority.Request, error) {
 	r := authority.Request{
 		Operation: op, Effect: d.effect, For: authority.Duration(d.forTime), Reason: d.reason, Incident: d.incident,
-		ACR: d.acr, Credentials: d.credentials, Drill: d.drill, Commit: d.commit,
+		ACR: d.acr, Credentials: d.credentials, Drill: d.drill, Commit: d.commit, BreakGlass: d.glass,
 	}
 	target, err := parseTarget(args, d.tenant, d.issuer)
 	if err != nil {
@@ -257,12 +260,20 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 		d.key = rand.Text()
 	}
 	res, err := c.DecideOnce(cmd.Context(), d.key, r)
+	if p := (*authority.Problem)(nil); errors.As(err, &p) && p.Type == authority.ProblemTwoPersons {
+		return propose(cmd, g, c, r)
+	}
 	if err != nil {
 		return err
 	}
+	return report(cmd, g, c, v, d.wait, &r, res)
+}
+
+// report waits for a decision to be in force, and says where it is.
+func report(cmd *cobra.Command, g *globals, c *authority.Client, v verb, wait time.Duration, r *authority.Request, res *authority.Decision) (err error) {
 	out := outcome{Decision: res}
-	if res.Committed && d.wait > 0 {
-		if out.Coverage, err = c.Coverage(cmd.Context(), res.Epoch, res.Number, d.wait); err != nil {
+	if res.Committed && wait > 0 {
+		if out.Coverage, err = c.Coverage(cmd.Context(), res.Epoch, res.Number, wait); err != nil {
 			return fmt.Errorf("%s at seq %d, but where it is in force is not known: %w", v.done, res.Number, err)
 		}
 	}
@@ -273,7 +284,7 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 	if g.json {
 		err = cli.PrintJSON(cmd.OutOrStdout(), out)
 	} else {
-		_, err = fmt.Fprint(cmd.OutOrStdout(), out.text(v, &r, time.Now()))
+		_, err = fmt.Fprint(cmd.OutOrStdout(), out.text(v, r, time.Now()))
 	}
 	if err != nil {
 		return err

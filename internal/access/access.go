@@ -63,7 +63,11 @@ const (
 	RegisterSessions Operation = "register sessions"
 	// ChangeAgents suspends, activates and decommissions; it takes DecideWide as
 	// well.
-	ChangeAgents Operation = "change an agent's state"
+	ChangeAgents  Operation = "change an agent's state"
+	Propose       Operation = "propose what takes two persons"
+	ListProposals Operation = "list proposals"
+	Approve       Operation = "approve proposals"
+	Withdraw      Operation = "withdraw proposals"
 
 	// DenyOne denies one session, token, credential or key.
 	DenyOne Operation = "deny a single credential"
@@ -105,6 +109,10 @@ var table = map[Operation]rule{
 	LiftOne:          {roles: []Role{Responder, Commander}},
 	DecideWide:       {roles: []Role{Responder, Commander}},
 	DecideAll:        {roles: []Role{Commander}},
+	Propose:          {roles: []Role{Commander}},
+	ListProposals:    {roles: []Role{Responder, Commander, Auditor}},
+	Approve:          {roles: []Role{Commander}},
+	Withdraw:         {roles: []Role{Commander}},
 }
 
 // endpoints are the operations of the API's endpoints, by their patterns.
@@ -130,6 +138,10 @@ var endpoints = map[string]Operation{
 	"GET /v1/bus-config":                          ReadBus,
 	"GET /v1/keyset":                              ReadKeySet,
 	"POST /v1/keyset":                             PublishKeySet,
+	"POST /v1/proposals":                          Propose,
+	"GET /v1/proposals":                           ListProposals,
+	"POST /v1/proposals/{id}/approve":             Approve,
+	"POST /v1/proposals/{id}/withdraw":            Withdraw,
 }
 
 // Endpoint returns the operation of an endpoint, by its pattern. One that has
@@ -292,7 +304,7 @@ func (p *Principal) forbidden(op Operation, tenant string) error {
 		need = "an agent holds no role: ask a person or a service that does"
 	case len(names) > 0 && tenant != "":
 		need = fmt.Sprintf("it takes the role %s in tenant %s", strings.Join(names, " or "), tenant)
-	case len(names) > 0 && (everywhere || op == DecideAll):
+	case len(names) > 0 && (everywhere || op == DecideAll || op == Propose || op == Approve || op == Withdraw):
 		need = fmt.Sprintf("it takes the role %s in all tenants", strings.Join(names, " or "))
 	case len(names) > 0:
 		need = "it takes the role " + strings.Join(names, " or ")

@@ -108,6 +108,9 @@ func TestConfigurationIsCheckedWhole(t *testing.T) {
 		"no value":                {strings.Replace(issuer, "value: r", "value: ''", 1), "grants[0]: want a claim"},
 		"certificates without CA": {issuer + "certificates:\n- {name: 'dns:a', role: viewer, tenants: [a]}\n", "go together"},
 		"a nameless certificate":  {"client_ca: f\ncertificates:\n- {name: 'a', role: viewer, tenants: [a]}\n", "certificates[0].name"},
+		"a switch in between":     {issuer + "two_person: sometimes\n", "two_person"},
+		"an endless proposal":     {issuer + "proposal_for: 1000h\n", "proposal_for"},
+		"no wide decisions":       {issuer + "wide_per_minute: 0\n", "wide_per_minute"},
 		"a bad switch":            {issuer + "local_operator: maybe\n", "local_operator"},
 		"too long":                {issuer + "# " + strings.Repeat("x", 1<<20), "longer than"},
 	} {
@@ -175,7 +178,7 @@ func (s *signer) mint(change map[string]any) string {
 
 func (s *signer) authenticator(edit func(*Config)) *Authenticator {
 	s.Helper()
-	c := &Config{Local: LocalOn, Audience: "https://a", Issuers: []IssuerConfig{{
+	c := &Config{Local: On, Audience: "https://a", Issuers: []IssuerConfig{{
 		URL: "https://i", JWKSFile: s.file, Clients: []string{"console", "ci"},
 		Grants: []ClaimsGrant{
 			{"groups", "on-call", Responder, []string{"acme"}},
@@ -276,7 +279,7 @@ func TestTokens(t *testing.T) {
 
 func TestSocket(t *testing.T) {
 	s := newSigner(t)
-	on, off := s.authenticator(nil), s.authenticator(func(c *Config) { c.Local = LocalOff })
+	on, off := s.authenticator(nil), s.authenticator(func(c *Config) { c.Local = Off })
 	me := os.Geteuid()
 	for _, uid := range []int{0, me} {
 		if p, err := on.Socket(bearer(""), uid, true); err != nil || p.CheckIn(DecideAll, "") != nil || !p.Local() {
@@ -311,7 +314,7 @@ func TestCertificates(t *testing.T) {
 	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	a, err := New(Options{Config: &Config{Local: LocalOff, ClientCA: file, Certificates: []CertConfig{
+	a, err := New(Options{Config: &Config{Local: Off, ClientCA: file, Certificates: []CertConfig{
 		{"uri:spiffe://corp/ops/alice", Commander, []string{Everywhere}},
 		{"email:bob@corp", Viewer, []string{"acme"}},
 	}}})

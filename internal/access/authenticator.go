@@ -135,7 +135,7 @@ func (a *Authenticator) Socket(r *http.Request, uid int, known bool) (*Principal
 	if r.Header.Get("Authorization") != "" && a.config != nil {
 		return a.Request(r) // to act as somebody in particular is always possible
 	}
-	if a.config != nil && a.config.Local == LocalOff {
+	if a.config != nil && a.config.Local == Off {
 		if a.verifier == nil {
 			return nil, authority.NewProblem(authority.ProblemUnauthorised, "the socket is closed to users of this machine", "use the API's URL, with a client certificate")
 		}

@@ -35,19 +35,34 @@ type Config struct {
 	Origin  string         `yaml:"origin"`
 	Issuers []IssuerConfig `yaml:"issuers"`
 	// ClientCA, in PEM, verifies client certificates.
-	ClientCA     string        `yaml:"client_ca"`
-	Certificates []CertConfig  `yaml:"certificates"`
-	Local        LocalOperator `yaml:"local_operator"`
+	ClientCA     string       `yaml:"client_ca"`
+	Certificates []CertConfig `yaml:"certificates"`
+	// Local says whether a user of this machine may do everything on the unix
+	// socket.
+	Local Switch `yaml:"local_operator"`
+	// TwoPerson says whether decisions on a whole tenant, or on everything, take
+	// two commanders, and ProposalFor how long one of them has to find the other.
+	TwoPerson   Switch        `yaml:"two_person"`
+	ProposalFor time.Duration `yaml:"proposal_for"`
+	// WidePerMinute bounds the decisions of one principal on more than single
+	// credentials; those that take two commanders are not counted.
+	WidePerMinute int `yaml:"wide_per_minute"`
 }
 
-// LocalOperator says whether a user of this machine may do everything on the
-// unix socket.
-type LocalOperator string
+// Switch is on or off.
+type Switch string
 
-// The values of LocalOperator.
+// The values of Switch.
 const (
-	LocalOn  LocalOperator = "on"
-	LocalOff LocalOperator = "off"
+	On  Switch = "on"
+	Off Switch = "off"
+)
+
+// What is not configured.
+const (
+	DefaultProposalFor   = 15 * time.Minute
+	DefaultWidePerMinute = 60
+	maxProposalFor       = 24 * time.Hour
 )
 
 // IssuerConfig is an issuer of tokens, and what they are worth here.
@@ -120,7 +135,7 @@ func Load(path string) (*Config, error) {
 
 // Parse is Load for a file's contents, and leaves relative paths as they are.
 func Parse(b []byte) (*Config, error) {
-	c := &Config{Local: LocalOn}
+	c := &Config{Local: On, TwoPerson: On, ProposalFor: DefaultProposalFor, WidePerMinute: DefaultWidePerMinute}
 	if err := yamlfile.Decode(b, c); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
@@ -159,8 +174,14 @@ func (c *Config) validate() error {
 		return errors.New("client_ca and certificates go together")
 	case len(c.Certificates) > maxGrants:
 		return fmt.Errorf("certificates: more than %d", maxGrants)
-	case c.Local != LocalOn && c.Local != LocalOff:
+	case c.Local != On && c.Local != Off:
 		return errors.New("local_operator: on or off")
+	case c.TwoPerson != On && c.TwoPerson != Off:
+		return errors.New("two_person: on or off")
+	case c.ProposalFor < time.Second || c.ProposalFor > maxProposalFor:
+		return fmt.Errorf("proposal_for: want 1s to %s", maxProposalFor)
+	case c.WidePerMinute < 1 || c.WidePerMinute > 1e6:
+		return errors.New("wide_per_minute: want 1 to 1000000")
 	}
 	for i := range c.Issuers {
 		if err := c.Issuers[i].validate(); err != nil {

@@ -87,6 +87,11 @@ type Service interface {
 	ChangeAgent(ctx context.Context, r authority.LifecycleRequest) (*authority.LifecycleAnswer, error)
 	RegisterSessions(ctx context.Context, r authority.SessionsRequest) (*authority.SessionsAnswer, error)
 	Sessions(ctx context.Context, q authority.RegistryQuery) (*authority.SessionsPage, error)
+	// Propose keeps a decision until another Approves it, or somebody Withdraws it.
+	Propose(ctx context.Context, r authority.Request) (*authority.Proposal, error)
+	Proposals(ctx context.Context) ([]authority.Proposal, error)
+	Approve(ctx context.Context, id string) (*authority.Decision, error)
+	Withdraw(ctx context.Context, id string) (*authority.Proposal, error)
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
 	// soon after, and never calls fn concurrently.
 	Watch(ctx context.Context, fn func(authority.Event) error) error
@@ -350,6 +355,10 @@ func (s *Server) endpoints() map[string]handler {
 		"GET /v1/bus-config":                          s.busConfig,
 		"GET /v1/keyset":                              s.keySet,
 		"POST /v1/keyset":                             s.publishKeySet,
+		"POST /v1/proposals":                          s.propose,
+		"GET /v1/proposals":                           s.proposals,
+		"POST /v1/proposals/{id}/approve":             s.approve,
+		"POST /v1/proposals/{id}/withdraw":            s.withdraw,
 	}
 }
 
@@ -461,6 +470,11 @@ func (s *Server) decide(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	writeDecision(w, d)
+	return nil
+}
+
+func writeDecision(w http.ResponseWriter, d *authority.Decision) {
 	status := http.StatusOK
 	if d.Committed && !d.Durable {
 		status = http.StatusAccepted
@@ -469,6 +483,45 @@ func (s *Server) decide(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Location", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, d.Number))
 	}
 	writeJSON(w, status, d)
+}
+
+func (s *Server) propose(w http.ResponseWriter, r *http.Request) error {
+	var in authority.Request
+	if err := readJSON(w, r, &in); err != nil {
+		return err
+	}
+	p, err := s.svc.Propose(r.Context(), in)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusCreated, p)
+	return nil
+}
+
+func (s *Server) proposals(w http.ResponseWriter, r *http.Request) error {
+	list, err := s.svc.Proposals(r.Context())
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, map[string]any{"proposals": list})
+	return nil
+}
+
+func (s *Server) approve(w http.ResponseWriter, r *http.Request) error {
+	d, err := s.svc.Approve(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	writeDecision(w, d)
+	return nil
+}
+
+func (s *Server) withdraw(w http.ResponseWriter, r *http.Request) error {
+	p, err := s.svc.Withdraw(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, p)
 	return nil
 }
 

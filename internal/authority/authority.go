@@ -35,6 +35,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/flock"
+	"github.com/interlock-fabric/interlock/internal/proposal"
 	"github.com/interlock-fabric/interlock/internal/registry"
 	"github.com/interlock-fabric/interlock/internal/report"
 	"github.com/interlock-fabric/interlock/internal/roster"
@@ -174,6 +175,9 @@ type Authority struct {
 	once       sync.Once
 	err        error
 
+	proposals *proposal.Store
+	wide      limits
+
 	once422 dedupe
 	claims  claims
 	secrets secretCache
@@ -260,6 +264,15 @@ func (a *Authority) open(ctx context.Context) error {
 	}
 	if err := a.patiently(ctx, a.openAudit); err != nil {
 		return err
+	}
+	if err := a.patiently(ctx, func(ctx context.Context) (err error) {
+		a.proposals, err = proposal.Open(ctx, a.nc, []byte(a.store.AuthoritySeed()))
+		return err
+	}); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	if o.Access != nil {
+		a.wide.perMinute = o.Access.WidePerMinute
 	}
 	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err

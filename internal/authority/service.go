@@ -34,8 +34,20 @@ func (a *Authority) planner(p *access.Principal) *planner {
 // Decide takes a decision, or previews it, and returns when the log and the audit
 // have it, or have not said so in time; it is the API's.
 func (a *Authority) Decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
+	if err := breakGlass(&r); err != nil {
+		return a.decided(ctx, &r, nil, err, "")
+	}
 	d, err := a.decide(ctx, idempotencyKey, r)
-	rec := a.decisionRecord(&r, d, err)
+	return a.decided(ctx, &r, d, err, "")
+}
+
+// decided records a decision and returns it.
+func (a *Authority) decided(ctx context.Context, r *authority.Request, d *authority.Decision, err error, detail string) (*authority.Decision, error) {
+	rec := a.decisionRecord(r, d, err)
+	if r.BreakGlass != "" {
+		detail = "break-glass: " + r.BreakGlass
+	}
+	rec.Detail = strings.Trim(rec.Detail+"; "+detail, "; ")
 	if d != nil && !d.Committed {
 		a.noteFor(ctx, rec)
 		return d, nil
@@ -63,14 +75,40 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 	if err := permitted(p, &r, pl); err != nil {
 		return nil, err
 	}
+	if err := a.tombstoned(&r, pl); err != nil {
+		return nil, err
+	}
+	switch two := a.needsTwo(p, &r, pl); {
+	case r.BreakGlass != "" && (!pl.everything() || r.Drill):
+		return nil, invalid("leave it out", "break_glass is for what needs two persons")
+	case two && r.Commit && r.BreakGlass == "":
+		return nil, secondPerson()
+	case two && r.BreakGlass == "":
+		pl.warnings = append(pl.warnings, "it takes a second commander: with --commit it is proposed, for another to approve")
+	case r.Commit && !pl.everything() && slices.ContainsFunc(pl.touched, func(t touched) bool { return t.wide }):
+		if err := a.wide.admit(p, time.Now()); err != nil {
+			return nil, err
+		}
+	}
+	if pl.wide && !r.Commit {
+		d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings, Preview: a.preview(&r, pl, p)}
+		d.Warnings = append(d.Warnings, a.count(d.Preview, pl, p.Visible())...)
+		return d, nil
+	}
 	if !p.Local() {
 		// What keys others use is nobody's to find out.
 		idempotencyKey = p.Name + "\x00" + idempotencyKey
 	}
-	if err := a.tombstoned(&r, pl); err != nil {
-		return nil, err
+	d, err := a.commit(ctx, idempotencyKey, &r, pl)
+	if err == nil && r.BreakGlass != "" {
+		a.glassBroken(ctx, p, &r, pl, d)
 	}
-	id, content, err := decisionID(idempotencyKey, &r)
+	return d, err
+}
+
+// commit takes a decision that may be taken.
+func (a *Authority) commit(ctx context.Context, idempotencyKey string, r *authority.Request, pl *plan) (*authority.Decision, error) {
+	id, content, err := decisionID(idempotencyKey, r)
 	if err != nil {
 		return nil, err
 	}
@@ -78,11 +116,6 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 		return nil, authority.NewProblem(authority.ProblemIdempotency, "the idempotency key was used for another request", "use a new key for a new request")
 	}
 	d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings}
-	if pl.wide && !r.Commit {
-		d.Preview = a.preview(&r, pl, p)
-		d.Warnings = append(d.Warnings, a.count(d.Preview, pl, p.Visible())...)
-		return d, nil
-	}
 	a.once422.add(idempotencyKey, content)
 	res, err := a.seq.Decide(ctx, sequencer.Decision{ID: id, Entries: pl.entries})
 	if err != nil {
@@ -92,7 +125,7 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 	d.Committed, d.Epoch, d.Number, d.At = true, res.Epoch, res.Number, res.At.Time()
 	d.Durable, d.Duplicate, d.Entries = res.Durable, res.Duplicate, len(pl.entries)
 	// The sequence alone cannot be traced to a value.
-	a.log.Info("decided", "by", p.Name, "operation", string(r.Operation), "epoch", d.Epoch, "number", d.Number, "entries", d.Entries,
+	a.log.Info("decided", "by", access.From(ctx).Name, "operation", string(r.Operation), "epoch", d.Epoch, "number", d.Number, "entries", d.Entries,
 		"incident", r.Incident, "drill", r.Drill, "durable", d.Durable, "duplicate", d.Duplicate)
 	return d, nil
 }
@@ -156,7 +189,12 @@ func (a *Authority) Coverage(ctx context.Context, epoch, number uint64, wait tim
 
 // Status says how the authority and its enforcers are; it is the API's.
 func (a *Authority) Status(ctx context.Context) (*authority.Status, error) {
-	return a.status(access.From(ctx).Scope(access.ReadStatus)), nil
+	p := access.From(ctx)
+	s := a.status(p.Scope(access.ReadStatus))
+	if a.o.Access != nil {
+		a.warnOfGlass(ctx, p.Scope(access.ListProposals), func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) })
+	}
+	return s, nil
 }
 
 // status is the status as a scope shows it.

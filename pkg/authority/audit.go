@@ -26,6 +26,7 @@ const (
 	AuditDecision  = "decision"  // a decision, taken or refused
 	AuditSignIn    = "sign-in"   // attempts without a valid credential
 	AuditAccess    = "access"    // what was asked for without the role for it
+	AuditProposal  = "proposal"  // a proposal was made, withdrawn or not approved
 	AuditRoster    = "roster"    // an enforcer was enrolled or retired
 	AuditKeys      = "keys"      // a key set came into force: keys, tenants, epochs
 	AuditAuthority = "authority" // an authority was started or stopped

@@ -21,6 +21,9 @@ type Problem struct {
 	Detail string `json:"detail,omitempty"`
 	// Mend says what would make it succeed.
 	Mend string `json:"mend,omitempty"`
+	// RetryAfter is in how many seconds it may succeed as it is; zero says
+	// nothing.
+	RetryAfter int `json:"retry_after,omitempty"`
 }
 
 // The types of Problem. They are stable.
@@ -41,6 +44,8 @@ const (
 	// ProblemForbidden: who asks may not do that, and the mend says which role
 	// may. 403.
 	ProblemForbidden = "urn:interlock:problem:forbidden"
+	// ProblemTwoPersons: it takes a second person; see Client.Propose. 403.
+	ProblemTwoPersons = "urn:interlock:problem:two-persons"
 	// ProblemNotFound: no such resource. 404.
 	ProblemNotFound = "urn:interlock:problem:not-found"
 	// ProblemConflict: it exists already, or another was faster. 409.
@@ -68,6 +73,7 @@ var problemTitles = map[string]struct {
 	ProblemIdempotency:  {"The idempotency key was used for another request", http.StatusUnprocessableEntity},
 	ProblemUnauthorised: {"Not authorised", http.StatusUnauthorized},
 	ProblemForbidden:    {"Forbidden", http.StatusForbidden},
+	ProblemTwoPersons:   {"Two persons are needed", http.StatusForbidden},
 	ProblemNotFound:     {"Not found", http.StatusNotFound},
 	ProblemConflict:     {"Conflict", http.StatusConflict},
 	ProblemQuota:        {"Quota exceeded", http.StatusConflict},

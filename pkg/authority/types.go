@@ -17,6 +17,8 @@ const (
 	MaxIdempotencyKey = 255
 	// MaxWait bounds how long a request for coverage may wait.
 	MaxWait = 30 * time.Second
+	// MaxBreakGlass bounds the reason for deciding alone, in bytes.
+	MaxBreakGlass = 200
 )
 
 // Operation is what a decision does to the callers that its targets match.
@@ -111,6 +113,9 @@ type Request struct {
 	Credentials bool `json:"credentials,omitempty"`
 	// Drill decisions are matched and reported, and deny nobody.
 	Drill bool `json:"drill,omitempty"`
+	// BreakGlass says why one person alone decides what takes two; at most
+	// MaxBreakGlass bytes. It goes with Incident, and everybody is told.
+	BreakGlass string `json:"break_glass,omitempty"`
 	// Commit does what would otherwise only be previewed.
 	Commit bool `json:"commit,omitempty"`
 }
