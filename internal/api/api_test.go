@@ -446,6 +446,56 @@ func TestEveryEndpointSaysWhoMay(t *testing.T) {
 	}
 }
 
+// What is asked for wrongly is refused before anything is looked for: the service
+// here would panic.
+func TestAuditParameters(t *testing.T) {
+	r := serve(t, &service{}, Options{})
+	for _, path := range []string{
+		"/v1/audit?limit=1001", "/v1/audit?limit=-1", "/v1/audit?limit=x", "/v1/audit?x=1", "/v1/audit?kind=a&kind=b", "/v1/audit?since=yesterday",
+		"/v1/audit?user=" + strings.Repeat("a", 4097),
+		"/v1/audit/export?limit=5", "/v1/audit/export?until=2026-11-22T09:00:00Z", "/v1/audit/export?before=1-1", "/v1/audit/export?x=1",
+		"/v1/receipts/export", "/v1/receipts/export?epoch=1", "/v1/receipts/export?epoch=1&number=0", "/v1/receipts/export?epoch=1&number=x",
+		"/v1/receipts/export?incident=a&epoch=1&number=1", "/v1/receipts/export?incident=a&incident=b", "/v1/receipts/export?incident=" + strings.Repeat("a", 4097),
+	} {
+		resp, body := r.do(http.MethodGet, path, "", nil)
+		if resp.StatusCode != http.StatusBadRequest || !strings.Contains(body, authority.ProblemInvalid) {
+			t.Errorf("%.80s: %d %s", path, resp.StatusCode, body)
+		}
+	}
+}
+
+// exporting is a service whose exports fail at a place.
+type exporting struct {
+	Service
+	after int
+}
+
+func (e *exporting) ExportAudit(_ context.Context, _ authority.AuditQuery, w io.Writer) error {
+	if _, err := w.Write(bytes.Repeat([]byte("x"), e.after)); err != nil {
+		return err
+	}
+	return authority.NewProblem(authority.ProblemUnavailable, "the store is away", "")
+}
+
+// An export that fails before anything was sent is answered, and one that fails
+// later is cut off: nobody takes it for whole.
+func TestExportThatFails(t *testing.T) {
+	for after, want := range map[int]int{0: http.StatusServiceUnavailable, 3 * exportBuffer: 0} {
+		r := serve(t, &exporting{after: after}, Options{})
+		c, err := authority.New(authority.Options{Socket: r.socket})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got bytes.Buffer
+		err = c.ExportAudit(t.Context(), authority.AuditQuery{}, &got)
+		c.Close()
+		var p *authority.Problem
+		if want != 0 && (!errors.As(err, &p) || p.Status != want) || want == 0 && !errors.Is(err, authority.ErrUnreachable) {
+			t.Errorf("after %d bytes: %v", after, err)
+		}
+	}
+}
+
 func FuzzDecodeStrict(f *testing.F) {
 	for _, s := range []string{good, `{"claims":{"a":{"b":"\"}","\\\"":1},"":[{}]}}`, `{"claims":{"k":1,"\u212a":2}}`, `{}`, `[]`, `{"a":{"a":1},"b":[{"a":1},{"a":2}]}`, `{"operation":"x","operation":"y"}`, `1`, `"x"`, `{"targets":[[`} {
 		f.Add([]byte(s))

@@ -7,9 +7,12 @@ import (
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -41,6 +44,8 @@ const (
 	DefaultKeepFor   = 400 * 24 * time.Hour
 	DefaultKeepBytes = 16 << 30
 	trimEvery        = time.Hour
+	// headEvery is how often HeadFile is written when there is something new.
+	headEvery = time.Second
 )
 
 var (
@@ -70,6 +75,9 @@ type Options struct {
 	// Reports is where the stream of reports ends. One that ends before what the
 	// audit has of it was made anew, and is audited from its beginning.
 	Reports uint64
+	// HeadFile keeps where the chain was, so that a stream that was rolled back or
+	// lost is noticed at the next start; empty keeps it nowhere.
+	HeadFile string
 	// KeepFor and KeepBytes bound what is kept; 0 is the default.
 	KeepFor   time.Duration
 	KeepBytes uint64
@@ -100,6 +108,9 @@ type Log struct {
 	since   time.Time // of failing
 	strays  uint64
 	missed  uint64 // records that were not taken
+	found   uint64 // the newest record at the start
+	lost    uint64 // how many records the stream lacked at the start
+	kept    uint64 // the record that HeadFile has; of tend
 }
 
 // item is a record that waits for the store.
@@ -142,6 +153,9 @@ type Status struct {
 	// Strays counts messages in the stream that are not part of the chain, and
 	// Missed records that were not taken, for want of room or of a key.
 	Strays, Missed uint64
+	// Lost is how many records this authority knew to be stored, and did not find
+	// at its start.
+	Lost uint64
 }
 
 // Open finds the end of the chain and returns when records can be appended. The
@@ -167,8 +181,15 @@ func Open(ctx context.Context, o Options) (*Log, error) {
 	if at.Reports > o.Reports {
 		at.Reports = 0
 	}
-	l.at = at
+	l.at = l.remember(at)
 	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	if l.lost > 0 {
+		l.Note(authority.AuditRecord{
+			Kind: authority.AuditRetention, Action: "lose", Outcome: authority.OutcomeUnknown, Count: l.lost,
+			Principal: authority.AuditPrincipal{Means: "authority"},
+			Detail:    fmt.Sprintf("records %d to %d were stored, and are not there any more: the stream was rolled back, or made anew", l.found+1, l.found+l.lost),
+		})
+	}
 	l.done.Go(l.run)
 	l.done.Go(l.tend)
 	return l, nil
@@ -186,6 +207,7 @@ func (l *Log) Close() error {
 		defer timer.Stop()
 		l.done.Wait()
 		l.cancel()
+		l.keepHead()
 	})
 	l.done.Wait()
 	return nil
@@ -197,7 +219,7 @@ func (l *Log) Status() Status {
 	defer l.mu.Unlock()
 	return Status{
 		Number: l.at.Number, Floor: max(l.at.Floor, 1), Hash: session.Hash(l.at.Hash), Waiting: len(l.queue),
-		Failing: l.failing, Since: l.since, Strays: l.strays, Missed: l.missed,
+		Failing: l.failing, Since: l.since, Strays: l.strays, Missed: l.missed, Lost: l.lost,
 	}
 }
 
@@ -644,18 +666,84 @@ func (l *Log) follow(ctx context.Context, s jetstream.Stream, p place, last uint
 	return p, nil
 }
 
-// tend removes what is past its keeping.
+// headFile is what HeadFile has.
+type headFile struct {
+	Number uint64 `json:"number"`
+	Hash   sum    `json:"hash"`
+}
+
+// remember holds what was found in the stream against what was there before. On
+// an empty stream the chain goes on from there, so that no number is given twice.
+func (l *Log) remember(at place) place {
+	l.found = at.Number
+	if l.o.HeadFile == "" {
+		return at
+	}
+	b, err := os.ReadFile(l.o.HeadFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return at
+	}
+	var was headFile
+	if err == nil {
+		err = json.Unmarshal(b, &was)
+	}
+	if err != nil {
+		// An authority that does not start for it would be the worse harm.
+		l.log.Error("where the audit was is not known: records that were lost since are not noticed", "file", l.o.HeadFile, "error", err)
+		return at
+	}
+	l.kept = was.Number
+	if was.Number <= at.Number {
+		return at
+	}
+	l.lost = was.Number - at.Number
+	l.log.Error("the audit lacks records that were stored: its stream was rolled back, or made anew", "have", at.Number, "had", was.Number)
+	if at.Number == 0 {
+		at.Number, at.Hash, at.Floor, at.Below = was.Number, was.Hash, was.Number+1, was.Hash
+	}
+	return at
+}
+
+// keepHead writes HeadFile, if there is something new.
+func (l *Log) keepHead() {
+	l.mu.Lock()
+	now := headFile{l.at.Number, l.at.Hash}
+	l.mu.Unlock()
+	if l.o.HeadFile == "" || now.Number == l.kept {
+		return
+	}
+	b, err := marshal(now)
+	if err == nil {
+		err = os.WriteFile(l.o.HeadFile+".new", append(b, '\n'), 0o600)
+	}
+	if err == nil {
+		err = os.Rename(l.o.HeadFile+".new", l.o.HeadFile)
+	}
+	if err != nil {
+		l.log.Warn("where the audit is was not written down", "error", err)
+		return
+	}
+	l.kept = now.Number
+}
+
+// tend writes down where the chain is, and removes what is past its keeping.
 func (l *Log) tend() {
-	tick := time.NewTicker(trimEvery)
+	tick, head := time.NewTicker(trimEvery), time.NewTicker(headEvery)
 	defer tick.Stop()
+	defer head.Stop()
 	for {
 		if err := l.trim(l.ctx); err != nil && l.ctx.Err() == nil {
 			l.log.Warn("the audit was not trimmed", "error", err)
 		}
-		select {
-		case <-l.ctx.Done():
-			return
-		case <-tick.C:
+		for again := true; again; {
+			select {
+			case <-l.ctx.Done():
+				return
+			case <-head.C:
+				l.keepHead()
+			case <-tick.C:
+				again = false
+			}
 		}
 	}
 }

@@ -436,6 +436,53 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// A stream that lacks what was stored is noticed at the next start, and no number
+// is given twice.
+func TestLostRecords(t *testing.T) {
+	s := newStore(t)
+	path := filepath.Join(s.dir, "head")
+	with := func(o *Options) { o.HeadFile = path }
+	l := s.open(with)
+	for i := range 5 {
+		must(t, l.Append(s.ctx, record(i)))
+	}
+	eventually(t, "where it is is written down", func() bool {
+		b, err := os.ReadFile(path)
+		return err == nil && bytes.Contains(b, []byte(`"number":5,`))
+	})
+	must(t, l.Append(s.ctx, record(5)))
+	must(t, l.Close())
+	if st := s.open(with).Status(); st.Lost != 0 || st.Number != 6 {
+		t.Fatalf("%+v", st)
+	}
+	// Made anew.
+	must(t, s.js.DeleteStream(s.ctx, natsfeed.AuditStream))
+	must(t, broker.EnsureStreams(s.ctx, s.js, 1))
+	l = s.open(with)
+	must(t, l.Append(s.ctx, record(7)))
+	if st := l.Status(); st.Lost != 6 || st.Number != 8 || st.Floor != 7 {
+		t.Errorf("%+v", st)
+	}
+	file := s.export(l, authority.AuditQuery{})
+	if got := s.sound(file); got[record(7).Detail] != 1 || !bytes.Contains(file, []byte("records 1 to 6 were stored, and are not there any more")) {
+		t.Errorf("%v", got)
+	}
+	must(t, l.Close())
+	// Rolled back.
+	must(t, os.WriteFile(path, []byte(`{"number":20,"hash":"`+strings.Repeat("0", 64)+`"}`), 0o600))
+	l = s.open(with)
+	must(t, l.Append(s.ctx, record(9)))
+	if st := l.Status(); st.Lost != 12 || st.Number != 10 {
+		t.Errorf("%+v", st)
+	}
+	s.sound(s.export(l, authority.AuditQuery{}))
+	must(t, l.Close())
+	must(t, os.WriteFile(path, []byte("torn"), 0o600))
+	if st := s.open(with).Status(); st.Lost != 0 || st.Number != 10 {
+		t.Errorf("a torn file: %+v", st)
+	}
+}
+
 // Reports are audited once, whoever hears them, and however often.
 func TestReportsOnce(t *testing.T) {
 	s := newStore(t)

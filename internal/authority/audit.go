@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -61,6 +62,7 @@ func (a *Authority) openAudit(ctx context.Context) error {
 	if a.audit, err = audit.Open(ctx, audit.Options{
 		JetStream: js, Trust: a.store.Trust(), Signer: a.store.Signer, Sealing: a.store.Sealing, Frame: a.store.Frame,
 		Head:      func() (uint64, uint64) { e, n, _ := a.seq.Head(); return e, n },
+		HeadFile:  filepath.Join(a.o.DataDir, AuditHeadFile),
 		Authority: run, Reports: reports.CachedInfo().State.LastSeq, KeepFor: a.o.AuditFor, KeepBytes: a.o.AuditBytes, Logger: a.log,
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)

@@ -60,6 +60,8 @@ const (
 	SocketFile = "api.sock"
 	TokenFile  = "api.token"
 	lockFile   = "authority.lock"
+	// AuditHeadFile has the number and the hash of the newest record of the audit.
+	AuditHeadFile = "audit.head"
 )
 
 // DefaultRevokeTarget is the time to revoke that the status expects.

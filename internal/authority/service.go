@@ -268,6 +268,9 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 	if au.Failing != nil {
 		warn("the audit cannot be written since %s, and %d of its records wait: see the log of this authority", au.Since.UTC().Format(time.RFC3339), au.Waiting)
 	}
+	if au.Lost > 0 {
+		warn("%d records of the audit were stored and are not there any more: its stream was rolled back, or made anew", au.Lost)
+	}
 	if au.Missed > 0 {
 		warn("%d records are missing from the audit: see the log of this authority", au.Missed)
 	}
