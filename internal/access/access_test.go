@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -116,6 +117,37 @@ func TestConfigurationIsCheckedWhole(t *testing.T) {
 	} {
 		if _, err := Parse([]byte(c.text)); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// The document has a configuration that is one, and the table as it is.
+func TestTheDocumentIsTrue(t *testing.T) {
+	b, err := os.ReadFile("../../docs/access.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(b)
+	_, rest, _ := strings.Cut(doc, "```yaml\n")
+	example, _, ok := strings.Cut(rest, "```")
+	c, err := Parse([]byte(example))
+	if !ok || err != nil || len(c.Issuers) != 1 || c.Local != On || c.TwoPerson != On || c.origin() != "https://authority.example" {
+		t.Errorf("the example: %+v, %v", c, err)
+	}
+	for op, r := range table {
+		line := "| " + string(op) + " |"
+		for _, role := range Roles() {
+			switch {
+			case !slices.Contains(r.roles, role):
+				line += " |"
+			case r.everywhere:
+				line += " yes* |"
+			default:
+				line += " yes |"
+			}
+		}
+		if !strings.Contains(doc, line+"\n") {
+			t.Errorf("docs/access.md does not have\n%s", line)
 		}
 	}
 }

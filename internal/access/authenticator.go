@@ -78,7 +78,7 @@ func New(o Options) (*Authenticator, error) {
 	if len(o.Config.Issuers) == 0 {
 		return a, nil
 	}
-	proof, err := credential.NewProofChecker(credential.ProofOptions{Origin: o.Config.Origin, Clock: a.clock})
+	proof, err := credential.NewProofChecker(credential.ProofOptions{Origin: o.Config.origin(), Clock: a.clock})
 	if err != nil {
 		return nil, fmt.Errorf("%w: origin: %w", ErrInvalid, err)
 	}

@@ -31,7 +31,8 @@ type Config struct {
 	// required with Issuers.
 	Audience string `yaml:"audience"`
 	// Origin is the scheme and authority by which clients know this server, for
-	// tokens that are bound to a key; see credential.ProofOptions.
+	// tokens that are bound to a key; see credential.ProofOptions. Empty is that
+	// of Audience, where that is a URL.
 	Origin  string         `yaml:"origin"`
 	Issuers []IssuerConfig `yaml:"issuers"`
 	// ClientCA, in PEM, verifies client certificates.
@@ -158,6 +159,13 @@ func (c *Config) Tenants() []string {
 	}
 	slices.Sort(out)
 	return slices.DeleteFunc(slices.Compact(out), func(t string) bool { return t == Everywhere })
+}
+
+func (c *Config) origin() string {
+	if u, err := url.Parse(c.Audience); c.Origin == "" && err == nil && u.Host != "" && (u.Scheme == "https" || u.Scheme == "http") {
+		return u.Scheme + "://" + u.Host
+	}
+	return c.Origin
 }
 
 func (c *Config) validate() error {

@@ -49,7 +49,10 @@ const (
 	maxWatches = 64
 	// maxAtOnce bounds requests of all kinds.
 	maxAtOnce = 1024
-	keepAlive = 10 * time.Second
+	// maxReserve are the places that commanders' decisions find when all others
+	// are taken.
+	maxReserve = 32
+	keepAlive  = 10 * time.Second
 	// tokenLen is what a bootstrap token has at least, maxTokenLen what any token
 	// has at most.
 	tokenLen    = 32
@@ -138,6 +141,8 @@ type Server struct {
 	waits  chan struct{}
 	watch  chan struct{}
 	all    chan struct{}
+	// reserve is for what must get through when all is taken.
+	reserve chan struct{}
 	// refused is never nil.
 	refused func(*http.Request, error)
 }
@@ -147,7 +152,7 @@ type Server struct {
 func Serve(svc Service, o Options) (*Server, error) {
 	s := &Server{
 		svc: svc, log: o.Logger,
-		waits: make(chan struct{}, maxWaits), watch: make(chan struct{}, maxWatches), all: make(chan struct{}, maxAtOnce),
+		waits: make(chan struct{}, maxWaits), watch: make(chan struct{}, maxWatches), all: make(chan struct{}, maxAtOnce), reserve: make(chan struct{}, maxReserve),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -370,17 +375,27 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 		mux.Handle(pattern, s.handle(s.permit(pattern, h)))
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		places := s.all
 		select {
 		case s.all <- struct{}{}:
-			defer func() { <-s.all }()
 		default:
-			writeProblem(w, overloaded("too many requests at once"))
-			return
+			places = s.reserve
+			select {
+			case s.reserve <- struct{}{}:
+			default:
+				writeProblem(w, overloaded("too many requests at once"))
+				return
+			}
 		}
+		defer func() { <-places }()
 		p, err := who(r)
 		if err != nil {
 			s.refused(r, err)
 			s.refuse(w, r, err)
+			return
+		}
+		if places == s.reserve && !(urgent(r) && !p.Scope(access.DecideAll).Empty()) {
+			writeProblem(w, overloaded("too many requests at once"))
 			return
 		}
 		ctx, cancel := p.Deadline(access.With(r.Context(), p))
@@ -397,6 +412,11 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 		}
 		mux.ServeHTTP(w, r)
 	})
+}
+
+// urgent reports whether a request may be a kill, or the approval of one.
+func urgent(r *http.Request) bool {
+	return r.Method == http.MethodPost && (r.URL.Path == "/v1/decisions" || strings.HasPrefix(r.URL.Path, "/v1/proposals"))
 }
 
 // permit lets through who may use the endpoint. What they may do there in

@@ -427,6 +427,22 @@ func TestWatchesAreBounded(t *testing.T) {
 	}
 }
 
+// When every place is taken, a commander's decision still finds one.
+func TestKillsHaveAReserve(t *testing.T) {
+	r := serve(t, &service{decide: decided}, Options{})
+	for range maxAtOnce {
+		r.srv.all <- struct{}{}
+	}
+	if resp, body := r.do("GET", "/v1/status", "", nil); resp.StatusCode != 429 {
+		t.Errorf("the status: %d %s", resp.StatusCode, body)
+	}
+	for range 2 * maxReserve { // and gives it back
+		if resp, body := r.do("POST", "/v1/decisions", good, nil); resp.StatusCode != 200 {
+			t.Fatalf("a decision: %d %s", resp.StatusCode, body)
+		}
+	}
+}
+
 // Every endpoint is in the table of who may, and the table has nothing else.
 func TestEveryEndpointSaysWhoMay(t *testing.T) {
 	patterns := slices.Sorted(maps.Keys((&Server{}).endpoints()))
