@@ -50,6 +50,7 @@ type Proxy struct {
 	metadata  map[string]*route.Guard
 	cards     map[*route.Guard]*a2aguard.Cards
 	reverse   *httputil.ReverseProxy
+	warnings  *repeats
 }
 
 // New makes a proxy. It reads the files that the upstreams name.
@@ -57,7 +58,7 @@ func New(o Options) (*Proxy, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	p := &Proxy{opts: o, upstreams: make(map[*route.Guard]*upstream), metadata: make(map[string]*route.Guard), cards: make(map[*route.Guard]*a2aguard.Cards)}
+	p := &Proxy{opts: o, upstreams: make(map[*route.Guard]*upstream), metadata: make(map[string]*route.Guard), cards: make(map[*route.Guard]*a2aguard.Cards), warnings: newRepeats(o.Logger)}
 	for _, g := range o.Table.All() {
 		u, err := newUpstream(g.Route)
 		if err != nil {
@@ -88,8 +89,10 @@ func New(o Options) (*Proxy, error) {
 	return p, nil
 }
 
-// Close closes the connections to the upstreams that are idle.
+// Close closes the connections to the upstreams that are idle, and ends what it
+// logs. It is idempotent.
 func (p *Proxy) Close() {
+	p.warnings.close()
 	for _, u := range p.upstreams {
 		u.transport.CloseIdleConnections()
 	}
@@ -367,7 +370,7 @@ func (p *Proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	default:
 		// What the error says is not for the caller.
-		p.opts.Logger.Warn("upstream", "route", x.g.Route.Name, "error", err)
+		p.warnings.warn("upstream", x.g.Route.Name, err)
 		refusal = &operation.Refusal{Status: http.StatusBadGateway, Code: -31502, Why: "the upstream did not answer"}
 		var timeout interface{ Timeout() bool }
 		if errors.As(err, &timeout) && timeout.Timeout() {

@@ -44,6 +44,7 @@ type Sessions struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	log    *slog.Logger
+	warned *repeats
 
 	mu     sync.Mutex
 	opts   SessionOptions
@@ -77,7 +78,7 @@ func NewSessions(o SessionOptions) *Sessions {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Sessions{opts: o, log: o.Logger, all: make(map[sessionKey]*tracked), owned: make(map[string]int)}
+	s := &Sessions{opts: o, log: o.Logger, warned: newRepeats(o.Logger), all: make(map[sessionKey]*tracked), owned: make(map[string]int)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	every := min(max(o.Timeout/8, 100*time.Millisecond), time.Minute)
 	s.wg.Go(func() { s.forget(every) })
@@ -110,6 +111,7 @@ func (s *Sessions) Close() {
 	s.mu.Unlock()
 	s.cancel()
 	s.wg.Wait()
+	s.warned.close()
 }
 
 func (t *tracked) release() {
@@ -260,7 +262,7 @@ func (s *Sessions) end() {
 			timer.Stop()
 		}
 		if err := s.say(t, http.MethodDelete, nil); err != nil {
-			s.log.Warn("a revoked caller's session could not be closed upstream", "route", t.key.route, "error", err)
+			s.warned.warn("a revoked caller's session could not be closed upstream", t.key.route, err)
 		}
 	}
 }

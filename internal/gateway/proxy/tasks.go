@@ -61,6 +61,7 @@ type Tasks struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	warned *repeats
 
 	mu      sync.Mutex
 	closed  bool
@@ -89,7 +90,7 @@ func NewTasks(o TaskOptions) *Tasks {
 	if o.Observe == nil {
 		o.Observe = func(string, TaskOutcome) {}
 	}
-	t := &Tasks{opts: o, queues: make(map[*upstream]*queue)}
+	t := &Tasks{opts: o, queues: make(map[*upstream]*queue), warned: newRepeats(o.Logger)}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	return t
 }
@@ -101,6 +102,7 @@ func (t *Tasks) Close() {
 	t.mu.Unlock()
 	t.cancel()
 	t.wg.Wait()
+	t.warned.close()
 }
 
 // add has a task cancelled.
@@ -145,7 +147,7 @@ func (t *Tasks) work(up *upstream, q *queue) {
 		out, err := t.try(c)
 		t.opts.Observe(c.route, out)
 		if err != nil {
-			t.opts.Logger.Warn("a task could not be cancelled at its agent, whose caller was cut", "route", c.route, "error", err)
+			t.warned.warn("a task could not be cancelled at its agent, whose caller was cut", c.route, err)
 		}
 	}
 }
@@ -299,7 +301,7 @@ func (x *exchange) cancelTask() {
 	req, err := e.cancellation(&x.op)
 	if req == nil {
 		if err != nil {
-			x.p.opts.Logger.Warn("cancel a task", "route", x.g.Route.Name, "error", err)
+			x.p.warnings.warn("cancel a task", x.g.Route.Name, err)
 		}
 		return
 	}
