@@ -51,6 +51,9 @@ func (p *Proxy) answered(res *http.Response) error {
 	}
 	if x.exec != nil && res.StatusCode == http.StatusOK && res.Header.Get("Content-Encoding") == "" {
 		b.find = &finder{form: b.form, rpc: !x.exec.rest}
+		if b.form != opaque && x.op.Method == "SendStreamingMessage" {
+			b.ReadCloser = x.hear(res.Body, b.find)
+		}
 	}
 	res.Body = b
 	return nil
@@ -89,6 +92,9 @@ func (b *body) Read(buf []byte) (int, error) {
 	}
 	n, err := b.ReadCloser.Read(buf)
 	d := route.Denied(b.x.bound)
+	if b.x.exec != nil && errors.Is(err, io.EOF) {
+		b.res.Trailer = b.x.exec.answer.Trailer
+	}
 	if b.find != nil {
 		id, over := b.find.look(buf[:n])
 		if id == "" && d != nil {
@@ -96,6 +102,9 @@ func (b *body) Read(buf []byte) (int, error) {
 		}
 		if id != "" {
 			b.x.exec.named(id)
+		}
+		if over && id == "" {
+			b.x.exec.mute()
 		}
 		if over || d != nil {
 			b.find = nil

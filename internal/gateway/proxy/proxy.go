@@ -476,10 +476,19 @@ type router struct{}
 
 func (router) RoundTrip(r *http.Request) (*http.Response, error) {
 	x := exchangeOf(r.Context())
-	if x.exec != nil {
-		x.exec.sending(r)
+	if x.exec == nil {
+		return x.up.transport.RoundTrip(r)
 	}
-	return x.up.transport.RoundTrip(r)
+	res, err := x.up.transport.RoundTrip(x.sending(r))
+	if err != nil {
+		return nil, err
+	}
+	// The transport writes the trailers into its own at the end of the body, which
+	// may be read when the caller is long gone.
+	x.exec.answer = res
+	own := *res
+	own.Trailer = res.Trailer.Clone()
+	return &own, nil
 }
 
 // buffers are for copying bodies.

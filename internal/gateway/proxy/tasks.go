@@ -67,6 +67,8 @@ type Tasks struct {
 	closed  bool
 	waiting int
 	queues  map[*upstream]*queue
+	// listening is how many answers are listened to without their callers.
+	listening int
 }
 
 // queue is what one upstream is to be told.
@@ -231,6 +233,13 @@ type execution struct {
 
 	mu   sync.Mutex
 	sent *http.Request // as the agent has seen it; nil before that
+	// cancel gives the request up. hears says that its answer is a hearing, which
+	// does that.
+	cancel context.CancelFunc
+	hears  bool
+	silent bool // nothing in the answer has a name
+	// answer is the transport's, for the goroutine that reads it.
+	answer *http.Response
 	// asked is the beginning of the message of a gRPC request.
 	asked []byte
 	task  string // as the agent has named it
@@ -257,10 +266,22 @@ func newExecution(o *operation.Operation, rest bool) *execution {
 	return &execution{rest: rest, tenant: asked.Tenant, goesOn: asked.Message.TaskID}
 }
 
-func (e *execution) sending(r *http.Request) {
+// sending returns the request that the agent is to see, in the place of r.
+func (x *exchange) sending(r *http.Request) *http.Request {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
+	e := x.exec
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.sent = r
+	e.sent, e.cancel = r.WithContext(ctx), cancel
+	context.AfterFunc(r.Context(), func() {
+		e.mu.Lock()
+		hears := e.hears
+		e.mu.Unlock()
+		if !hears || !x.unnamed() {
+			cancel()
+		}
+	})
+	return e.sent
 }
 
 func (e *execution) named(task string) {
@@ -287,10 +308,7 @@ func (x *exchange) cancelTask() {
 	if e == nil {
 		return
 	}
-	why := route.Denied(x.bound)
-	if why == nil || errors.Is(why, session.ErrClosed) {
-		// A gateway that goes away says nothing about a caller, who will find the
-		// task again.
+	if !ends(route.Denied(x.bound)) {
 		return
 	}
 	e.mu.Lock()
@@ -308,6 +326,10 @@ func (x *exchange) cancelTask() {
 	e.told = true
 	x.p.opts.Tasks.add(&cancellation{route: x.g.Route.Name, up: x.up, req: req})
 }
+
+// ends reports whether a cut ends what its caller has running at an agent. A
+// gateway that goes away says nothing about a caller, who will find the task again.
+func ends(why *session.DeniedError) bool { return why != nil && !errors.Is(why, session.ErrClosed) }
 
 // sentAlong are the headers of a request that its cancellation needs, too: the
 // agent must take both for requests of the same caller, in the same protocol.
