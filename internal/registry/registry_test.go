@@ -497,3 +497,46 @@ func TestClose(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestOneBatchHasOneRecordOfAnID: contrary registrations that wait for the same
+// batch are judged one after the other.
+func TestOneBatchHasOneRecordOfAnID(t *testing.T) {
+	w := newWorld(t, true)
+	held, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	r := w.open(Options{Hooks: Hooks{BeforeAppend: func(uint64) { once.Do(func() { close(held); <-release }) }}})
+	first := make(chan error, 1)
+	go func() { _, err := r.RegisterSessions(w.ctx, []Session{ses(0)}); first <- err }()
+	<-held
+	const n = 5
+	errs := make(chan error, 2*n)
+	for i := range n {
+		go func() {
+			s := ses(1)
+			s.User = fmt.Sprint("by-", i)
+			_, err := r.RegisterSessions(w.ctx, []Session{s})
+			errs <- err
+		}()
+		go func() {
+			a := bot(1)
+			a.Purpose = fmt.Sprint("by-", i)
+			_, _, err := r.RegisterAgent(w.ctx, a, 0)
+			errs <- err
+		}()
+	}
+	w.until("all wait", func() bool { return r.Status().Pending == 2*n })
+	close(release)
+	must(t, <-first)
+	won := 0
+	for range 2 * n {
+		switch err := <-errs; {
+		case err == nil:
+			won++
+		case !is(err, ErrConflict):
+			t.Error(err)
+		}
+	}
+	if st := r.Status(); won != 2 || st.Records != 3 {
+		t.Errorf("%d won, %d records", won, st.Records)
+	}
+}

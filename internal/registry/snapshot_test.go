@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -153,4 +154,23 @@ func TestListsOfManyPages(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
+}
+
+// TestNumbersGoOnFromASnapshot: those of records that have left are not given
+// again, since pages go by them.
+func TestNumbersGoOnFromASnapshot(t *testing.T) {
+	w := newWorld(t, true)
+	r := w.open(Options{})
+	s := ses(1)
+	s.Expires = in(2 * time.Hour)
+	w.register(r, s, ses(2))
+	r.mu.Lock()
+	r.x.sweep(in(time.Hour+Grace+time.Minute), maxSwept)
+	r.mu.Unlock()
+	must(t, r.makeSnapshot(w.ctx))
+	b := w.open(Options{})
+	if n := b.Status().Sessions; n != 1 {
+		t.Errorf("%d sessions", n)
+	}
+	same(t, r, b)
 }
