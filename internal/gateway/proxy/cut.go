@@ -39,6 +39,7 @@ func (p *Proxy) answered(res *http.Response) error {
 		}
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
+		x.upgraded = true
 		return nil // both directions end with the context
 	}
 	b := &body{ReadCloser: res.Body, x: x, res: res}

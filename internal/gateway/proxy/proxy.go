@@ -119,6 +119,8 @@ type exchange struct {
 	// bound ends when the caller must stop.
 	bound context.Context
 	cut   atomic.Bool // noted
+	// upgraded is set once the connection is not one of HTTP any more.
+	upgraded bool
 
 	mu sync.Mutex
 	// digest is that of the arguments, once the body is gone with them.
@@ -221,7 +223,11 @@ func (p *Proxy) ServeHTTP(client http.ResponseWriter, r *http.Request) {
 		}
 	}
 	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(bound, exchangeKey{}, x)))
-	if route.Denied(bound) != nil {
+	switch d := route.Denied(bound); {
+	case d == nil:
+	case x.upgraded:
+		x.noteCut(d) // it has no words for why
+	default:
 		_ = w.FlushError() // while its deadline is in force
 	}
 }
