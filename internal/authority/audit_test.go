@@ -26,6 +26,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/enforce"
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 	"github.com/interlock-fabric/interlock/pkg/trail"
@@ -463,5 +464,28 @@ func TestAuditOfForbidden(t *testing.T) {
 	f.a.watched.mu.Unlock()
 	if n > maxAttempts+1 {
 		t.Errorf("%d attempts wait to be recorded", n)
+	}
+}
+
+// Canaries are revoked all the time: neither they nor the receipts of them fill
+// the audit.
+func TestCanariesDoNotFillTheAudit(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}, CanaryEvery: 50 * time.Millisecond})
+	f.enforcer("tools", enforce.Options{})
+	f.until(func() bool { _, n, _ := f.a.seq.Head(); return n >= 12 })
+	d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Incident: "INC-1"})
+	f.settle(d)
+	f.until(func() bool {
+		return slices.ContainsFunc(f.audited(authority.AuditQuery{Kind: authority.AuditReceipts}), times(t, d))
+	})
+	receipts := 0
+	for _, e := range f.audited(authority.AuditQuery{Kind: authority.AuditReceipts}) {
+		receipts += len(e.Receipts)
+	}
+	if receipts != 1 {
+		t.Errorf("%d receipts are kept of one decision", receipts)
+	}
+	if l := f.audited(authority.AuditQuery{Kind: authority.AuditDecision}); len(l) != 1 {
+		t.Errorf("%d records of one decision", len(l))
 	}
 }
