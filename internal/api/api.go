@@ -394,7 +394,7 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			s.refuse(w, r, err)
 			return
 		}
-		if places == s.reserve && !(urgent(r) && !p.Scope(access.DecideAll).Empty()) {
+		if places == s.reserve && (!urgent(r) || p.Scope(access.DecideAll).Empty()) {
 			writeProblem(w, overloaded("too many requests at once"))
 			return
 		}

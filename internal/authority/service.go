@@ -192,7 +192,7 @@ func (a *Authority) Status(ctx context.Context) (*authority.Status, error) {
 	p := access.From(ctx)
 	s := a.status(p.Scope(access.ReadStatus))
 	if a.o.Access != nil {
-		a.warnOfGlass(ctx, p.Scope(access.ListProposals), func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) })
+		a.warnOfGlass(ctx, p.Scope(access.ReadStatus), func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) })
 	}
 	return s, nil
 }
