@@ -447,7 +447,13 @@ func TestTasksAreNamedAfterTheCut(t *testing.T) {
 	}
 	for _, who := range []string{"ann", "eve"} {
 		res := begin(who)
-		w.decide(authority.Revoke, "session", "s-"+who)
+		// That the decision is durable can take longer than the agent is listened
+		// to after the cut.
+		decided := make(chan struct{})
+		go func() {
+			defer close(decided)
+			w.decide(authority.Revoke, "session", "s-"+who)
+		}()
 		body := make(chan string, 1)
 		go func() {
 			b, _ := io.ReadAll(res.Body)
@@ -463,6 +469,7 @@ func TestTasksAreNamedAfterTheCut(t *testing.T) {
 			}
 		}
 		within(t, who+"'s request is given up", given)
+		<-decided
 	}
 	if len(canceled) != 0 {
 		t.Errorf("another was cancelled: %s", <-canceled)
