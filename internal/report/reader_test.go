@@ -466,8 +466,8 @@ func TestStoreThatDoesNotAnswer(t *testing.T) {
 	}()
 	select {
 	case <-told:
-	case <-reading:
-		t.Fatal("what is known waited for the store")
+	case err := <-reading:
+		t.Fatal("what is known waited for the store:", err)
 	}
 	if err := <-reading; !errors.Is(err, context.DeadlineExceeded) || w.ctx.Err() != nil {
 		t.Errorf("a question without an answer: %v, and the caller's time: %v", err, w.ctx.Err())
