@@ -46,7 +46,7 @@ func newMetrics(g *Gateway) *metrics {
 			Name: "interlock_gateway_cut_total", Help: "Requests and streams that were cut while they ran, by route and cause.",
 		}, []string{"route", "cause"}),
 		tasks: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "interlock_gateway_task_cancellations_total", Help: "Tasks of A2A whose callers were cut, by route and by what became of their cancellation at the agent.",
+			Name: "interlock_gateway_task_cancellations_total", Help: "Tasks of A2A and MCP whose callers were cut, by route and by what became of their cancellation at the upstream.",
 		}, []string{"route", "outcome"}),
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "interlock_gateway_config_reloads_total", Help: "Attempts to put another configuration in force.",

@@ -38,6 +38,8 @@ type Operation struct {
 	Name string
 	// ID is the id of a call, as JSON; nil for what is not answered.
 	ID json.RawMessage
+	// Task says that a tool of MCP is to be called as a task.
+	Task bool
 	// Renamed says that the method was named as A2A 0.3 does.
 	Renamed bool
 	// Arguments are the params, as they were sent.
@@ -168,7 +170,7 @@ func Parse(body []byte, protocol config.Protocol) (Operation, error) {
 			err = members(params, func([]byte, json.RawMessage) error { return nil })
 		}
 	} else {
-		o.Name, err = mcpName(o.Method, params)
+		o.Name, o.Task, err = mcpName(o.Method, params)
 	}
 	if r := (*Refusal)(nil); errors.As(err, &r) {
 		return fail(r)
@@ -226,30 +228,34 @@ func CheckREST(body []byte) error {
 // that does.
 var named = map[string]string{"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 
-func mcpName(method string, params json.RawMessage) (string, error) {
+// mcpName returns what a request is about, and whether it is to be done as a task.
+func mcpName(method string, params json.RawMessage) (name string, task bool, err error) {
 	field := named[method]
 	if params == nil && field == "" {
-		return "", nil
+		return "", false, nil
 	}
 	var value json.RawMessage
-	err := members(params, func(key []byte, v json.RawMessage) error {
+	err = members(params, func(key []byte, v json.RawMessage) error {
 		switch string(key) {
+		case "task":
+			task = method == "tools/call"
+			return nil
 		case "name", "uri", "arguments":
 			if string(key) == field {
 				value = v
 			}
 			return nil
 		}
-		return otherCase(key, "name", "uri", "arguments")
+		return otherCase(key, "name", "uri", "arguments", "task")
 	})
 	if err != nil || field == "" {
-		return "", err
+		return "", false, err
 	}
-	name, err := text(value, maxName)
-	if err != nil || len(name) == 0 {
-		return "", refuse(codeParams, "params.%s is not a string that is fit for one", field)
+	b, err := text(value, maxName)
+	if err != nil || len(b) == 0 {
+		return "", false, refuse(codeParams, "params.%s is not a string that is fit for one", field)
 	}
-	return string(name), nil
+	return string(b), task, nil
 }
 
 // otherCase refuses a member that a parser which folds case, as that of Go does,

@@ -59,6 +59,7 @@ func TestParseRefuses(t *testing.T) {
 		"name twice, escaped":        call(`{"name":"a","n\u0061me":"b"}`),
 		"name in another case":       call(`{"name":"a","NAME":"b"}`),
 		"only in another case":       call(`{"Name":"b"}`),
+		"task in another case":       call(`{"name":"a","Task":{}}`),
 		"name with a NUL behind":     call(`{"name":"a","name\u0000":"b"}`),
 		"NUL in the name":            call(`{"name":"a\u0000b"}`),
 		"half a surrogate":           call(`{"name":"a\ud800"}`),

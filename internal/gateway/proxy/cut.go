@@ -51,7 +51,7 @@ func (p *Proxy) answered(res *http.Response) error {
 		b.form = grpc
 	}
 	if x.exec != nil && res.StatusCode == http.StatusOK && res.Header.Get("Content-Encoding") == "" {
-		b.find = &finder{form: b.form, rpc: !x.exec.rest}
+		b.find = &finder{form: b.form, rpc: !x.exec.rest, part: x.exec.part}
 		if b.form != opaque && x.op.Method == "SendStreamingMessage" {
 			b.ReadCloser = x.hear(res.Body, b.find)
 		}
@@ -98,11 +98,11 @@ func (b *body) Read(buf []byte) (int, error) {
 	}
 	if b.find != nil {
 		id, over := b.find.look(buf[:n])
-		if id == "" && d != nil {
+		if id == "" && (d != nil || err != nil && b.x.exec.part != none) {
 			id = b.find.rest()
 		}
 		if id != "" {
-			b.x.exec.named(id)
+			b.x.learn(id)
 		}
 		if over && id == "" {
 			b.x.exec.mute()
@@ -132,6 +132,17 @@ func (b *body) Read(buf []byte) (int, error) {
 	}
 	// An answer that looks complete must be complete: the connection ends.
 	return 0, errCut
+}
+
+// Close ends the answer, whose client may have gone before all of it has come.
+func (b *body) Close() error {
+	if b.find != nil && b.x.exec.part != none {
+		if id := b.find.rest(); id != "" {
+			b.x.learn(id)
+		}
+		b.find = nil
+	}
+	return b.ReadCloser.Close()
 }
 
 func (b *body) follow(p []byte) {

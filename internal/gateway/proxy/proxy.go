@@ -111,7 +111,8 @@ type exchange struct {
 
 	traceparent string
 	session     *tracked
-	// exec is what the request has an agent do; nil for any other.
+	// exec is what the request has an agent do, or has to do with a task of MCP;
+	// nil for any other.
 	exec *execution
 	// cards rewrites the answer, when that is to be an extended card.
 	cards *a2aguard.Cards
@@ -184,6 +185,13 @@ func (p *Proxy) ServeHTTP(client http.ResponseWriter, r *http.Request) {
 			p.deny(w, r, x, err, true, mark)
 			return
 		}
+	}
+	if g.Route.Protocol == config.MCP {
+		if x.exec, err = p.opts.Tasks.follow(x); err != nil {
+			p.deny(w, r, x, err, true, mark)
+			return
+		}
+		defer p.opts.Tasks.leave(x.exec)
 	}
 	if g.Route.Protocol == config.A2A && executes(&x.op) {
 		x.exec = newExecution(&x.op, x.rest(r))
@@ -410,6 +418,9 @@ func (p *Proxy) rewrite(pr *httputil.ProxyRequest) {
 			delete(h, name)
 		}
 	}
+	if x.exec != nil && x.exec.part != none {
+		delete(h, "Accept-Encoding") // the answer is looked at
+	}
 	up := &x.g.Route.Upstream
 	if !up.ForwardToken {
 		delete(h, "Authorization")
@@ -485,7 +496,11 @@ func (router) RoundTrip(r *http.Request) (*http.Response, error) {
 	if x.exec == nil {
 		return x.up.transport.RoundTrip(r)
 	}
-	res, err := x.up.transport.RoundTrip(x.sending(r))
+	r = x.sending(r)
+	if x.exec.part == polls || x.exec.part == awaits {
+		x.p.opts.Tasks.renew(x, r)
+	}
+	res, err := x.up.transport.RoundTrip(r)
 	if err != nil {
 		return nil, err
 	}

@@ -267,6 +267,13 @@ func (s *Sessions) end() {
 	}
 }
 
+// keep has a session last for a task that runs on in it, which done ends.
+func (s *Sessions) keep(t *tracked) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.busy++
+}
+
 // done ends a request.
 func (s *Sessions) done(t *tracked) {
 	if t == nil {

@@ -21,6 +21,7 @@ const (
 type finder struct {
 	form   form
 	rpc    bool // JSON-RPC, not REST
+	part   part // of MCP
 	looked int
 	line   []byte // of events: the one under way
 	data   []byte // the message under way
@@ -46,11 +47,11 @@ func (f *finder) look(p []byte) (id string, over bool) {
 func (f *finder) rest() string {
 	switch f.form {
 	case events:
-		return taskIn(keep(f.data, dataOf(f.line)), f.rpc)
+		return f.taskIn(keep(f.data, dataOf(f.line)))
 	case grpc:
 		return taskInFrame(f.data)
 	}
-	return taskIn(f.data, f.rpc)
+	return f.taskIn(f.data)
 }
 
 func keep(b, p []byte) []byte { return append(b, p[:min(len(p), maxLook-len(b))]...) }
@@ -66,7 +67,7 @@ func (f *finder) events(p []byte) string {
 		if whole := bytes.TrimSuffix(f.line, []byte("\r")); len(whole) > 0 {
 			f.data = keep(f.data, dataOf(whole))
 		} else {
-			if id := taskIn(f.data, f.rpc); id != "" {
+			if id := f.taskIn(f.data); id != "" {
 				return id
 			}
 			f.data = f.data[:0]
@@ -86,8 +87,9 @@ func dataOf(line []byte) []byte {
 
 // taskIn returns the id of the task that an event or an answer is about, of which
 // the end may be missing. In A2A 1.0 it stands in an object that says what it is,
-// in 0.3 over JSON-RPC directly in the result.
-func taskIn(b []byte, rpc bool) string {
+// in 0.3 over JSON-RPC directly in the result. Of MCP it may be another string:
+// see namesMCP.
+func (f *finder) taskIn(b []byte) string {
 	var at []string // the members that lead to here; "" in a list
 	var key bool    // the next token is the name of a member
 	var list []bool
@@ -109,7 +111,7 @@ func taskIn(b []byte, rpc bool) string {
 				at[len(at)-1], key = t, false
 				continue
 			}
-			if t != "" && len(t) <= maxTask && len(at) <= 3 && namesTask(strings.Join(at, "."), rpc) {
+			if t != "" && len(t) <= maxTask && f.wants(at, t) {
 				return t
 			}
 		}
@@ -118,6 +120,13 @@ func taskIn(b []byte, rpc bool) string {
 		}
 		key = !list[len(list)-1]
 	}
+}
+
+func (f *finder) wants(at []string, v string) bool {
+	if f.part != none {
+		return namesMCP(f.part, at, v)
+	}
+	return len(at) <= 3 && namesTask(strings.Join(at, "."), f.rpc)
 }
 
 func namesTask(path string, rpc bool) bool {

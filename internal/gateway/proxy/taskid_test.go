@@ -60,6 +60,14 @@ func TestTaskIsFound(t *testing.T) {
 		"gRPC broken off":   {pb, frame(t, &a2apb.StreamResponse{Payload: &a2apb.StreamResponse_StatusUpdate{StatusUpdate: &a2apb.TaskStatusUpdateEvent{TaskId: "t1", ContextId: "c"}}})[:12], "t1"},
 		"gRPC id cut short": {pb, frame(t, &a2apb.StreamResponse{Payload: &a2apb.StreamResponse_StatusUpdate{StatusUpdate: &a2apb.TaskStatusUpdateEvent{TaskId: "t1"}}})[:10], ""},
 		"gRPC compressed":   {pb, "\x01\x00\x00\x00\x04\x0a\x02\x0a\x00", ""},
+		"MCP":               {finder{form: events, rpc: true, part: begins}, "id: 1\ndata:\n\ndata: {\"method\":\"x\",\"params\":{\"task\":{\"taskId\":\"no\"}}}\n\ndata: {\"id\":1,\"result\":{\"_meta\":{\"taskId\":\"no\"},\"task\":{\"status\":\"working\",\"taskId\":\"t1\"}}}\n\n", "t1"},
+		"MCP answer":        {finder{rpc: true, part: begins}, `{"jsonrpc":"2.0","id":1,"result":{"task":{"taskId":"t1"}}}`, "t1"},
+		"MCP, no task":      {finder{rpc: true, part: begins}, `{"id":1,"result":{"id":"no","taskId":"no","content":[{"task":{"taskId":"no"}}],"task":"no"}}`, ""},
+		"MCP, an error":     {finder{rpc: true, part: begins}, `{"id":1,"error":{"task":{"taskId":"no"}}}`, ""},
+		"MCP working":       {finder{rpc: true, part: polls}, `{"id":1,"result":{"taskId":"no","status":"working","statusMessage":"completed"}}`, ""},
+		"MCP failed":        {finder{rpc: true, part: polls}, `{"id":1,"result":{"taskId":"no","status":"failed"}}`, "failed"},
+		"MCP result":        {finder{rpc: true, part: awaits}, `{"id":1,"result":{"content":[{"type":"text"}]}}`, "text"},
+		"MCP result, error": {finder{rpc: true, part: awaits}, `{"id":1,"error":{"code":-32603,"message":"no"}}`, ""},
 	} {
 		for _, n := range []int{1, 2, 3, 7, 4096, len(tt.answer)} {
 			if got := find(tt.in, tt.answer, n); got != tt.want {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"mime"
 	"net/http"
 	"net/url"
 	"strings"
@@ -49,9 +50,11 @@ type TaskOptions struct {
 	Logger  *slog.Logger
 }
 
-// Tasks stops what callers that were cut have running at A2A agents. An agent
-// executes a task apart from the request that has begun it, so that it has to be
-// told: by CancelTask, over the transport of that request.
+// Tasks stops what callers that were cut have running at A2A agents, and as tasks
+// of MCP (2025-11-25). These are executed apart from the request that has begun
+// them, so that the upstream has to be told: by CancelTask, over the transport of
+// that request, or by tasks/cancel. A task of MCP is bound to its caller until its
+// upstream says that it has ended, for a day without a word at most.
 //
 // Nothing waits for it. Each cancellation is tried three times, within five
 // seconds in all; each upstream is asked sixteen at once, and what is waiting has
@@ -69,6 +72,9 @@ type Tasks struct {
 	queues  map[*upstream]*queue
 	// listening is how many answers are listened to without their callers.
 	listening int
+	running   map[runningKey]*running
+	kept      int            // running, and requests that may begin one
+	owned     map[string]int // of these, how many each caller has
 }
 
 // queue is what one upstream is to be told.
@@ -82,6 +88,14 @@ type cancellation struct {
 	route string
 	up    *upstream
 	req   *http.Request
+	mcp   bool
+	said  func() // called at the end; nil is nothing
+}
+
+func (c *cancellation) over() {
+	if c.said != nil {
+		c.said()
+	}
 }
 
 // NewTasks returns Tasks that are ready; Close ends them.
@@ -92,8 +106,9 @@ func NewTasks(o TaskOptions) *Tasks {
 	if o.Observe == nil {
 		o.Observe = func(string, TaskOutcome) {}
 	}
-	t := &Tasks{opts: o, queues: make(map[*upstream]*queue), warned: newRepeats(o.Logger)}
+	t := &Tasks{opts: o, queues: make(map[*upstream]*queue), running: make(map[runningKey]*running), owned: make(map[string]int), warned: newRepeats(o.Logger)}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
+	t.wg.Go(t.sweep)
 	return t
 }
 
@@ -101,6 +116,9 @@ func NewTasks(o TaskOptions) *Tasks {
 func (t *Tasks) Close() {
 	t.mu.Lock()
 	t.closed = true
+	for _, r := range t.running {
+		t.forgetLocked(r)
+	}
 	t.mu.Unlock()
 	t.cancel()
 	t.wg.Wait()
@@ -111,11 +129,16 @@ func (t *Tasks) Close() {
 func (t *Tasks) add(c *cancellation) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.addLocked(c)
+}
+
+func (t *Tasks) addLocked(c *cancellation) {
 	if t.closed {
 		return
 	}
 	if t.waiting >= maxWaiting {
 		t.opts.Observe(c.route, TaskDropped)
+		c.over()
 		return
 	}
 	q := t.queues[c.up]
@@ -147,6 +170,7 @@ func (t *Tasks) work(up *upstream, q *queue) {
 		t.waiting--
 		t.mu.Unlock()
 		out, err := t.try(c)
+		c.over()
 		t.opts.Observe(c.route, out)
 		if err != nil {
 			t.warned.warn("a task could not be cancelled at its agent, whose caller was cut", c.route, err)
@@ -215,10 +239,14 @@ func (c *cancellation) say(ctx context.Context) (out TaskOutcome, again bool, er
 			Code int64 `json:"code"`
 		} `json:"error"`
 	}
+	if mt, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type")); mt == "text/event-stream" {
+		body = answerIn(body)
+	}
 	switch _ = json.Unmarshal(body, &answer); { // a task may be longer than what was read
 	case answer.Error == nil:
 		return TaskCanceled, false, nil
-	case answer.Error.Code == -32001 || answer.Error.Code == -32002: // not found, not cancelable
+	case c.mcp && answer.Error.Code == -32602, // of either
+		!c.mcp && (answer.Error.Code == -32001 || answer.Error.Code == -32002): // not found, not cancelable
 		return TaskOver, false, nil
 	}
 	return TaskFailed, false, errors.New("JSON-RPC error")
@@ -230,6 +258,10 @@ type execution struct {
 	// tenant and goesOn, a task that there was before, are what the message
 	// says, where it is JSON.
 	tenant, goesOn string
+	// part is what it has to do with a task of MCP, which is then goesOn, or that
+	// for which reserved, a caller, has room.
+	part     part
+	reserved string
 
 	mu   sync.Mutex
 	sent *http.Request // as the agent has seen it; nil before that
@@ -305,7 +337,7 @@ const maxAsked = 8 << 10
 // has a name. It may be called at any time.
 func (x *exchange) cancelTask() {
 	e := x.exec
-	if e == nil {
+	if e == nil || e.part != none {
 		return
 	}
 	if !ends(route.Denied(x.bound)) {
