@@ -98,7 +98,7 @@ func (b *body) Read(buf []byte) (int, error) {
 	}
 	if b.find != nil {
 		id, over := b.find.look(buf[:n])
-		if id == "" && (d != nil || err != nil && b.x.exec.part != none) {
+		if id == "" && d != nil {
 			id = b.find.rest()
 		}
 		if id != "" {
@@ -134,7 +134,7 @@ func (b *body) Read(buf []byte) (int, error) {
 	return 0, errCut
 }
 
-// Close ends the answer, whose client may have gone before all of it has come.
+// Close ends the answer, with which a message ends that is not one of a stream.
 func (b *body) Close() error {
 	if b.find != nil && b.x.exec.part != none {
 		if id := b.find.rest(); id != "" {
