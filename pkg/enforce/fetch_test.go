@@ -255,7 +255,7 @@ func TestGapInTheLogIsMendedByASegment(t *testing.T) {
 		time.Sleep(time.Minute)
 		mustDeny(t, e, prepare(t, e, caller("ok")), session.Call{}, session.ErrStale)
 		b.with(func(b *bus) { b.dead = false })
-		time.Sleep(5 * time.Second)
+		time.Sleep(10 * time.Second) // the clock, the log and the segment are asked for in turn, each after a back-off
 		mustAllow(t, e, prepare(t, e, caller("ok")), session.Call{})
 		mustDeny(t, e, prepare(t, e, caller("s1")), session.Call{}, session.ErrRevoked)
 		mustDeny(t, e, prepare(t, e, caller("s0")), session.Call{}, session.ErrRevoked)
