@@ -81,7 +81,14 @@ func (f *fixture) enforcer(name string, o enforce.Options) *enforce.Enforcer {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = e.Close() }) // closed by some tests already
-	// Until its first receipt has come, nobody waits for it.
+	f.heard(name)
+	return e
+}
+
+// heard waits for the first receipt of an enforcer: before that, nobody waits for
+// it.
+func (f *fixture) heard(name string) {
+	f.Helper()
 	f.until(func() bool {
 		for _, x := range f.a.enforcers() {
 			if x.Name == name {
@@ -90,7 +97,6 @@ func (f *fixture) enforcer(name string, o enforce.Options) *enforce.Enforcer {
 		}
 		return false
 	})
-	return e
 }
 
 func (f *fixture) decide(r authority.Request) *authority.Decision {

@@ -38,6 +38,7 @@ func (f *fixture) point(name string, o trail.Options) *point {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = e.Close() })
+	f.heard(name)
 	o.Enforcer, o.Publisher, o.Interval = e, feed, 100*time.Millisecond
 	if o.SightEvery == 0 {
 		o.SightEvery = 200 * time.Millisecond
