@@ -40,7 +40,9 @@ func (p *publishing) Segment(_ context.Context, ref session.SegmentRef, w io.Wri
 	if p.during != nil {
 		p.during()
 	}
+	p.b.mu.Lock()
 	b := p.chunks[ref.Sum]
+	p.b.mu.Unlock()
 	for len(b) > 0 {
 		n := min(len(b), 1000)
 		if _, err := w.Write(b[:n]); err != nil {
@@ -72,12 +74,14 @@ func (p *publishing) publishState(mod func(ref *session.SegmentRef, bytes []byte
 	if mod != nil {
 		mod(&ref, buf.Bytes())
 	}
-	if p.chunks == nil {
-		p.chunks = map[[32]byte][]byte{}
-	}
-	p.chunks[ref.Sum] = buf.Bytes()
 	frame := b.seal(session.TypeSegment, ref.MarshalBody(), b.signer)
-	b.with(func(*bus) { p.frames = append(p.frames, frame) })
+	b.with(func(*bus) {
+		if p.chunks == nil {
+			p.chunks = map[[32]byte][]byte{}
+		}
+		p.chunks[ref.Sum] = buf.Bytes()
+		p.frames = append(p.frames, frame)
+	})
 }
 
 func (p *publishing) open(t *testing.T, mod func(*Options)) *Enforcer {
