@@ -3,7 +3,9 @@ package credential
 import (
 	"crypto"
 	"encoding/base64"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 	"strings"
 	"time"
@@ -91,7 +93,8 @@ func parseClaims(payload []byte) (claims, error) {
 	if err := d.Decode((*map[string]any)(&c)); err != nil || c == nil {
 		return nil, ErrTokenMalformed.because("the claims are not one JSON object with distinct members")
 	}
-	if d.More() {
+	// More would take a closing bracket for the end.
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return nil, ErrTokenMalformed.because("something follows the claims")
 	}
 	return c, nil

@@ -358,6 +358,7 @@ func FuzzIntrospection(f *testing.F) {
 	f.Cleanup(v.Close)
 	f.Add("token", `{"active":true,"aud":"`+audience+`","sub":"ann","cnf":{"jkt":"x"}}`)
 	f.Add("a.b.c", `{"active":false}`)
+	f.Add("trailing", `{"active":true,"aud":"`+audience+`"}}`)
 	f.Add("eyJhbGciOiJub25lIn0.e30.", `{"active":true,"active":false}`)
 	f.Fuzz(func(t *testing.T, token, answer string) {
 		j.body.Store(answer)
