@@ -131,23 +131,9 @@ func VerifyReceipts(r io.Reader, root ed25519.PublicKey, newer []byte) (*Receipt
 		rep: &ReceiptsReport{KeySet: ks.Version, Decisions: []ProvenApplied{}}, faults: &Report{Faults: []Fault{}}, ks: ks,
 		keys: map[string]ed25519.PublicKey{}, seen: map[session.Hash]bool{},
 	}
-	ended := false
-	for {
-		ok, err := in.next()
-		if err != nil {
-			return nil, err
-		}
-		if !ok {
-			break
-		}
-		if ended {
-			v.faults.fault(in.n, 0, "it is behind the end of the export")
-			continue
-		}
-		ended = v.line(in)
-		if in.cut {
-			v.faults.fault(in.n, 0, "the file is cut off within the line")
-		}
+	ended, err := in.each(v.faults, v.line)
+	if err != nil {
+		return nil, err
 	}
 	if !ended {
 		v.faults.fault(in.n, 0, "the export is truncated: the authority vouches for none of it")

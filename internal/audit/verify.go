@@ -190,23 +190,9 @@ func Verify(r io.Reader, root ed25519.PublicKey, newer []byte) (*Report, error) 
 		return nil, err
 	}
 	v := &verification{rep: &Report{Faults: []Fault{}, KeySet: ks.Version}, ks: ks}
-	ended := false
-	for {
-		ok, err := in.next()
-		if err != nil {
-			return nil, err
-		}
-		if !ok {
-			break
-		}
-		if ended {
-			v.rep.fault(in.n, 0, "it is behind the end of the export")
-			continue
-		}
-		ended = v.line(in)
-		if in.cut {
-			v.rep.fault(in.n, 0, "the file is cut off within the line")
-		}
+	ended, err := in.each(v.rep, v.line)
+	if err != nil {
+		return nil, err
 	}
 	if !ended {
 		v.rep.fault(in.n, v.number, "the export is truncated: nothing is known of what comes after this, and nothing vouches for what is before")
@@ -214,6 +200,25 @@ func Verify(r io.Reader, root ed25519.PublicKey, newer []byte) (*Report, error) 
 	v.rep.Last = v.number
 	v.rep.Sound = ended && len(v.rep.Faults) == 0
 	return v.rep, nil
+}
+
+// each hands on the lines up to the one that ends the export, and notes what is
+// behind it. It reports whether there was such a line.
+func (l *lines) each(rep *Report, line func(*lines) bool) (ended bool, err error) {
+	for {
+		ok, err := l.next()
+		if !ok || err != nil {
+			return ended, err
+		}
+		if ended {
+			rep.fault(l.n, 0, "it is behind the end of the export")
+			continue
+		}
+		ended = line(l)
+		if l.cut {
+			rep.fault(l.n, 0, "the file is cut off within the line")
+		}
+	}
 }
 
 // verification is how far an export has been verified.
