@@ -306,6 +306,54 @@ func TestRolledBack(t *testing.T) {
 	}
 }
 
+// A writer that halts while a batch is on its way finds that batch in the log,
+// and is deposed by it. It must come back all the same: an enforcer that starts
+// now learns from its heartbeats alone that the log was rolled back.
+func TestRolledBackWithABatchInFlight(t *testing.T) {
+	s := newStore(t)
+	var deaf atomic.Bool
+	q := s.open(func(o *Options) {
+		o.AckWait = time.Millisecond
+		o.Hooks.DropAcks = deaf.Load
+	})
+	must(t, decideDurable(q, 0))
+	deaf.Store(true)
+	_, err := q.Decide(context.Background(), revoke(1))
+	must(t, err)
+	halted := make(chan int)
+	q.post(func() {
+		n := len(q.w.flight)
+		q.w.rollback("an enforcer has more of the chain, or another")
+		halted <- n
+	})
+	if n := <-halted; n != 1 {
+		t.Fatalf("%d batches in flight", n)
+	}
+	beats := s.listen(natsfeed.BeatSubject)
+	deaf.Store(false)
+	eventually(t, "what was in flight is found in the log", func() bool { return q.State().Len() == 2 })
+	_, found, _ := q.Head()
+	eventually(t, "it writes again", q.IsWriter)
+	nc := s.conn()
+	eventually(t, "it answers for its clock", func() bool {
+		m, err := nc.Request(natsfeed.ClockSubject("late"), make([]byte, 32), time.Second)
+		return err == nil && len(m.Data) > 0
+	})
+	eventually(t, "it says what the log has", func() bool {
+		for _, f := range beats.all() {
+			h, err := session.UnmarshalHeartbeat(f.Body)
+			must(t, err)
+			if h.Number >= found {
+				return true
+			}
+		}
+		return false
+	})
+	if _, err := q.Decide(context.Background(), revoke(2)); !errors.Is(err, ErrRolledBack) {
+		t.Fatalf("decided on a log that was rolled back: %v", err)
+	}
+}
+
 // An enforcer with another batch of a number that is stored here has followed
 // another chain.
 func TestAnotherChain(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -253,9 +254,20 @@ func (w *writer) setRole(r role) {
 	w.s.role.Store(uint32(r))
 }
 
-// writes reports whether batches may be published.
+// writes reports whether batches may be published. A log that was rolled back
+// takes the proof, which decides nothing: without a writer there are no
+// heartbeats, and an enforcer that starts learns from them alone that this log
+// ends before what it had.
 func (w *writer) writes() bool {
-	return (w.role == writing || w.role == proving) && w.s.halted() == nil
+	halted := w.s.halted()
+	switch w.role {
+	case writing:
+		return halted == nil
+	case proving:
+		return halted == nil || errors.Is(halted, ErrRolledBack)
+	default:
+		return false
+	}
 }
 
 // canAppend reports whether another batch may be made. A writer that has not
