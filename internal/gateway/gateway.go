@@ -3,11 +3,9 @@
 package gateway
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,7 +20,6 @@ import (
 	"time"
 
 	auth "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
-	"github.com/go-jose/go-jose/v4"
 	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -32,8 +29,8 @@ import (
 	"github.com/interlock-fabric/interlock/internal/gateway/config"
 	"github.com/interlock-fabric/interlock/internal/gateway/proxy"
 	"github.com/interlock-fabric/interlock/internal/gateway/route"
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/pkg/credential"
-	"github.com/interlock-fabric/interlock/pkg/credential/discovery"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
 	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -167,7 +164,7 @@ func (g *Gateway) newProofs(c *config.Proof) (*credential.ProofChecker, error) {
 		}
 	}
 	if c.NonceKeyFile != "" {
-		key, err := secret(c.NonceKeyFile)
+		key, err := issuers.Secret(c.NonceKeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("proof.nonce_key_file: %w", err)
 		}
@@ -177,18 +174,6 @@ func (g *Gateway) newProofs(c *config.Proof) (*credential.ProofChecker, error) {
 }
 
 // secret reads a file that only its owner can read.
-func secret(path string) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s can be read by others: chmod 600 it", path)
-	}
-	b, err := os.ReadFile(path)
-	return bytes.TrimSpace(b), err
-}
-
 // lasting is a feed that outlives its enforcer: the trail of what is cut when that
 // is closed goes the same way.
 type lasting struct{ *natsfeed.Feed }
@@ -282,7 +267,7 @@ func (rt *runtime) release() {
 // verifiers are kept over a reload that does not change them, with the keys and
 // tokens that they know.
 type verifiers struct {
-	issuers   []config.Issuer
+	issuers   []issuers.Issuer
 	audiences []string
 	all       *credential.Verifier
 	refs      atomic.Int64
@@ -302,61 +287,24 @@ func (g *Gateway) newVerifiers(c *config.Config, have *verifiers) (*verifiers, e
 		}
 	}
 	slices.Sort(v.audiences)
-	if have != nil && reflect.DeepEqual(have.issuers, v.issuers) && slices.Equal(have.audiences, v.audiences) && !readsFiles(c) {
+	if have != nil && reflect.DeepEqual(have.issuers, v.issuers) && slices.Equal(have.audiences, v.audiences) && !issuers.ReadsFiles(c.Issuers) {
 		have.refs.Add(1)
 		return have, nil
 	}
 	v.refs.Store(1)
-	issuers, err := issuersOf(c)
-	if err != nil {
-		return nil, err
+	o := credential.Options{Audiences: v.audiences, Possession: g.proofs.Check}
+	for i := range c.Issuers {
+		x, err := c.Issuers[i].Credential()
+		if err != nil {
+			return nil, err
+		}
+		o.Issuers = append(o.Issuers, x)
 	}
-	if v.all, err = credential.New(credential.Options{Issuers: issuers, Audiences: v.audiences, Possession: g.proofs.Check}); err != nil {
+	var err error
+	if v.all, err = credential.New(o); err != nil {
 		return nil, err
 	}
 	return v, nil
-}
-
-// readsFiles reports whether keys or secrets are in files, which may have changed.
-func readsFiles(c *config.Config) bool {
-	return slices.ContainsFunc(c.Issuers, func(i config.Issuer) bool { return i.JWKSFile+i.Introspection.ClientSecretFile != "" })
-}
-
-func issuersOf(c *config.Config) ([]credential.Issuer, error) {
-	var out []credential.Issuer
-	for _, i := range c.Issuers {
-		x := credential.Issuer{
-			URL: i.URL, Tenant: i.Tenant, JWKS: i.JWKS, Types: i.Types, Skew: i.Skew, FixedIssue: i.FixedIssue,
-			RefreshInterval: i.RefreshInterval, KeysMaxAge: i.KeysMaxAge, Claims: credential.Claims(i.Claims),
-		}
-		for _, a := range i.Algorithms {
-			x.Algorithms = append(x.Algorithms, jose.SignatureAlgorithm(a))
-		}
-		if i.Discovery {
-			x.Discover = discovery.OpenID
-		}
-		if q := i.Introspection; q.URL != "" {
-			x.Introspection = &credential.Introspection{URL: q.URL, ClientID: q.ClientID, MaxAge: q.MaxAge, AudienceImplied: q.AudienceImplied}
-			if q.ClientSecretFile != "" {
-				b, err := secret(q.ClientSecretFile)
-				if err != nil {
-					return nil, fmt.Errorf("issuer %s: introspection: %w", i.URL, err)
-				}
-				x.Introspection.ClientSecret = string(b)
-			}
-		}
-		if i.JWKSFile != "" {
-			b, err := os.ReadFile(i.JWKSFile)
-			if err != nil {
-				return nil, fmt.Errorf("issuer %s: %w", i.URL, err)
-			}
-			if err := json.Unmarshal(b, &x.Keys); err != nil {
-				return nil, fmt.Errorf("issuer %s: %s is no JWKS: %w", i.URL, i.JWKSFile, err)
-			}
-		}
-		out = append(out, x)
-	}
-	return out, nil
 }
 
 // build makes what a configuration asks for, with all the files that it names.

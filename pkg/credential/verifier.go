@@ -350,6 +350,21 @@ func (v *Verifier) Verify(ctx context.Context, token string) (session.Identity, 
 	return t.id, nil
 }
 
+// VerifyAudiences is Verify, and says which of the audiences the token is for, in
+// canonical form: of those in Options, or of the one that For was given.
+func (v *Verifier) VerifyAudiences(ctx context.Context, token string) (id session.Identity, audiences []string, err error) {
+	t, err := v.verify(ctx, token, nil)
+	if err != nil {
+		return session.Identity{}, nil, err
+	}
+	for _, a := range t.audiences {
+		if slices.Contains(v.audiences, a) && !slices.Contains(audiences, a) {
+			audiences = append(audiences, a)
+		}
+	}
+	return t.id, audiences, nil
+}
+
 // verify is what every request goes through. A token that has been seen is not
 // verified again, but what time, place and the issuer's keys say of it is asked
 // each time.

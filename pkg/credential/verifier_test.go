@@ -805,3 +805,28 @@ func FuzzClaims(f *testing.F) {
 		}
 	})
 }
+
+// The mechanism is the intersection with what the verifier is for: a token's other
+// audiences are nobody's business.
+func TestAudiencesOfAToken(t *testing.T) {
+	s := newSigner(t)
+	const agent = "https://agent.example/a2a"
+	v := newVerifier(t, []jose.JSONWebKey{s.public()}, func(o *credential.Options) { o.Audiences = append(o.Audiences, agent) })
+	alone, err := v.For(agent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := s.sign(claims(map[string]any{"aud": []string{"https://other.example", "HTTPS://AGENT.example:443/a2a", agent, audience}}))
+	for _, c := range []struct {
+		v    *credential.Verifier
+		want []string
+	}{{v, []string{agent, audience}}, {alone, []string{agent}}, {v, []string{agent, audience}}} {
+		id, got, err := c.v.VerifyAudiences(t.Context(), token)
+		if err != nil || id.User != "ann" || !cmp.Equal(got, c.want) {
+			t.Errorf("%+v for %q, %v", id, got, err)
+		}
+	}
+	if _, got, err := alone.VerifyAudiences(t.Context(), s.sign(claims(nil))); !errors.Is(err, credential.ErrTokenAudience) || got != nil {
+		t.Errorf("for another: %q, %v", got, err)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/internal/yamlfile"
 )
 
@@ -20,7 +21,6 @@ var ErrInvalid = errors.New("configuration")
 
 // Bounds of a configuration file.
 const (
-	maxIssuers    = 64
 	maxRoutes     = 256
 	maxListeners  = 16
 	maxOperations = 4096
@@ -47,15 +47,15 @@ type Config struct {
 	// RegisteredFile says who is known.
 	RegisteredFile string `yaml:"registered_file"`
 	// DrainTimeout bounds how long requests may go on after SIGTERM.
-	DrainTimeout time.Duration `yaml:"drain_timeout"`
-	Log          Log           `yaml:"log"`
-	Admin        Admin         `yaml:"admin"`
-	Trail        Trail         `yaml:"trail"`
-	Proof        Proof         `yaml:"proof"`
-	Issuers      []Issuer      `yaml:"issuers"`
-	Routes       []Route       `yaml:"routes"`
-	Proxy        Proxy         `yaml:"proxy"`
-	Authz        Authz         `yaml:"authz"`
+	DrainTimeout time.Duration    `yaml:"drain_timeout"`
+	Log          Log              `yaml:"log"`
+	Admin        Admin            `yaml:"admin"`
+	Trail        Trail            `yaml:"trail"`
+	Proof        Proof            `yaml:"proof"`
+	Issuers      []issuers.Issuer `yaml:"issuers"`
+	Routes       []Route          `yaml:"routes"`
+	Proxy        Proxy            `yaml:"proxy"`
+	Authz        Authz            `yaml:"authz"`
 }
 
 // What becomes of callers that nobody knows.
@@ -79,35 +79,6 @@ type Admin struct {
 	Socket string `yaml:"socket"`
 }
 
-// Issuer is one token issuer; see credential.Issuer.
-type Issuer struct {
-	URL    string `yaml:"url"`
-	Tenant string `yaml:"tenant"`
-	// JWKS is the URL of the keys, JWKSFile a file with them; Discovery finds the
-	// URL in the issuer's OpenID Connect metadata.
-	JWKS            string        `yaml:"jwks"`
-	JWKSFile        string        `yaml:"jwks_file"`
-	Discovery       bool          `yaml:"discovery"`
-	Introspection   Introspection `yaml:"introspection"`
-	Algorithms      []string      `yaml:"algorithms"`
-	Types           []string      `yaml:"types"`
-	Skew            time.Duration `yaml:"skew"`
-	FixedIssue      bool          `yaml:"fixed_issue"`
-	RefreshInterval time.Duration `yaml:"refresh_interval"`
-	KeysMaxAge      time.Duration `yaml:"keys_max_age"`
-	Claims          Claims        `yaml:"claims"`
-}
-
-// Introspection has opaque tokens verified by asking the issuer (RFC 7662); see
-// credential.Introspection. It is off without a URL.
-type Introspection struct {
-	URL              string        `yaml:"url"`
-	ClientID         string        `yaml:"client_id"`
-	ClientSecretFile string        `yaml:"client_secret_file"`
-	MaxAge           time.Duration `yaml:"max_age"`
-	AudienceImplied  bool          `yaml:"audience_implied"`
-}
-
 // Proof is how possession of the key that a token is bound to is proven; see
 // credential.ProofOptions.
 type Proof struct {
@@ -127,20 +98,6 @@ type Trail struct {
 	Sample   float64       `yaml:"sample"`
 	Interval time.Duration `yaml:"interval"`
 	Disabled bool          `yaml:"disabled"`
-}
-
-// Claims names claims; see credential.Claims.
-type Claims struct {
-	Session      string `yaml:"session"`
-	SessionStart string `yaml:"session_start"`
-	Ancestors    string `yaml:"ancestors"`
-	Client       string `yaml:"client"`
-	Capabilities string `yaml:"capabilities"`
-	Roles        string `yaml:"roles"`
-	Digests      string `yaml:"digests"`
-	Blueprint    string `yaml:"blueprint"`
-	Owner        string `yaml:"owner"`
-	Credentials  string `yaml:"credentials"`
 }
 
 // Protocol is what a route's requests are read as.
@@ -379,7 +336,7 @@ func wellKnown(resource string) string {
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.Enrollment, &c.StateDir, &c.Admin.Socket, &c.Proof.NonceKeyFile, &c.RegisteredFile}
 	for i := range c.Issuers {
-		paths = append(paths, &c.Issuers[i].JWKSFile, &c.Issuers[i].Introspection.ClientSecretFile)
+		paths = append(paths, c.Issuers[i].Files()...)
 	}
 	for i := range c.Routes {
 		u := &c.Routes[i].Upstream

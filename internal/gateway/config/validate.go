@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/pkg/denial"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -98,8 +99,8 @@ func (c *Config) validate() error {
 	if err := c.validateListeners(); err != nil {
 		return err
 	}
-	if err := c.validateIssuers(); err != nil {
-		return err
+	if key, err := issuers.Validate(c.Issuers); err != nil {
+		return bad(key, "%v", err)
 	}
 	return c.validateRoutes()
 }
@@ -140,49 +141,6 @@ func (c *Config) validateListeners() error {
 			return bad(l.key+".tls.require_client_cert", "needs client_ca")
 		case t.Cert == "" && !l.Plaintext && !loopback(host):
 			return bad(l.key+".tls", "is missing: %s is outside loopback, and tokens would pass in clear; where something else secures them, say plaintext: true", l.Listen)
-		}
-	}
-	return nil
-}
-
-func (c *Config) validateIssuers() error {
-	if len(c.Issuers) == 0 || len(c.Issuers) > maxIssuers {
-		return bad("issuers", "%d of them: give 1 to %d", len(c.Issuers), maxIssuers)
-	}
-	seen, asked := map[string]bool{}, 0
-	for i := range c.Issuers {
-		iss, key := &c.Issuers[i], fmt.Sprintf("issuers[%d]", i)
-		sources := 0
-		for _, there := range []bool{iss.JWKS != "", iss.JWKSFile != "", iss.Discovery} {
-			if there {
-				sources++
-			}
-		}
-		if iss.Introspection.URL != "" {
-			asked++
-		}
-		switch {
-		case iss.URL == "":
-			return bad(key+".url", "is missing")
-		case seen[iss.URL]:
-			return bad(key+".url", "%s is there twice", iss.URL)
-		case iss.Tenant == "":
-			return bad(key+".tenant", "is missing: it comes from here, and never from a token")
-		case sources > 1 || sources == 0 && iss.Introspection.URL == "":
-			return bad(key, "want one of jwks, jwks_file and discovery, or introspection")
-		case asked > 1:
-			return bad(key+".introspection", "is there twice: an opaque token does not say whose it is")
-		case iss.Introspection.URL == "" && iss.Introspection != (Introspection{}):
-			return bad(key+".introspection.url", "is missing")
-		case len(iss.Algorithms) > maxValues || len(iss.Types) > maxValues:
-			return bad(key, "too many algorithms or types")
-		}
-		seen[iss.URL] = true
-		if _, err := session.Canonical(session.KindIssuer, iss.URL); err != nil {
-			return bad(key+".url", "%v", err)
-		}
-		if _, err := session.Canonical(session.KindTenant, iss.Tenant); err != nil {
-			return bad(key+".tenant", "%v", err)
 		}
 	}
 	return nil
