@@ -615,7 +615,7 @@ func TestAnswersOnTheWire(t *testing.T) {
 		w.On(t, op, "session", "s-"+string(op))
 	}
 	w.Decide(t, authority.Request{
-		Operation: authority.StepUp, Targets: []authority.Target{authority.One("", "session", guardtest.Issuer, "s-step_up")}, ACR: "gold",
+		Operation: authority.StepUp, Targets: []authority.Target{authority.One("", "session", guardtest.Issuer, "s-step_up")}, Reason: "risk-level", ACR: "gold",
 	})
 	const meta = `scope="agent.use", resource_metadata="https://agent.example/.well-known/oauth-protected-resource"`
 	for _, tt := range []struct {

@@ -348,7 +348,7 @@ func (s *served) do(c caller, method, path, body string) (int, http.Header, stri
 
 func (s *served) decide(tenant, kind, value, incident string) *authority.Decision {
 	s.Helper()
-	r := authority.Request{Operation: authority.Suspend, Targets: []authority.Target{authority.One(tenant, kind, idp, value)}, Incident: incident, Commit: true}
+	r := authority.Request{Operation: authority.Suspend, Reason: "anomaly", Targets: []authority.Target{authority.One(tenant, kind, idp, value)}, Incident: incident, Commit: true}
 	d, err := s.op.Decide(s.Context(), r)
 	if err != nil {
 		s.Fatal(err)
@@ -360,7 +360,11 @@ func decision(op, tenant, terms string) string {
 	if tenant != "" {
 		tenant = `"tenant":"` + tenant + `",`
 	}
-	return `{"operation":"` + op + `","targets":[{` + tenant + `"terms":[` + terms + `]}]}`
+	reason := `"reason":"anomaly",`
+	if op == "resume" || op == "restore" {
+		reason = ""
+	}
+	return `{"operation":"` + op + `",` + reason + `"incident":"INC-0","targets":[{` + tenant + `"terms":[` + terms + `]}]}`
 }
 
 const (
@@ -603,7 +607,7 @@ func TestOneTenantNeverSeesAnother(t *testing.T) {
 	}()
 
 	acme := s.decide("acme", "user", "carol", "INC-OURS")
-	kill, err := s.op.Decide(ctx, authority.Request{Operation: authority.Kill, Targets: []authority.Target{authority.One("", "tenant", "", "acme")}, Incident: "INC-OURS", Commit: true})
+	kill, err := s.op.Decide(ctx, authority.Request{Operation: authority.Kill, Reason: "anomaly", Targets: []authority.Target{authority.One("", "tenant", "", "acme")}, Incident: "INC-OURS", Commit: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -664,7 +668,7 @@ func TestOneTenantNeverSeesAnother(t *testing.T) {
 		{"POST", "/v1/decisions", decision("revoke", "acme", userTerm)},
 		{"POST", "/v1/decisions", decision("kill", "", `{"kind":"tenant","value":"acme"}`)},
 		{"POST", "/v1/decisions", decision("restore", "", `{"kind":"tenant","value":"acme"}`)},
-		{"POST", "/v1/decisions", `{"operation":"suspend","targets":[{"tenant":"beta","terms":[` + userTerm + `]}],"except":[{"tenant":"acme","terms":[` + userTerm + `]}]}`},
+		{"POST", "/v1/decisions", `{"operation":"suspend","reason":"anomaly","targets":[{"tenant":"beta","terms":[` + userTerm + `]}],"except":[{"tenant":"acme","terms":[` + userTerm + `]}]}`},
 		{"POST", "/v1/explain", `{"identity":{"tenant":"acme","issuer":"` + idp + `","user":"carol"}}`},
 		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["acme"]}`},
 		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["beta","acme"]}`},
@@ -736,7 +740,7 @@ func (s *served) propose(c caller, op, tenant string) authority.Proposal {
 		term = `{"kind":"tenant","value":"` + tenant + `"}`
 	}
 	var p authority.Proposal
-	code, _, got := s.do(c, "POST", "/v1/proposals", strings.Replace(decision(op, "", term), "{", `{"incident":"INC-7",`, 1))
+	code, _, got := s.do(c, "POST", "/v1/proposals", strings.Replace(decision(op, "", term), "INC-0", "INC-7", 1))
 	if code != 201 || json.Unmarshal([]byte(got), &p) != nil || p.ID == "" {
 		s.Fatalf("propose: %d %s", code, got)
 	}
@@ -753,6 +757,9 @@ func (s *served) kills() []string {
 }
 
 func committed(body, more string) string {
+	if strings.Contains(more, `"incident"`) {
+		body = strings.Replace(body, `"incident":"INC-0",`, "", 1)
+	}
 	return strings.Replace(body, "{", `{"commit":true,`+more, 1)
 }
 
@@ -872,7 +879,7 @@ func TestTwoPersons(t *testing.T) {
 		t.Errorf("the ninth open proposal: %d", code)
 	}
 	// The operator of the machine is alone, and may.
-	if d, err := s.op.Decide(t.Context(), authority.Request{Operation: authority.Kill, Targets: []authority.Target{authority.One("", "global", "", "")}, Commit: true}); err != nil || !d.Committed {
+	if d, err := s.op.Decide(t.Context(), authority.Request{Operation: authority.Kill, Reason: "anomaly", Incident: "INC-0", Targets: []authority.Target{authority.One("", "global", "", "")}, Commit: true}); err != nil || !d.Committed {
 		t.Errorf("the operator: %+v, %v", d, err)
 	}
 }
@@ -886,7 +893,7 @@ func TestBreakGlass(t *testing.T) {
 		body string
 		want int
 	}{
-		"no incident":         {committed(kill, `"break_glass":"x",`), 400},
+		"no incident":         {committed(kill, `"break_glass":"x","incident":"",`), 400},
 		"too long a one":      {committed(kill, `"break_glass":"x","incident":"`+strings.Repeat("i", 60)+`",`), 400},
 		"too long a reason":   {committed(kill, `"break_glass":"`+strings.Repeat("x", 201)+`","incident":"i",`), 400},
 		"where it is not for": {committed(decision("revoke", "acme", userTerm), `"break_glass":"x","incident":"i",`), 400},
@@ -980,7 +987,7 @@ func TestProposalsOnTheCommandLine(t *testing.T) {
 		code := run(append([]string{"--url", s.url, "--api-ca", s.pki.path("ca.pem"), "--api-token-file", file}, args...), strings.NewReader(""), &out, &errs)
 		return code, out.String() + errs.String()
 	}
-	code, out := as("alice", "kill", "global", "--incident", "INC-1", "--commit")
+	code, out := as("alice", "kill", "global", "--reason", "compromised", "--incident", "INC-1", "--commit")
 	if code != exitProposed || !strings.HasPrefix(out, "proposed as p") || !strings.Contains(out, "NOT in effect") || len(s.kills()) != 0 {
 		t.Fatalf("%d %s", code, out)
 	}
@@ -997,7 +1004,7 @@ func TestProposalsOnTheCommandLine(t *testing.T) {
 	if code, out := as("bob", "proposals", "approve", id); code != 0 || !strings.HasPrefix(out, "killed at seq") || len(s.kills()) != 1 {
 		t.Errorf("%d %s", code, out)
 	}
-	code, out = as("bob", "restore", "global", "--commit")
+	code, out = as("bob", "restore", "global", "--incident", "INC-1", "--commit")
 	if code != exitProposed {
 		t.Fatalf("%d %s", code, out)
 	}

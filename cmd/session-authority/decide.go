@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,32 +37,32 @@ type verb struct {
 var verbs = []verb{
 	{authority.Revoke, "revoke TARGET", "Deny for good", "revoked", `Denies the target for good, and ends what it has running. A session, token,
 credential or key that was revoked never comes back; others can be restored.`,
-		`  session-authority revoke session s_9f2c --reason stolen-token --incident INC-142
-  session-authority revoke user alice --issued-before 09:00Z --reason compromised --commit
-  session-authority revoke user alice and agent billing-bot --commit
-  session-authority revoke token JTI --until 2026-12-01T00:00:00Z`, "issued-before until except"},
+		`  session-authority revoke session s_9f2c --reason stolen-token
+  session-authority revoke user alice --issued-before 09:00Z --reason compromised --incident INC-142 --commit
+  session-authority revoke user alice and agent billing-bot --reason anomaly --incident INC-142 --commit
+  session-authority revoke token JTI --reason logout --until 2026-12-01T00:00:00Z`, "issued-before until except"},
 	{authority.Suspend, "suspend TARGET", "Deny until resumed", "suspended", `Denies the target until it is resumed, or until the end that is given.`,
-		`  session-authority suspend agent spiffe://corp/agent/billing --for 30m --reason anomaly --commit
-  session-authority suspend session s_9f2c`, "until except"},
+		`  session-authority suspend agent spiffe://corp/agent/billing --for 30m --reason anomaly --incident INC-142 --commit
+  session-authority suspend session s_9f2c --reason anomaly`, "until except"},
 	{authority.StepUp, "step-up TARGET", "Deny until authenticated again", "step-up required", `Denies the target until the caller has authenticated again, after this decision,
 with the authentication context that is required, if any (RFC 9470).`,
-		`  session-authority step-up user alice --acr urn:example:phr --commit`, "until except acr"},
+		`  session-authority step-up user alice --acr urn:example:phr --reason risk-level --incident INC-142 --commit`, "until except acr"},
 	{authority.Reduce, "reduce TARGET", "Permit low-risk operations only", "reduced", `Denies the target every operation that its host has not marked low-risk.`,
-		`  session-authority reduce agent billing-bot --issuer https://login.example --commit`, "until except"},
+		`  session-authority reduce agent billing-bot --issuer https://login.example --reason anomaly --incident INC-142 --commit`, "until except"},
 	{authority.Resume, "resume TARGET", "Lift suspend, step-up and reduce", "resumed", `Lifts what suspends, steps up or reduces the target, or one of these. With a
 share, that part of its sessions is set free, and the rest later.`,
-		`  session-authority resume agent spiffe://corp/agent/billing --commit
-  session-authority resume user alice --effect reduced --commit`, "effect share"},
+		`  session-authority resume agent spiffe://corp/agent/billing --incident INC-142 --commit
+  session-authority resume user alice --effect reduced --incident INC-142 --commit`, "effect share"},
 	{authority.Kill, "kill global | kill tenant NAME", "Suspend everything", "killed", `Suspends everything, in one tenant or in all, and ends what is running, until it
 is restored. With --credentials, what was issued before the restoring stays dead.`,
-		`  session-authority kill global --incident INC-143 --commit
-  session-authority kill tenant acme --except user:break-glass --commit`, "except credentials"},
+		`  session-authority kill global --reason compromised --incident INC-143 --commit
+  session-authority kill tenant acme --except user:break-glass --reason anomaly --incident INC-143 --commit`, "except credentials"},
 	{authority.Restore, "restore TARGET", "Lift a kill, or a revocation", "restored", `Lifts a kill, in stages if wanted; or the revocation of what can be restored,
 which leaves everything issued before now dead. A session, token, credential or
 key that was revoked never comes back.`,
-		`  session-authority restore global --share 10% --commit
-  session-authority restore global --commit
-  session-authority restore user alice --commit`, "share"},
+		`  session-authority restore global --share 10% --incident INC-143 --commit
+  session-authority restore global --incident INC-143 --commit
+  session-authority restore user alice --incident INC-142 --commit`, "share"},
 }
 
 func newDecisionCommands(g *globals) []*cobra.Command {
@@ -79,8 +80,9 @@ func newDecisionCommand(g *globals, v verb) *cobra.Command {
 		Long: v.long + `
 
 One session, token or key is acted on at once. Anything wider is previewed: the
-command prints what it would do, and does it with --commit. What a target is:
-session-authority help targets.
+command prints what it would do, and does it with --commit. A decision says why:
+--reason and, where it takes --commit, --incident; on a terminal you are asked for
+what is missing. What a target is: session-authority help targets.
 
 ` + helpExitCodes,
 		Args: func(*cobra.Command, []string) error { return nil }, // read below, for a better answer
@@ -89,16 +91,14 @@ session-authority help targets.
 	f := cmd.Flags()
 	f.StringVar(&d.issuer, "issuer", cli.Env("INTERLOCK_ISSUER", ""), "who minted the target's ids (INTERLOCK_ISSUER)")
 	f.StringVar(&d.tenant, "tenant", cli.Env("INTERLOCK_TENANT", ""), "the tenant, where there is more than one (INTERLOCK_TENANT)")
-	f.StringVar(&d.incident, "incident", "", "incident id; shown in every denial")
+	f.StringVar(&d.incident, "incident", "", "incident id, shown in every denial; required for whatever takes --commit, but in a drill")
 	f.StringVar(&d.key, "idempotency-key", "", "a decision sent twice under one key is taken once")
 	f.BoolVar(&d.drill, "drill", false, "match and report, but deny nobody")
 	f.StringVar(&d.glass, "break-glass", "", "decide alone what takes two persons, and say why; everybody is told, and --incident is required")
 	f.BoolVar(&d.commit, "commit", false, "do it, where it would only be previewed")
 	f.DurationVar(&d.wait, "wait", authority.MaxWait, "how long to wait until every enforcer has it in force; 0 does not wait")
 	f.Lookup("wait").NoOptDefVal = authority.MaxWait.String()
-	if v.op != authority.Kill {
-		f.StringVar(&d.reason, "reason", "", "one of "+strings.Join(session.Reasons(), ", "))
-	}
+	f.StringVar(&d.reason, "reason", "", "why; required, but to lift and in a drill: one of "+strings.Join(authority.Reasons(), ", "))
 	for _, name := range strings.Fields(v.flags) {
 		switch name {
 		case "issued-before":
@@ -229,8 +229,8 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 		r.Except = append(r.Except, t)
 	}
 	if d.reason != "" {
-		if _, err := session.ParseReason(d.reason); err != nil {
-			return r, cli.Usagef("unknown reason %.64q: use one of %s", d.reason, strings.Join(session.Reasons(), ", "))
+		if !slices.Contains(authority.Reasons(), d.reason) {
+			return r, cli.Usagef("unknown reason %.64q: use one of %s", d.reason, strings.Join(authority.Reasons(), ", "))
 		}
 	}
 	return r, nil
@@ -260,7 +260,15 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 		d.key = rand.Text()
 	}
 	res, err := c.DecideOnce(cmd.Context(), d.key, r)
-	if p := (*authority.Problem)(nil); errors.As(err, &p) && p.Type == authority.ProblemTwoPersons {
+	p := (*authority.Problem)(nil)
+	if errors.As(err, &p) && p.Type == authority.ProblemUnaccounted {
+		// The server alone knows what it takes.
+		if r.Reason, r.Incident, err = askWhy(cmd, p, r.Reason, r.Incident); err != nil {
+			return err
+		}
+		res, err = c.DecideOnce(cmd.Context(), d.key, r)
+	}
+	if errors.As(err, &p) && p.Type == authority.ProblemTwoPersons {
 		return propose(cmd, g, c, r)
 	}
 	if err != nil {

@@ -131,7 +131,7 @@ func withCode(ctx context.Context, err error) error {
 		return cli.Exit(cli.ExitUnreachable, fmt.Errorf("%w: %s", err, mend))
 	case errors.As(err, &p):
 		switch p.Type {
-		case authority.ProblemInvalid, authority.ProblemTenant, authority.ProblemIssuer, authority.ProblemTerminal, authority.ProblemTooLarge:
+		case authority.ProblemInvalid, authority.ProblemUnaccounted, authority.ProblemTenant, authority.ProblemIssuer, authority.ProblemTerminal, authority.ProblemTooLarge:
 			return cli.Exit(cli.ExitUsage, err)
 		}
 	}

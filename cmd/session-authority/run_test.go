@@ -44,7 +44,7 @@ func TestNotDurableHasAnExitCode(t *testing.T) {
 				return
 			}
 			_, _ = fmt.Fprintf(w, `{"epoch":1,"number":7,"durable":%v,"complete":true,"effective":true,"enforcers":2,"in_effect":2,"slowest_millis":1.25}`, durableLater)
-		}, "revoke", "session", "s", "--issuer", "https://i")
+		}, "revoke", "session", "s", "--reason", "anomaly", "--issuer", "https://i")
 		want, text := exitNotDurable, "revoked at seq 7; in effect on 2 of 2 enforcers, slowest 1.2 ms; not durable yet\n"
 		if durableLater {
 			want, text = cli.ExitOK, "revoked at seq 7; in effect on 2 of 2 enforcers, slowest 1.2 ms\n"
@@ -64,7 +64,7 @@ func TestLostAfterDeciding(t *testing.T) {
 			return
 		}
 		panic(http.ErrAbortHandler)
-	}, "revoke", "session", "s", "--issuer", "https://i")
+	}, "revoke", "session", "s", "--reason", "anomaly", "--issuer", "https://i")
 	if code != cli.ExitUnreachable || !strings.Contains(stderr, "revoked at seq 7, but where it is in force is not known") || strings.Count(stderr, "\n") != 1 {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}

@@ -570,7 +570,7 @@ func twice(t *testing.T, d *json.Decoder) (found bool) {
 }
 
 func BenchmarkDecodeBatch(b *testing.B) {
-	r := authority.Request{Operation: authority.Revoke, Commit: true}
+	r := authority.Request{Operation: authority.Revoke, Reason: "anomaly", Commit: true}
 	for i := range authority.MaxTargets {
 		r.Targets = append(r.Targets, authority.One("acme", "session", "https://idp.example", fmt.Sprint("session-", i)))
 	}

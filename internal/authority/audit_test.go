@@ -65,10 +65,10 @@ func TestAudit(t *testing.T) {
 	if !d.Durable {
 		t.Fatalf("%+v", d)
 	}
-	if _, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Kill, Targets: everything(), Incident: "INC-142"}); err != nil {
+	if _, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Kill, Reason: "anomaly", Targets: everything(), Incident: "INC-142"}); err != nil {
 		t.Fatal(err)
 	}
-	_, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Share: 5, Commit: true})
+	_, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s"), Share: 5, Commit: true})
 	var p *authority.Problem
 	if !errors.As(err, &p) {
 		t.Fatal(err)
@@ -146,7 +146,7 @@ func TestAuditOfRequests(t *testing.T) {
 	f := start(t, Options{Issuers: []string{issuer}, APIListen: "127.0.0.1:0"})
 	send := func(token string) int {
 		req, err := http.NewRequestWithContext(f.ctx, http.MethodPost, "http://"+f.a.APIAddr()+"/v1/decisions",
-			strings.NewReader(`{"operation":"revoke","targets":[{"terms":[{"kind":"session","value":"s"}]}]}`))
+			strings.NewReader(`{"operation":"revoke","reason":"anomaly","targets":[{"terms":[{"kind":"session","value":"s"}]}]}`))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -212,7 +212,7 @@ func TestDecisionWaitsForItsRecord(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r := authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Incident: "INC-1", Commit: true}
+	r := authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s"), Incident: "INC-1", Commit: true}
 	limit(1)
 	d, err := f.c.DecideOnce(f.ctx, "k", r)
 	if err != nil || d.Durable || !d.Committed || d.Number == 0 {
@@ -252,7 +252,7 @@ func TestAuditOfEnforcement(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("user", "alice"), Incident: "INC-7"})
+	d := f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("user", "alice"), Incident: "INC-7"})
 	f.settle(d)
 	if err := p.call(alice, "transfer_funds"); !errors.Is(err, session.ErrRevoked) {
 		t.Fatal(err)
@@ -318,7 +318,7 @@ func TestAuditOfEnforcement(t *testing.T) {
 	if err := f.a.reports.CatchUp(f.ctx); err != nil {
 		t.Fatal(err)
 	}
-	f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s")})
+	f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s")})
 	if again, _ := decisions(authority.AuditQuery{}); len(again) < len(calls) || len(again) > len(calls)+1 { // one more may have come as it closed
 		t.Errorf("after a restart: %v, before it %v", again, calls)
 	}
@@ -374,7 +374,7 @@ func child(dir string) {
 		wg.Go(func() {
 			for {
 				incident := fmt.Sprintf("%s-%d", os.Getenv(childEnv+"_ROUND"), n.Add(1))
-				d, err := c.Decide(ctx, authority.Request{Operation: authority.Revoke, Targets: one("session", incident), Incident: incident, Commit: true})
+				d, err := c.Decide(ctx, authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", incident), Incident: incident, Commit: true})
 				fail(err)
 				if d.Durable {
 					out.Lock()
@@ -473,7 +473,7 @@ func TestCanariesDoNotFillTheAudit(t *testing.T) {
 	f := start(t, Options{Issuers: []string{issuer}, CanaryEvery: 50 * time.Millisecond})
 	f.enforcer("tools", enforce.Options{})
 	f.until(func() bool { _, n, _ := f.a.seq.Head(); return n >= 12 })
-	d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Incident: "INC-1"})
+	d := f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s"), Incident: "INC-1"})
 	f.settle(d)
 	f.until(func() bool {
 		return slices.ContainsFunc(f.audited(authority.AuditQuery{Kind: authority.AuditReceipts}), times(t, d))

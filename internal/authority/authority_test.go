@@ -184,7 +184,7 @@ func TestWaitEndsAtTheBoundOfASilentEnforcer(t *testing.T) {
 		t.Fatal(err)
 	}
 	begun := time.Now()
-	d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s1")})
+	d := f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s1")})
 	c := f.settle(d)
 	if took := time.Since(begun); took > 10*time.Second {
 		t.Errorf("waited %s", took)
@@ -233,7 +233,7 @@ func (f *fixture) until(ok func() bool) {
 
 func TestIdempotencyKey(t *testing.T) {
 	f := start(t, Options{})
-	r := authority.Request{Operation: authority.Revoke, Targets: one("session", "s1")}
+	r := authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s1")}
 	first, err := f.c.DecideOnce(f.ctx, "key-1", r)
 	if err != nil {
 		t.Fatal(err)
@@ -257,7 +257,7 @@ func TestNotDurableIsSaidSo(t *testing.T) {
 	e := f.enforcer("tools", enforce.Options{})
 	p := f.prepare(e, session.Identity{Session: session.SessionRef{ID: "s1"}})
 	outage.Store(true)
-	r := authority.Request{Operation: authority.Revoke, Targets: one("session", "s1")}
+	r := authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s1")}
 	d, err := f.c.DecideOnce(f.ctx, "key-1", r)
 	if err != nil || !d.Committed || d.Durable {
 		t.Fatalf("in an outage: %+v, %v", d, err)
@@ -283,7 +283,7 @@ func TestKillAndRestore(t *testing.T) {
 	allowed := func(p *session.Prepared) bool { return e.Check(p, session.Call{}) == nil }
 
 	// A kill suspends: after it is restored, everybody may go on.
-	f.settle(f.decide(authority.Request{Operation: authority.Kill, Targets: everything(), Incident: "INC-7"}))
+	f.settle(f.decide(authority.Request{Operation: authority.Kill, Reason: "anomaly", Targets: everything(), Incident: "INC-7"}))
 	var denied *session.DeniedError
 	if err := e.Check(old, session.Call{}); !errors.As(err, &denied) || denied.Effect != session.EffectSuspended || denied.Reason != session.ReasonKill {
 		t.Fatalf("under a kill: %v", err)
@@ -292,12 +292,12 @@ func TestKillAndRestore(t *testing.T) {
 	if err != nil || len(st.Kills) != 1 || st.Kills[0] != "global" {
 		t.Fatalf("status %+v, %v", st, err)
 	}
-	f.decide(authority.Request{Operation: authority.Restore, Targets: everything()})
+	f.decide(authority.Request{Operation: authority.Restore, Incident: "INC-0", Targets: everything()})
 	f.until(func() bool { return allowed(old) })
 
 	// With its credentials it revokes: what was there before stays dead.
-	f.settle(f.decide(authority.Request{Operation: authority.Kill, Targets: everything(), Credentials: true}))
-	f.decide(authority.Request{Operation: authority.Restore, Targets: everything()})
+	f.settle(f.decide(authority.Request{Operation: authority.Kill, Reason: "anomaly", Incident: "INC-0", Targets: everything(), Credentials: true}))
+	f.decide(authority.Request{Operation: authority.Restore, Incident: "INC-0", Targets: everything()})
 	fresh := f.prepare(e, session.Identity{User: "alice", AuthTime: time.Now().Add(time.Hour)})
 	f.until(func() bool { return allowed(fresh) })
 	if allowed(old) {
@@ -314,7 +314,7 @@ func TestRestart(t *testing.T) {
 	dir := t.TempDir()
 	f := start(t, Options{DataDir: dir})
 	e := f.enforcer("tools", enforce.Options{})
-	d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("user", "alice")})
+	d := f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Incident: "INC-0", Targets: one("user", "alice")})
 	f.settle(d)
 	addr := f.a.NATSAddr()
 	if err := f.a.Close(); err != nil {
@@ -329,7 +329,7 @@ func TestRestart(t *testing.T) {
 	if err != nil || !x.Denied || len(x.Matches) != 1 {
 		t.Fatalf("explain %+v, %v", x, err)
 	}
-	c := g.settle(g.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s9")}))
+	c := g.settle(g.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s9")}))
 	if c.InEffect != 1 {
 		t.Fatalf("coverage %+v", c)
 	}
@@ -363,7 +363,7 @@ func TestTwoAuthoritiesOnOneStore(t *testing.T) {
 	})
 	for i, f := range []*fixture{a, b, a, b} {
 		id := fmt.Sprint("s", i)
-		d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", id)})
+		d := f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", id)})
 		for _, g := range []*fixture{a, b} {
 			g.until(func() bool { _, n, _ := g.a.seq.Head(); return n >= d.Number })
 			if c := g.settle(d); c.InEffect != 1 || !c.Durable {

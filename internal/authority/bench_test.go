@@ -56,7 +56,7 @@ func BenchmarkRegistryAPI(b *testing.B) {
 	}
 	b.Logf("100,000 sessions in %s", time.Since(began))
 	preview := func(kind, value string) func() error {
-		r := authority.Request{Operation: authority.Revoke, Targets: one(kind, value)}
+		r := authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one(kind, value)}
 		return func() error { _, err := c.Decide(ctx, r); return err }
 	}
 	for name, ask := range map[string]func() error{

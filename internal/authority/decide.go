@@ -72,6 +72,8 @@ type planner struct {
 	issuers []string
 	state   *filter.Set
 	now     time.Time
+	// own is set for what the authority decides by itself, and not a person.
+	own bool
 }
 
 // plan is what a request comes to.
@@ -164,10 +166,57 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 	if len(seen) > 1 {
 		out.wide = true
 	}
+	if missing := p.unaccounted(r, out); len(missing) > 0 {
+		if r.Commit || !out.wide {
+			return nil, saysNotWhy(missing)
+		}
+		out.warnings = append(out.warnings, "with --commit it takes "+strings.Join(flags(missing), " and "))
+	}
 	if n := len(out.entries); n > session.MaxBatchEntries {
 		return nil, invalid("name fewer targets at once, or one effect", "the decision has %d entries, at most %d", n, session.MaxBatchEntries)
 	}
 	return out, nil
+}
+
+// unaccounted returns what the decision must say and does not: why it is taken
+// and, where it reaches further than single credentials, the incident. A lift and a
+// drill are reason enough, and what the authority decides by itself brings its own.
+func (p *planner) unaccounted(r *authority.Request, pl *plan) (missing []string) {
+	if r.Drill || p.own {
+		return nil
+	}
+	if r.Reason == "" && !r.Operation.Lifts() {
+		missing = append(missing, "reason")
+	}
+	if r.Incident == "" && pl.beyondSingle() {
+		missing = append(missing, "incident")
+	}
+	return missing
+}
+
+func saysNotWhy(missing []string) error {
+	mend := "give " + strings.Join(flags(missing), " and ")
+	if slices.Contains(missing, "reason") {
+		mend += "; a reason is one of " + strings.Join(authority.Reasons(), ", ")
+	}
+	p := authority.NewProblem(authority.ProblemUnaccounted, "the decision does not say why: no "+strings.Join(missing, ", no "), mend)
+	p.Fields = missing
+	return p
+}
+
+// flags are the flags of the command line for members of a request.
+func flags(members []string) []string {
+	out := make([]string, len(members))
+	for i, m := range members {
+		out[i] = "--" + m
+	}
+	return out
+}
+
+// beyondSingle reports whether a target is more than a single session, token,
+// credential or key.
+func (pl *plan) beyondSingle() bool {
+	return slices.ContainsFunc(pl.touched, func(t touched) bool { return t.wide })
 }
 
 // fits refuses what does not go with the operation, and says why: what is
@@ -205,8 +254,6 @@ func fits(r *authority.Request) error {
 		return len(t.Terms) != 1 || t.Terms[0].Kind != session.KindGlobal.String() && t.Terms[0].Kind != session.KindTenant.String()
 	}):
 		return invalid("kill global, or kill tenant NAME; to deny one caller, revoke or suspend it", "a kill is of everything, in one tenant or in all")
-	case op == authority.Kill && r.Reason != "" && r.Reason != session.ReasonKill.String():
-		return invalid("leave the reason out, and say why in the incident", "a kill's reason is always %q", session.ReasonKill)
 	}
 	return nil
 }
@@ -232,12 +279,20 @@ func (p *planner) base(r *authority.Request) (e session.Entry, except []session.
 	default:
 		e.Op, e.Reason = session.OpLift, session.ReasonRestored
 	}
-	if r.Reason != "" {
+	switch {
+	case r.Reason != "":
+		if !slices.Contains(authority.Reasons(), r.Reason) {
+			return e, nil, invalid("use one of "+strings.Join(authority.Reasons(), ", "), "unknown reason %.64q", r.Reason)
+		}
 		reason, err := session.ParseReason(r.Reason)
 		if err != nil {
-			return e, nil, invalid("use one of "+strings.Join(session.Reasons(), ", "), "unknown reason %.64q", r.Reason)
+			return e, nil, err
 		}
-		e.Reason = reason
+		if r.Operation != authority.Kill { // by which a kill is known
+			e.Reason = reason
+		}
+	case r.Drill && e.Reason == session.ReasonUnspecified:
+		e.Reason = session.ReasonDrill
 	}
 	now := session.InstantOf(p.now)
 	if !r.IssuedBefore.IsZero() {

@@ -26,7 +26,7 @@ func secret(t *testing.T, id session.TenantID, name string) *session.TenantSecre
 
 func newPlanner(t *testing.T, inForce ...session.Entry) *planner {
 	t.Helper()
-	p := &planner{tenants: tenants{[]*session.TenantSecret{secret(t, 1, "acme")}}, issuers: []string{issuer}, now: now}
+	p := &planner{tenants: tenants{[]*session.TenantSecret{secret(t, 1, "acme")}}, issuers: []string{issuer}, now: now, own: true}
 	for i, e := range inForce {
 		b := &session.Batch{Epoch: 1, Number: uint64(i + 1), Time: session.InstantOf(now.Add(-time.Hour)), Entries: []session.Entry{e}}
 		p.state = p.state.Apply(b, nil)
@@ -102,7 +102,7 @@ func TestOperationsBecomeEntries(t *testing.T) {
 		{"suspend ends on time", "user", "u", nil, authority.Request{Operation: "suspend", For: authority.Duration(30 * time.Minute)},
 			[]string{"set suspended unspecified until 09:30:00"}, true, ""},
 		{"step up", "user", "u", nil, authority.Request{Operation: "step_up", ACR: "phr"}, []string{"set step_up unspecified acr phr"}, true, ""},
-		{"reduce", "agent", "a", nil, authority.Request{Operation: "reduce", Drill: true}, []string{"set reduced unspecified drill"}, true, ""},
+		{"reduce", "agent", "a", nil, authority.Request{Operation: "reduce", Drill: true}, []string{"set reduced drill drill"}, true, ""},
 		{"except", "user", "u", nil, authority.Request{Operation: "revoke", Except: []authority.Target{
 			authority.One("", "session", "", "b"), authority.One("", "session", "", "a"), authority.One("", "session", "", "a")}},
 			[]string{"set revoked unspecified except 2"}, true, ""},
@@ -123,6 +123,7 @@ func TestOperationsBecomeEntries(t *testing.T) {
 		{"restore a drill on a session", "session", "s", nil, authority.Request{Operation: "restore", Drill: true}, []string{"lift revoked restored before 09:00:00 drill"}, false, "is not revoked here"},
 
 		{"kill", "global", "", nil, authority.Request{Operation: "kill"}, []string{"set suspended kill"}, true, ""},
+		{"a kill's reason is the audit's", "global", "", nil, authority.Request{Operation: "kill", Reason: "compromised"}, []string{"set suspended kill"}, true, ""},
 		{"kill with credentials", "tenant", "acme", nil, authority.Request{Operation: "kill", Credentials: true}, []string{"set revoked kill"}, true, ""},
 		{"restore a kill", "global", "", inForce{killed}, authority.Request{Operation: "restore"}, []string{"lift suspended restored"}, true, ""},
 		{"restore a kill in stages", "tenant", "acme", inForce{killed}, authority.Request{Operation: "restore", Share: 25}, []string{"lift suspended restored share 2500"}, true, ""},
@@ -196,8 +197,9 @@ func TestRequestsThatAreRefused(t *testing.T) {
 		{"effect on a restore", authority.Request{Operation: "restore", Effect: "reduced", Targets: []authority.Target{user}}, "", "only resume takes one"},
 		{"resume a revocation", authority.Request{Operation: "resume", Effect: "revoked", Targets: []authority.Target{user}}, "", "restore lifts a revocation"},
 		{"kill a user", authority.Request{Operation: "kill", Targets: []authority.Target{user}}, "", "kill global, or kill tenant NAME"},
-		{"a kill for another reason", authority.Request{Operation: "kill", Reason: "anomaly", Targets: []authority.Target{global}}, "", "say why in the incident"},
-		{"unknown reason", authority.Request{Operation: "revoke", Reason: "because", Targets: []authority.Target{user}}, "", "use one of unspecified"},
+		{"a kill for being one", authority.Request{Operation: "kill", Reason: "kill", Targets: []authority.Target{global}}, "", "use one of stolen-token"},
+		{"a reason that is none", authority.Request{Operation: "revoke", Reason: "unspecified", Targets: []authority.Target{user}}, "", "use one of stolen-token"},
+		{"unknown reason", authority.Request{Operation: "revoke", Reason: "because", Targets: []authority.Target{user}}, "", "use one of stolen-token"},
 		{"a long incident", authority.Request{Operation: "revoke", Incident: strings.Repeat("x", 65), Targets: []authority.Target{user}}, "", "incident is 65 bytes"},
 		{"too many exempted", authority.Request{Operation: "kill", Except: many(9), Targets: []authority.Target{global}}, "", "exempt at most 8"},
 		{"a tenant exempted", authority.Request{Operation: "kill", Except: []authority.Target{authority.One("", "tenant", "", "acme")}, Targets: []authority.Target{global}}, "", "cannot be exempted"},
@@ -214,6 +216,54 @@ func TestRequestsThatAreRefused(t *testing.T) {
 			}
 			if err != nil && (strings.Contains(err.Error(), "invalid") || strings.Contains(err.Error(), "malformed")) {
 				t.Errorf("a person is told of the error tree: %v", err)
+			}
+		})
+	}
+}
+
+// What a person decides says why.
+func TestADecisionSaysWhy(t *testing.T) {
+	session, user := one("session", "s"), one("user", "u")
+	for _, c := range []struct {
+		name    string
+		r       authority.Request
+		missing string // when it is to be taken
+	}{
+		{"a single credential", authority.Request{Operation: "revoke", Targets: session}, "reason"},
+		{"a single one, with a reason", authority.Request{Operation: "revoke", Targets: session, Reason: "logout"}, ""},
+		{"many single ones", authority.Request{Operation: "revoke", Targets: many(3), Reason: "logout"}, ""},
+		{"a single one, lifted", authority.Request{Operation: "resume", Targets: session}, ""},
+		{"a single one, a drill", authority.Request{Operation: "revoke", Targets: session, Drill: true}, ""},
+		{"a user", authority.Request{Operation: "suspend", Targets: user}, "reason incident"},
+		{"a user, for an incident", authority.Request{Operation: "suspend", Targets: user, Incident: "i"}, "reason"},
+		{"a user, with a reason", authority.Request{Operation: "suspend", Targets: user, Reason: "anomaly"}, "incident"},
+		{"a user, with both", authority.Request{Operation: "suspend", Targets: user, Reason: "anomaly", Incident: "i"}, ""},
+		{"a user, lifted", authority.Request{Operation: "restore", Targets: user}, "incident"},
+		{"a user, in one decision with sessions", authority.Request{Operation: "revoke", Targets: append(many(3), user...), Reason: "anomaly"}, "incident"},
+		{"a kill", authority.Request{Operation: "kill", Targets: everything()}, "reason incident"},
+		{"a kill with both", authority.Request{Operation: "kill", Targets: everything(), Reason: "compromised", Incident: "i"}, ""},
+		{"a kill, a drill", authority.Request{Operation: "kill", Targets: everything(), Drill: true}, ""},
+		{"a kill, restored", authority.Request{Operation: "restore", Targets: everything()}, "incident"},
+		{"a whole tenant", authority.Request{Operation: "suspend", Targets: []authority.Target{authority.One("", "tenant", "", "acme")}, Reason: "anomaly"}, "incident"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := newPlanner(t)
+			p.own = false
+			single := strings.Contains(c.name, "single")
+			for _, commit := range []bool{false, true} {
+				c.r.Commit = commit
+				pl, err := p.plan(&c.r)
+				var problem *authority.Problem
+				switch {
+				case c.missing != "" && (commit || single):
+					if !errors.As(err, &problem) || problem.Type != authority.ProblemUnaccounted || strings.Join(problem.Fields, " ") != c.missing || !strings.Contains(err.Error(), "--"+problem.Fields[0]) {
+						t.Errorf("commit %v: %v", commit, err)
+					}
+				case err != nil:
+					t.Errorf("commit %v: %v", commit, err)
+				case (c.missing != "") != strings.Contains(strings.Join(pl.warnings, ";"), "with --commit it takes --"):
+					t.Errorf("the preview does not say what it will take: %q", pl.warnings)
+				}
 			}
 		})
 	}

@@ -15,7 +15,7 @@ func TestAnApprovalThatWasCutOffGoesOn(t *testing.T) {
 	as := func(name string) context.Context {
 		return access.With(f.ctx, access.NewPrincipal(name, access.MeansToken, access.Grant{Role: access.Commander, Tenants: []string{access.Everywhere}}))
 	}
-	p, err := f.a.Propose(as("alice"), authority.Request{Operation: authority.Kill, Targets: everything()})
+	p, err := f.a.Propose(as("alice"), authority.Request{Operation: authority.Kill, Reason: "anomaly", Incident: "INC-0", Targets: everything()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package authority
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -332,11 +333,10 @@ func (a *Authority) changeAgent(ctx context.Context, r *authority.LifecycleReque
 	switch r.Operation {
 	case authority.SuspendAgent:
 		ask.Operation, to = authority.Suspend, registry.Suspended
+		ask.Reason = cmp.Or(ask.Reason, session.ReasonLifecycle.String())
 	case authority.DecommissionAgent:
 		ask.Operation, to = authority.Revoke, registry.Decommissioned
-		if ask.Reason == "" {
-			ask.Reason = session.ReasonDecommissioned.String()
-		}
+		ask.Reason = cmp.Or(ask.Reason, session.ReasonDecommissioned.String())
 	case authority.ActivateAgent:
 		ask.Operation, ask.Effect, to = authority.Resume, session.EffectSuspended.String(), registry.Active
 	default:
@@ -346,7 +346,9 @@ func (a *Authority) changeAgent(ctx context.Context, r *authority.LifecycleReque
 		return nil, registryProblem(registry.ErrTombstone)
 	}
 	// What would be refused is refused before anything is done.
-	pl, err := a.planner(access.From(ctx)).plan(&ask)
+	planner := a.planner(access.From(ctx))
+	planner.own = true
+	pl, err := planner.plan(&ask)
 	if err != nil {
 		return nil, err
 	}
@@ -390,7 +392,7 @@ func (a *Authority) setState(ctx context.Context, tenant string, ref registry.Re
 
 // decideAgent takes a decision that must be durable before anything rests on it.
 func (a *Authority) decideAgent(ctx context.Context, r authority.Request) (*authority.Decision, error) {
-	d, err := a.Decide(ctx, rand.Text(), r)
+	d, err := a.decideOwn(ctx, rand.Text(), r)
 	if err != nil {
 		return nil, err
 	}

@@ -142,7 +142,7 @@ func TestRegistryOverTheAPI(t *testing.T) {
 	}
 
 	preview := func(targets ...authority.Target) *authority.Preview {
-		d, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Suspend, Targets: targets})
+		d, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Suspend, Reason: "anomaly", Targets: targets})
 		if err != nil || d.Preview == nil {
 			t.Fatal(err)
 		}
@@ -152,11 +152,11 @@ func TestRegistryOverTheAPI(t *testing.T) {
 	if want := []authority.TenantPreview{{Tenant: "acme", Agents: 1, Sessions: 25, Enforcers: 1}}; v.Sessions != 25 || v.Agents != 1 || !slices.Equal(v.Tenants, want) {
 		t.Errorf("%+v", v)
 	}
-	d, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Kill, Targets: everything(), Except: []authority.Target{authority.One("acme", "user", issuer, "u-0")}})
+	d, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Kill, Reason: "anomaly", Incident: "INC-0", Targets: everything(), Except: []authority.Target{authority.One("acme", "user", issuer, "u-0")}})
 	if err != nil || d.Preview.Sessions != 13 || len(d.Preview.Tenants) != 2 || d.Preview.Tenants[0].Sessions != 12 {
 		t.Errorf("%+v, %v", d.Preview, err)
 	}
-	if d, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Revoke, Targets: []authority.Target{authority.One("acme", "role", "", "admin")}}); err != nil || d.Preview.Sessions != 0 || len(d.Warnings) != 1 {
+	if d, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Revoke, Reason: "anomaly", Incident: "INC-0", Targets: []authority.Target{authority.One("acme", "role", "", "admin")}}); err != nil || d.Preview.Sessions != 0 || len(d.Warnings) != 1 {
 		t.Errorf("%+v, %v", d, err)
 	}
 	st, err := f.c.Status(f.ctx)
@@ -284,7 +284,7 @@ func TestAnAgentsLifeIsDecided(t *testing.T) {
 			return err
 		}(),
 		"restored": func() error {
-			_, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Restore, Targets: one("agent", billing), Commit: true})
+			_, err := f.c.Decide(f.ctx, authority.Request{Operation: authority.Restore, Incident: "INC-0", Targets: one("agent", billing), Commit: true})
 			return err
 		}(),
 	} {

@@ -37,7 +37,15 @@ func (a *Authority) Decide(ctx context.Context, idempotencyKey string, r authori
 	if err := breakGlass(&r); err != nil {
 		return a.decided(ctx, &r, nil, err, "")
 	}
-	d, err := a.decide(ctx, idempotencyKey, r)
+	d, err := a.decide(ctx, a.planner(access.From(ctx)), idempotencyKey, r)
+	return a.decided(ctx, &r, d, err, "")
+}
+
+// decideOwn takes a decision of which the authority itself says why; see Decide.
+func (a *Authority) decideOwn(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
+	pl := a.planner(access.From(ctx))
+	pl.own = true
+	d, err := a.decide(ctx, pl, idempotencyKey, r)
 	return a.decided(ctx, &r, d, err, "")
 }
 
@@ -66,9 +74,9 @@ func (a *Authority) decided(ctx context.Context, r *authority.Request, d *author
 	return d, err
 }
 
-func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
+func (a *Authority) decide(ctx context.Context, by *planner, idempotencyKey string, r authority.Request) (*authority.Decision, error) {
 	p := access.From(ctx)
-	pl, err := a.planner(p).plan(&r)
+	pl, err := by.plan(&r)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +93,7 @@ func (a *Authority) decide(ctx context.Context, idempotencyKey string, r authori
 		return nil, secondPerson()
 	case two && r.BreakGlass == "":
 		pl.warnings = append(pl.warnings, "it takes a second commander: with --commit it is proposed, for another to approve")
-	case r.Commit && !pl.everything() && slices.ContainsFunc(pl.touched, func(t touched) bool { return t.wide }):
+	case r.Commit && !pl.everything() && pl.beyondSingle():
 		if err := a.wide.admit(p, time.Now()); err != nil {
 			return nil, err
 		}

@@ -298,6 +298,6 @@ func TestUnregisteredIsDenied(t *testing.T) {
 	if _, _, err := e.Bind(f.ctx, shadow, session.Call{}); !errors.Is(err, session.ErrUnregistered) {
 		t.Errorf("Bind: %v", err)
 	}
-	f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s-shadow")})
+	f.decide(authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", "s-shadow")})
 	f.until(func() bool { return errors.Is(e.Check(shadow, session.Call{}), session.ErrRevoked) })
 }

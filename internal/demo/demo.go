@@ -291,7 +291,7 @@ func (s *story) suspend() error {
 	first := c.untilDenied(s.ctx, began)
 	s.step("suspended agent: first request denied", first.at.Sub(began), expect(first.err, session.ErrSuspended, "INC-143"))
 	began = time.Now()
-	if _, err = s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Resume, Targets: target, Commit: true}); err != nil {
+	if _, err = s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Resume, Targets: target, Incident: "INC-143", Commit: true}); err != nil {
 		return s.failed("resume", time.Since(began), err)
 	}
 	back, err := c.untilAllowed(s.ctx)
@@ -346,7 +346,7 @@ func (s *story) kill() error {
 	}
 	target := []authority.Target{{Terms: []authority.Term{{Kind: "global"}}}}
 	began := time.Now()
-	_, err := s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Kill, Targets: target, Incident: "INC-145", Commit: true})
+	_, err := s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Kill, Targets: target, Reason: "compromised", Incident: "INC-145", Commit: true})
 	if err != nil {
 		return s.failed("kill", time.Since(began), err)
 	}
@@ -355,7 +355,7 @@ func (s *story) kill() error {
 		s.step(s.eras()[i].era+": everything is denied", first.at.Sub(began), expect(first.err, session.ErrSuspended, "INC-145"))
 	}
 	began = time.Now()
-	if _, err = s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Restore, Targets: target, Commit: true}); err != nil {
+	if _, err = s.fabric.client.Decide(s.ctx, authority.Request{Operation: authority.Restore, Targets: target, Incident: "INC-145", Commit: true}); err != nil {
 		return s.failed("restore", time.Since(began), err)
 	}
 	for i, c := range clients {

@@ -313,7 +313,7 @@ func TestOneDecisionEndsEverythingEverywhere(t *testing.T) {
 			Reason: "stolen-token", Incident: incident,
 		}, "revoked", false},
 		{"global", "eve", authority.Request{
-			Operation: authority.Kill, Targets: []authority.Target{authority.One("", "global", "", "")}, Incident: incident,
+			Operation: authority.Kill, Targets: []authority.Target{authority.One("", "global", "", "")}, Reason: "compromised", Incident: incident,
 		}, "suspended", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -408,7 +408,7 @@ func TestOneDecisionEndsEverythingEverywhere(t *testing.T) {
 			}
 
 			if tt.everyone {
-				w.inEffect(t, w.decide(t, authority.Request{Operation: authority.Restore, Targets: tt.decision.Targets}))
+				w.inEffect(t, w.decide(t, authority.Request{Operation: authority.Restore, Targets: tt.decision.Targets, Incident: incident}))
 				for _, who := range agents {
 					goesOn = append(goesOn, w.begin(t, who+" again", tokens[who])...)
 				}

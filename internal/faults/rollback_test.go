@@ -13,7 +13,7 @@ import (
 
 func onUser(op authority.Operation, user string) authority.Request {
 	return authority.Request{
-		Operation: op, Targets: []authority.Target{authority.One("", "user", issuer, user)}, Incident: "INC-2", Commit: true,
+		Operation: op, Targets: []authority.Target{authority.One("", "user", issuer, user)}, Reason: "anomaly", Incident: "INC-2", Commit: true,
 	}
 }
 

@@ -61,7 +61,7 @@ func open(ctx context.Context, t *testing.T, nc *nats.Conn, secret string) *Stor
 func kill(by string, now time.Time) authority.Proposal {
 	return authority.Proposal{
 		State: authority.ProposalOpen, By: by, At: now, Expires: now.Add(time.Minute),
-		Request: authority.Request{Operation: authority.Kill, Targets: []authority.Target{authority.One("", "global", "", "")}, Incident: "INC-1"},
+		Request: authority.Request{Operation: authority.Kill, Reason: "anomaly", Targets: []authority.Target{authority.One("", "global", "", "")}, Incident: "INC-1"},
 	}
 }
 

@@ -21,6 +21,9 @@ type Problem struct {
 	Detail string `json:"detail,omitempty"`
 	// Mend says what would make it succeed.
 	Mend string `json:"mend,omitempty"`
+	// Fields are the members of the request that are missing, where that is the
+	// reason.
+	Fields []string `json:"fields,omitempty"`
 	// RetryAfter is in how many seconds it may succeed as it is; zero says
 	// nothing.
 	RetryAfter int `json:"retry_after,omitempty"`
@@ -30,6 +33,9 @@ type Problem struct {
 const (
 	// ProblemInvalid: the request is malformed, or a value in it is. 400.
 	ProblemInvalid = "urn:interlock:problem:invalid-request"
+	// ProblemUnaccounted: the decision must say why it is taken, and Fields has what
+	// is missing: "reason", "incident". 400.
+	ProblemUnaccounted = "urn:interlock:problem:unaccounted"
 	// ProblemTenant: the tenant is not known, or must be named. 400.
 	ProblemTenant = "urn:interlock:problem:tenant"
 	// ProblemIssuer: the value needs the issuer that minted it. 400.
@@ -67,6 +73,7 @@ var problemTitles = map[string]struct {
 	status int
 }{
 	ProblemInvalid:      {"The request is not valid", http.StatusBadRequest},
+	ProblemUnaccounted:  {"A decision must say why", http.StatusBadRequest},
 	ProblemTenant:       {"The tenant is missing or unknown", http.StatusBadRequest},
 	ProblemIssuer:       {"The issuer is missing", http.StatusBadRequest},
 	ProblemTerminal:     {"Revoked for good", http.StatusConflict},

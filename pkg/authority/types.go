@@ -3,8 +3,11 @@ package authority
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 // Bounds of a request. The server refuses what exceeds them.
@@ -46,6 +49,18 @@ const (
 // Operations returns every operation.
 func Operations() []Operation {
 	return []Operation{Revoke, Suspend, StepUp, Reduce, Resume, Restore, Kill}
+}
+
+// Reasons returns the reasons that can be given for a decision: those of
+// session.Reasons that say why, and are not the authority's own to give.
+func Reasons() []string {
+	return slices.DeleteFunc(session.Reasons(), func(s string) bool {
+		switch s {
+		case session.ReasonUnspecified.String(), session.ReasonKill.String(), session.ReasonCanary.String(), session.ReasonDrill.String():
+			return true
+		}
+		return false
+	})
 }
 
 // Lifts reports whether the operation sets callers free.
@@ -95,10 +110,13 @@ type Request struct {
 	// the same, counted from now. At most one of the two.
 	Expires time.Time `json:"expires,omitzero"`
 	For     Duration  `json:"for,omitzero"`
-	// Reason is one of session.Reasons; empty is "unspecified", and "kill" on
-	// Kill.
+	// Reason is one of Reasons. It is required, but of Resume and Restore, which are
+	// their own, and of a drill. It ends up in every denial, but for a Kill's, whose
+	// denials say "kill": the audit has why.
 	Reason string `json:"reason,omitempty"`
-	// Incident ends up in every denial; at most session.MaxIncidentLen bytes.
+	// Incident ends up in every denial; at most session.MaxIncidentLen bytes. It is
+	// required for whatever is wider than single sessions, tokens, credentials and
+	// keys, drills excepted.
 	Incident string `json:"incident,omitempty"`
 	// ACR is the authentication context that StepUp requires.
 	ACR string `json:"acr,omitempty"`

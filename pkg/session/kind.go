@@ -283,7 +283,9 @@ const (
 	ReasonDecommissioned    Reason = 17
 	ReasonLogout            Reason = 18
 	ReasonRiskLevel         Reason = 19
-	lastReason                     = ReasonRiskLevel
+	// ReasonLifecycle is what an agent's state in the registry says.
+	ReasonLifecycle Reason = 20
+	lastReason             = ReasonLifecycle
 )
 
 var reasonNames = [...]string{
@@ -291,6 +293,7 @@ var reasonNames = [...]string{
 	"user-request", "offboarded", "credential-exposed", "altered-code",
 	"unsafe-behaviour", "authentication-old", "maintenance", "superseded",
 	"restored", "kill", "canary", "drill", "decommissioned", "logout", "risk-level",
+	"lifecycle",
 }
 
 // Reasons returns the names that ParseReason accepts.
