@@ -175,6 +175,9 @@ func newLifecycleCommand(g *globals, op authority.Lifecycle, short, done string)
 				if a.Decision != nil {
 					line += fmt.Sprintf(" at seq %d", a.Decision.Number)
 				}
+				for _, w := range a.Warnings {
+					line += "\nwarning: " + cli.OneLine(w)
+				}
 				_, err = fmt.Fprintln(cmd.OutOrStdout(), line)
 				return err
 			})

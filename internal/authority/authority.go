@@ -579,6 +579,10 @@ func (a *Authority) openReceipts(ctx context.Context) error {
 			a.log.Debug("a stored receipt was refused", "enforcer", e.Name, "error", err)
 		}
 	}
+	// Whoever opens asks for the clock first, and is expected from then on.
+	if _, err := a.nc.Subscribe(natsfeed.ClockSubjects, func(m *nats.Msg) { a.tracker.Asked(m.Subject) }); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
 	if _, err := a.nc.Subscribe(natsfeed.ReceiptSubjects, func(m *nats.Msg) {
 		if err := a.tracker.Receive(m.Subject, m.Data); err != nil {
 			a.log.Debug("a receipt was refused", "subject", m.Subject, "error", err)

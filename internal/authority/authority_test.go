@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nkeys"
+
 	"github.com/interlock-fabric/interlock/internal/api"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/enrolled"
@@ -19,6 +22,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -138,6 +142,37 @@ func one(kind, value string) []authority.Target {
 
 func everything() []authority.Target {
 	return []authority.Target{{Terms: []authority.Term{{Kind: "global"}}}}
+}
+
+// TestCoverageWaitsForWhoOpens: an enforcer that has connected and asked for the
+// clock is not passed over as one that was never started.
+func TestCoverageWaitsForWhoOpens(t *testing.T) {
+	f := start(t, Options{})
+	en := f.enroll("opening")
+	kp, err := nkeys.FromSeed([]byte(en.NATS.NKeySeed))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := kp.PublicKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := nats.Connect(en.NATS.URLs[0], nats.Nkey(pub, kp.Sign), nats.CustomInboxPrefix(natsfeed.InboxPrefix("opening")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := nc.RequestWithContext(f.ctx, natsfeed.ClockSubject("opening"), make([]byte, 32)); err != nil {
+		t.Fatal(err)
+	}
+	f.until(func() bool {
+		d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s")})
+		c, err := f.c.Coverage(f.ctx, d.Epoch, d.Number, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !c.Complete && c.Pending == 1 && c.Absent == 0
+	})
 }
 
 func TestRevokeTakesEffectOnEveryEnforcerAndIsCounted(t *testing.T) {

@@ -309,7 +309,8 @@ func sessionOf(s *registry.Session) authority.Session {
 
 // ChangeAgent suspends, activates or decommissions an agent; it is the API's. What
 // denies comes first, and what lifts last: between the two the agent is denied,
-// and asking again completes it.
+// and asking again completes it. Activating lifts what suspending it here set, and
+// no suspension of anybody else's.
 func (a *Authority) ChangeAgent(ctx context.Context, r authority.LifecycleRequest) (out *authority.LifecycleAnswer, err error) {
 	defer func() { a.recordAgent(ctx, string(r.Operation), r.Tenant, r.ID, r.Reason, r.Incident, err) }()
 	return a.changeAgent(ctx, &r)
@@ -353,29 +354,80 @@ func (a *Authority) changeAgent(ctx context.Context, r *authority.LifecycleReque
 		return nil, err
 	}
 	out := &authority.LifecycleAnswer{}
+	key := pl.entries[0].Key
+	var cause *registry.Cause
 	if to != registry.Active {
-		if out.Decision, err = a.decideAgent(ctx, ask); err != nil {
+		if out.Decision, cause, err = a.denyAgent(ctx, ask, &have, key); err != nil {
 			return nil, err
 		}
 	}
-	rec, err := a.setState(ctx, tenant, ref, to)
+	rec, err := a.setState(ctx, tenant, ref, to, cause)
 	if err != nil {
 		return nil, err
 	}
 	out.Agent = *agentOf(&rec)
-	if to == registry.Active && (have.State == registry.Suspended || a.suspended(pl.entries[0].Key)) {
-		if out.Decision, err = a.decideAgent(ctx, ask); err != nil {
+	if to != registry.Active {
+		return out, nil
+	}
+	epoch, _, _ := a.seq.Head()
+	in := a.suspension(key)
+	switch c := rec.Cause; {
+	case in == nil:
+	case c == nil || c.Epoch != epoch || c.Number != in.Seq:
+		// Somebody else's is theirs to lift.
+		out.Warnings = append(out.Warnings, stays(in.Seq, in.Incident))
+	case c.Over != 0 && (c.Until == 0 || c.Until > session.InstantOf(time.Now())):
+		out.Warnings = append(out.Warnings, stays(c.Over, ""))
+	default:
+		if out.Decision, err = a.decideAgent(ctx, rand.Text(), ask); err != nil {
 			return nil, err
 		}
 	}
 	return out, nil
 }
 
-func (a *Authority) suspended(k session.Key) bool {
-	return slices.ContainsFunc(a.seq.State().Lookup(k), func(r session.Record) bool { return r.Effect == session.EffectSuspended && !r.Drill })
+func stays(number uint64, incident string) string {
+	if incident != "" {
+		incident = " (" + incident + ")"
+	}
+	return fmt.Sprintf("the agent stays suspended by decision %d%s, which did not come from here: session-authority resume agent lifts it", number, incident)
 }
 
-func (a *Authority) setState(ctx context.Context, tenant string, ref registry.Ref, to registry.State) (registry.AgentRecord, error) {
+// denyAgent takes the decision that denies an agent, once however often it is
+// asked for before its state is written.
+func (a *Authority) denyAgent(ctx context.Context, ask authority.Request, have *registry.AgentRecord, key session.Key) (*authority.Decision, *registry.Cause, error) {
+	before := a.suspension(key)
+	d, err := a.decideAgent(ctx, fmt.Sprintf("lifecycle %q %q %q %d %q %q", have.Tenant, have.Issuer, have.ID, have.Revision, ask.Reason, ask.Incident), ask)
+	if err == nil && d.Duplicate && ask.Operation == authority.Suspend && before == nil {
+		d, err = a.decideAgent(ctx, rand.Text(), ask) // it has been lifted since
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	cause := &registry.Cause{Epoch: d.Epoch, Number: d.Number}
+	switch was := have.Cause; {
+	case before == nil || before.Seq == d.Number:
+	case was != nil && was.Epoch == d.Epoch && was.Number == before.Seq:
+		cause.Over, cause.Until = was.Over, was.Until // it was suspended in this way already
+	default:
+		cause.Over, cause.Until = before.Seq, before.Expires
+	}
+	return d, cause, nil
+}
+
+// suspension returns the suspension of a key that is in force.
+func (a *Authority) suspension(k session.Key) *session.Record {
+	all, now := a.seq.State().Lookup(k), session.InstantOf(time.Now())
+	i := slices.IndexFunc(all, func(r session.Record) bool {
+		return r.Effect == session.EffectSuspended && !r.Drill && (r.Expires == 0 || r.Expires > now)
+	})
+	if i < 0 {
+		return nil
+	}
+	return &all[i]
+}
+
+func (a *Authority) setState(ctx context.Context, tenant string, ref registry.Ref, to registry.State, cause *registry.Cause) (registry.AgentRecord, error) {
 	if h := a.o.beforeState; h != nil {
 		if err := h(); err != nil {
 			return registry.AgentRecord{}, err
@@ -383,7 +435,7 @@ func (a *Authority) setState(ctx context.Context, tenant string, ref registry.Re
 	}
 	ctx, cancel := context.WithTimeout(ctx, registerWait)
 	defer cancel()
-	rec, err := a.registry.SetState(ctx, tenant, ref, to)
+	rec, err := a.registry.SetState(ctx, tenant, ref, to, cause)
 	if err != nil {
 		return rec, registryProblem(err)
 	}
@@ -391,8 +443,8 @@ func (a *Authority) setState(ctx context.Context, tenant string, ref registry.Re
 }
 
 // decideAgent takes a decision that must be durable before anything rests on it.
-func (a *Authority) decideAgent(ctx context.Context, r authority.Request) (*authority.Decision, error) {
-	d, err := a.decideOwn(ctx, rand.Text(), r)
+func (a *Authority) decideAgent(ctx context.Context, key string, r authority.Request) (*authority.Decision, error) {
+	d, err := a.decideOwn(ctx, key, r)
 	if err != nil {
 		return nil, err
 	}

@@ -261,7 +261,7 @@ func TestAnAgentsLifeIsDecided(t *testing.T) {
 	}
 	fail.Store(false)
 	// As after a crash behind the state: it is active, and still denied.
-	if _, err := f.a.setState(f.ctx, "default", registry.Ref{ID: billing}, "active"); err != nil {
+	if _, err := f.a.setState(f.ctx, "default", registry.Ref{ID: billing}, "active", nil); err != nil {
 		t.Fatal(err)
 	}
 	if a := f.change(authority.ActivateAgent, billing); a.Decision == nil {
@@ -291,6 +291,61 @@ func TestAnAgentsLifeIsDecided(t *testing.T) {
 		if problemOf(err) != "terminal" {
 			t.Errorf("%s: %v", what, err)
 		}
+	}
+}
+
+// TestActivatingLiftsOnlyWhatSuspendingSet: a responder's suspension of an agent
+// outlasts its activation, whichever of the two came first, and is named.
+func TestActivatingLiftsOnlyWhatSuspendingSet(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}})
+	f.agent(authority.Agent{ID: billing})
+	held := func() bool {
+		pl, err := f.a.planner(access.NewPrincipal("test", access.MeansSocket, access.Grant{Role: access.Commander, Tenants: []string{access.Everywhere}})).plan(&authority.Request{Operation: authority.Suspend, Targets: one("agent", billing)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f.a.suspension(pl.entries[0].Key) != nil
+	}
+	suspend := authority.Request{Operation: authority.Suspend, Targets: one("agent", billing), Incident: "INC-9"}
+	resume := authority.Request{Operation: authority.Resume, Targets: one("agent", billing)}
+	kept := func(what string, by uint64) {
+		t.Helper()
+		a := f.change(authority.ActivateAgent, billing)
+		if a.Decision != nil || len(a.Warnings) != 1 || !strings.Contains(a.Warnings[0], fmt.Sprintf("decision %d", by)) || !held() {
+			t.Errorf("%s: %+v", what, a)
+		}
+		f.decide(resume)
+		if held() {
+			t.Errorf("%s: not resumed", what)
+		}
+	}
+	kept("a responder's alone", f.decide(suspend).Number)
+	f.change(authority.SuspendAgent, billing)
+	kept("a responder's after", f.decide(suspend).Number)
+	// Both are in force as one, however often the agent is suspended over it.
+	d := f.decide(suspend)
+	for range 2 {
+		if a := f.change(authority.SuspendAgent, billing); a.Decision.Number <= d.Number {
+			t.Fatalf("%+v", a)
+		}
+	}
+	kept("a responder's before", d.Number)
+	// What had an end and came to it is no reason any more.
+	suspend.For = authority.Duration(50 * time.Millisecond)
+	f.decide(suspend)
+	f.change(authority.SuspendAgent, billing)
+	f.until(func() bool { return len(f.change(authority.ActivateAgent, billing).Warnings) == 0 })
+	if held() {
+		t.Error("the end of the other suspension did not come")
+	}
+	// One that is lifted meanwhile is decided anew.
+	f.change(authority.SuspendAgent, billing)
+	f.decide(resume)
+	if f.change(authority.SuspendAgent, billing); !held() {
+		t.Error("suspended, and not denied")
+	}
+	if a := f.change(authority.ActivateAgent, billing); a.Decision == nil || len(a.Warnings) != 0 || held() {
+		t.Errorf("its own: %+v", a)
 	}
 }
 

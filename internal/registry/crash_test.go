@@ -90,7 +90,7 @@ func child() {
 					_, _, err := r.RegisterAgent(context.Background(), a, 0)
 					fail(err)
 					say("a %d registered", n)
-					_, err = r.SetState(context.Background(), a.Tenant, a.Ref, Suspended)
+					_, err = r.SetState(context.Background(), a.Tenant, a.Ref, Suspended, nil)
 					fail(err)
 					say("a %d suspended", n)
 				}

@@ -111,6 +111,20 @@ type AgentRecord struct {
 	At    session.Instant `json:"r"` // when it was registered
 	// Revision changes with every change.
 	Revision uint64 `json:"v"`
+	// Cause is the decision by which the state was last made to deny; nil is none.
+	Cause *Cause `json:"y,omitempty"`
+}
+
+// Cause names the decision that suspended or ended an agent together with its
+// state, so that activating the agent lifts that one and no other.
+type Cause struct {
+	Epoch  uint64 `json:"e"`
+	Number uint64 `json:"n"`
+	// Over is the batch of another suspension that was in force already, in the
+	// same epoch, and Until its end, 0 for none: both are in force as one, and it
+	// outlasts the agent's activation.
+	Over  uint64          `json:"o,omitempty"`
+	Until session.Instant `json:"u,omitempty"`
 }
 
 // Session is what is registered of a session. It has no token, nor anything that

@@ -386,7 +386,7 @@ func (r *Registry) RegisterAgent(ctx context.Context, a Agent, revision uint64) 
 		case have.Revision != revision:
 			return nil, ErrConflict
 		default:
-			out.State, out.Since, out.At = have.State, have.Since, have.At
+			out.State, out.Since, out.At, out.Cause = have.State, have.Since, have.At, have.Cause
 		}
 		return []op{{Agent: &out}}, nil
 	}}
@@ -397,9 +397,10 @@ func (r *Registry) RegisterAgent(ctx context.Context, a Agent, revision uint64) 
 }
 
 // SetState moves an agent through its life, and returns the record when it is
-// stored. Being in that state already is no error. Errors wrap ErrUnknown,
-// ErrTombstone, or as those of RegisterSessions.
-func (r *Registry) SetState(ctx context.Context, tenant string, ref Ref, to State) (AgentRecord, error) {
+// stored. Being in that state already is no error. cause is the decision that goes
+// with it; nil leaves the one before. Errors wrap ErrUnknown, ErrTombstone, or as
+// those of RegisterSessions.
+func (r *Registry) SetState(ctx context.Context, tenant string, ref Ref, to State, cause *Cause) (AgentRecord, error) {
 	if to != Active && to != Suspended && to != Decommissioned {
 		return AgentRecord{}, fmt.Errorf("%w: no way leads to %q", session.ErrInvalid, to)
 	}
@@ -414,14 +415,19 @@ func (r *Registry) SetState(ctx context.Context, tenant string, ref Ref, to Stat
 		switch {
 		case have == nil:
 			return nil, ErrUnknown
-		case have.State == to:
+		case have.State == to && (cause == nil || have.Cause != nil && *have.Cause == *cause):
 			out = have.AgentRecord
 			return nil, nil
-		case have.State == Decommissioned:
+		case have.State == Decommissioned && to != Decommissioned:
 			return nil, ErrTombstone
 		}
 		out = have.AgentRecord
-		out.State, out.Since = to, now
+		if out.State != to {
+			out.State, out.Since = to, now
+		}
+		if cause != nil {
+			out.Cause = cause
+		}
 		return []op{{Agent: &out}}, nil
 	}}
 	if err := r.do(ctx, u); err != nil {

@@ -68,7 +68,7 @@ func TestATombstoneBlocksTheID(t *testing.T) {
 	r := w.open(Options{})
 	_, _, err := r.RegisterAgent(w.ctx, bot(7), 0)
 	must(t, err)
-	to := func(s State) error { _, err := r.SetState(w.ctx, "acme", bot(7).Ref, s); return err }
+	to := func(s State) error { _, err := r.SetState(w.ctx, "acme", bot(7).Ref, s, nil); return err }
 	must(t, to(Active))
 	w.register(r, ses(7))
 	must(t, to(Suspended))
@@ -92,7 +92,7 @@ func TestATombstoneBlocksTheID(t *testing.T) {
 	if _, _, err := r.RegisterAgent(w.ctx, Agent{Tenant: "acme", Ref: Ref{ID: "SPIFFE://CORP/agent/7"}}, 0); !is(err, ErrTombstone) {
 		t.Errorf("the id in another spelling: %v", err)
 	}
-	if err := func() error { _, err := r.SetState(w.ctx, "acme", bot(8).Ref, Active); return err }(); !is(err, ErrUnknown) {
+	if err := func() error { _, err := r.SetState(w.ctx, "acme", bot(8).Ref, Active, nil); return err }(); !is(err, ErrUnknown) {
 		t.Errorf("an agent that is not registered: %v", err)
 	}
 	if _, err := r.RegisterSessions(w.ctx, []Session{ses(207)}); !is(err, ErrNotActive) {

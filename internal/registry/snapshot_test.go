@@ -40,7 +40,7 @@ func TestSnapshotsBoundTheStart(t *testing.T) {
 		if i%5 == 0 {
 			_, _, err := r.RegisterAgent(w.ctx, bot(i), 0)
 			must(t, err)
-			_, err = r.SetState(w.ctx, "acme", bot(i).Ref, Active)
+			_, err = r.SetState(w.ctx, "acme", bot(i).Ref, Active, nil)
 			must(t, err)
 		}
 		list := []Session{ses(100 + 2*i), ses(101 + 2*i)}

@@ -25,6 +25,10 @@ const (
 	maxTimed = 1024
 	// maxBoots is how many earlier boots are remembered per enforcer.
 	maxBoots = 64
+	// expectFor is how long an enforcer is expected to send its first receipt after
+	// it asked for the writer's clock. It does that as it starts, and allows nothing
+	// before it is answered; the receipt follows within a second.
+	expectFor = 10 * time.Second
 	// recheck is how often a wait looks again without a receipt: the log may
 	// only now have come to know the head that a receipt named.
 	recheck = 100 * time.Millisecond
@@ -83,6 +87,7 @@ type member struct {
 	order   []uint64
 	epoch   uint64
 	since   time.Time // when its boot was first heard of
+	asked   time.Time // when it last asked for the writer's clock, by the local clock
 	canary  memberCanary
 }
 
@@ -175,6 +180,31 @@ func (t *Tracker) receive(subject string, frame []byte, heard time.Time, limited
 		t.onAccept(r)
 	}
 	return nil
+}
+
+// Asked notes that an enforcer asked for the writer's clock, by the subject that
+// only it may publish on. From then on it is expected: a decision is not counted
+// as in effect everywhere before it has said so, or has failed to in time.
+func (t *Tracker) Asked(subject string) {
+	name, _ := strings.CutPrefix(subject, natsfeed.ClockSubject(""))
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if m := t.members[name]; m != nil {
+		m.asked = t.now()
+	}
+}
+
+// opening returns until when a member of which nothing has been heard since it
+// asked for the clock is expected; zero is not. One that is heard of needs no such
+// promise.
+func (m *member) opening(now time.Time) time.Time {
+	if m.asked.IsZero() || m.last != nil && (m.asked.Before(m.silentAt()) || !m.asked.After(m.heard)) {
+		return time.Time{}
+	}
+	if until := m.asked.Add(expectFor); now.Before(until) {
+		return until
+	}
+	return time.Time{}
 }
 
 func open(name string, frame, key []byte) (*session.Receipt, error) {
@@ -383,6 +413,13 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool, view View) (c auth
 				if next.IsZero() || bound.Before(next) {
 					next = bound
 				}
+			}
+		}
+		if until := m.opening(now); !until.IsZero() && e.State != authority.StateApplied {
+			// It runs anew, in a mode and with a state that it has yet to tell.
+			e.State, e.DenyingSince = authority.StatePending, time.Time{}
+			if next.IsZero() || until.Before(next) {
+				next = until
 			}
 		}
 		if e.Silent {

@@ -484,3 +484,37 @@ func TestArmed(t *testing.T) {
 		}
 	})
 }
+
+// TestWhoOpensIsExpected: from the moment in which an enforcer asks for the
+// writer's clock, without which it allows nothing, a decision waits for what it has
+// to say; not for ever, and not for one of which enough is heard.
+func TestWhoOpensIsExpected(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLedger()
+		tr, hosts := enrolled(t, l, "never", "new", "back", "live")
+		hosts["back"].send(0)
+		time.Sleep(2 * bound)
+		hosts["live"].send(0)
+		l.add(1)
+		hosts["live"].send(1, session.Applied{Number: 1, At: time.Now().UnixNano()})
+		if c := tr.Coverage(1, 1, false); !c.Complete || c.InEffect != 1 || c.Denying != 1 || c.Absent != 2 {
+			t.Fatalf("%+v", c)
+		}
+		for _, name := range []string{"new", "back", "live", "stranger"} {
+			tr.Asked(natsfeed.ClockSubject(name))
+		}
+		c, next := tr.coverage(1, 1, true, nil)
+		if c.Complete || c.Pending != 2 || c.InEffect != 1 || c.Absent != 1 || !next.Equal(time.Now().Add(expectFor)) {
+			t.Errorf("opening: %+v, next %s", c, next)
+		}
+		time.Sleep(time.Second)
+		hosts["new"].send(1, session.Applied{Number: 1, At: time.Now().UnixNano()})
+		if c := tr.Coverage(1, 1, false); c.Complete || c.Pending != 1 || c.InEffect != 2 {
+			t.Errorf("one has reported: %+v", c)
+		}
+		time.Sleep(expectFor)
+		if c := tr.Coverage(1, 1, false); !c.Complete || c.Denying != 1 || c.Absent != 1 {
+			t.Errorf("one never did: %+v", c)
+		}
+	})
+}

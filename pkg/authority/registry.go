@@ -101,10 +101,11 @@ type LifecycleRequest struct {
 }
 
 // LifecycleAnswer is the agent as it is now, and the decision that was taken on
-// it, if there was one.
+// it, if there was one. Warnings say what denies it still.
 type LifecycleAnswer struct {
 	Agent    AgentRecord `json:"agent"`
 	Decision *Decision   `json:"decision,omitempty"`
+	Warnings []string    `json:"warnings,omitempty"`
 }
 
 // Session is a session as it is registered. It has no token: keys are thumbprints
