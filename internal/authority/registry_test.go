@@ -297,7 +297,13 @@ func TestAnAgentsLifeIsDecided(t *testing.T) {
 // TestActivatingLiftsOnlyWhatSuspendingSet: a responder's suspension of an agent
 // outlasts its activation, whichever of the two came first, and is named.
 func TestActivatingLiftsOnlyWhatSuspendingSet(t *testing.T) {
-	f := start(t, Options{Issuers: []string{issuer}})
+	var fail atomic.Bool
+	f := start(t, Options{Issuers: []string{issuer}, beforeState: func() error {
+		if fail.Load() {
+			return errors.New("crash")
+		}
+		return nil
+	}})
 	f.agent(authority.Agent{ID: billing})
 	held := func() bool {
 		pl, err := f.a.planner(access.NewPrincipal("test", access.MeansSocket, access.Grant{Role: access.Commander, Tenants: []string{access.Everywhere}})).plan(&authority.Request{Operation: authority.Suspend, Targets: one("agent", billing)})
@@ -338,8 +344,12 @@ func TestActivatingLiftsOnlyWhatSuspendingSet(t *testing.T) {
 	if held() {
 		t.Error("the end of the other suspension did not come")
 	}
-	// One that is lifted meanwhile is decided anew.
-	f.change(authority.SuspendAgent, billing)
+	// One that a crash left, and that was lifted meanwhile, is decided anew.
+	fail.Store(true)
+	if _, err := f.c.ChangeAgent(f.ctx, authority.LifecycleRequest{ID: billing, Operation: authority.SuspendAgent}); err == nil || !held() {
+		t.Fatal("no crash", err)
+	}
+	fail.Store(false)
 	f.decide(resume)
 	if f.change(authority.SuspendAgent, billing); !held() {
 		t.Error("suspended, and not denied")
