@@ -166,7 +166,7 @@ func TestCoverageWaitsForWhoOpens(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.until(func() bool {
-		d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s")})
+		d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "s"), Reason: "stolen-token"})
 		c, err := f.c.Coverage(f.ctx, d.Epoch, d.Number, 0)
 		if err != nil {
 			t.Fatal(err)

@@ -306,14 +306,14 @@ func TestActivatingLiftsOnlyWhatSuspendingSet(t *testing.T) {
 	}})
 	f.agent(authority.Agent{ID: billing})
 	held := func() bool {
-		pl, err := f.a.planner(access.NewPrincipal("test", access.MeansSocket, access.Grant{Role: access.Commander, Tenants: []string{access.Everywhere}})).plan(&authority.Request{Operation: authority.Suspend, Targets: one("agent", billing)})
+		pl, err := f.a.planner(access.NewPrincipal("test", access.MeansSocket, access.Grant{Role: access.Commander, Tenants: []string{access.Everywhere}})).plan(&authority.Request{Operation: authority.Suspend, Targets: one("agent", billing), Reason: "anomaly", Incident: "INC-9"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return f.a.suspension(pl.entries[0].Key) != nil
 	}
-	suspend := authority.Request{Operation: authority.Suspend, Targets: one("agent", billing), Incident: "INC-9"}
-	resume := authority.Request{Operation: authority.Resume, Targets: one("agent", billing)}
+	suspend := authority.Request{Operation: authority.Suspend, Targets: one("agent", billing), Incident: "INC-9", Reason: "anomaly"}
+	resume := authority.Request{Operation: authority.Resume, Targets: one("agent", billing), Incident: "INC-9"}
 	kept := func(what string, by uint64) {
 		t.Helper()
 		a := f.change(authority.ActivateAgent, billing)
