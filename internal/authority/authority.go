@@ -528,6 +528,9 @@ func (a *Authority) dial(ctx context.Context, seed, name string) (*nats.Conn, er
 	opts := []nats.Option{
 		nats.Name(name), a.busErrors(), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
 		nats.PingInterval(500 * time.Millisecond), nats.MaxPingsOutstanding(2),
+		// A server that starts or reloads may not know the accounts yet: two
+		// refusals are no reason to give the bus up for good.
+		nats.IgnoreAuthErrorAbort(),
 	}
 	if d, ok := ctx.Deadline(); ok {
 		opts = append(opts, nats.Timeout(min(5*time.Second, time.Until(d))))

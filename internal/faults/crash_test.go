@@ -255,7 +255,7 @@ func TestKillTheWriter(t *testing.T) {
 	}
 	// Each decision is asked for at both authorities at once, under one key.
 	var wg sync.WaitGroup
-	ctx, cancel := context.WithTimeout(f.ctx, patience)
+	ctx, cancel := context.WithTimeout(f.ctx, 4*patience)
 	defer cancel()
 	var slowest time.Duration
 	for range 200 {

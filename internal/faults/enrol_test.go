@@ -24,10 +24,7 @@ func TestRosterChanges(t *testing.T) {
 	guards := f.guards("running", 3, c, guardOptions{maxStale: bound, steady: true})
 	gone := f.guard("retired", "", c, guardOptions{maxStale: bound})
 	stop := f.steadily(c, 10*time.Millisecond, func(ctx context.Context, v *caller) error {
-		d, err := v.revoke(ctx, f.client)
-		if err == nil && !d.Durable {
-			err = errors.New("not durable")
-		}
+		_, err := v.insist(ctx, f.client)
 		return err
 	})
 	// One enforcer asks for the clock all the time: an answer that a change of

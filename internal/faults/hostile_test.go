@@ -87,10 +87,7 @@ func TestHostileEnforcer(t *testing.T) {
 	js, err := jetstream.New(watch)
 	must(t, err)
 	stop := f.steadily(c, 20*time.Millisecond, func(ctx context.Context, v *caller) error {
-		d, err := v.revoke(ctx, f.client)
-		if err == nil && !d.Durable {
-			err = errors.New("not durable")
-		}
+		_, err := v.insist(ctx, f.client)
 		return err
 	})
 
@@ -254,8 +251,8 @@ func TestOneClaimDoesNotStopTheLog(t *testing.T) {
 	decide := func() {
 		t.Helper()
 		for range 3 {
-			if d, err := c.victim(t).revoke(f.ctx, f.client); err != nil || !d.Durable {
-				t.Fatalf("%+v, %v", d, err)
+			if _, err := c.victim(t).insist(f.ctx, f.client); err != nil {
+				t.Fatal(err)
 			}
 		}
 	}

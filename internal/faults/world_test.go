@@ -139,6 +139,7 @@ func connect(t *testing.T, addr, seed string, opts ...nats.Option) *nats.Conn {
 	t.Helper()
 	nc, err := nats.Connect("nats://"+addr, append([]nats.Option{
 		nkeyOption(t, seed), nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond),
+		nats.IgnoreAuthErrorAbort(), // a server that starts does not know its accounts yet
 		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
 	}, opts...)...)
 	must(t, err)
