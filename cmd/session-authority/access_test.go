@@ -33,6 +33,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/interlock-fabric/interlock/internal/access"
+	"github.com/interlock-fabric/interlock/internal/api/apitest"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -317,6 +318,9 @@ func (s *served) as(sub string, groups ...string) caller {
 	return caller{s.login.token(sub, groups, nil), s.plain}
 }
 
+// described is the API's description, against which each answer is held.
+var described = sync.OnceValues(apitest.Load)
+
 func (s *served) do(c caller, method, path, body string) (int, http.Header, string) {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.Context(), 20*time.Second)
@@ -342,6 +346,13 @@ func (s *served) do(c caller, method, path, body string) (int, http.Header, stri
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		s.Fatal(err)
+	}
+	d, err := described()
+	if err == nil {
+		err = d.Check(method, path, resp.StatusCode, resp.Header, b)
+	}
+	if err != nil {
+		s.Error(err)
 	}
 	return resp.StatusCode, resp.Header, string(b)
 }
@@ -411,6 +422,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"POST /v1/decisions", "", decision("restore", "", `{"kind":"global"}`), 200, roles{c}, true},
 		{"GET /v1/decisions/{epoch}/{number}/coverage", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, d.Number), "", 200, roles{v, i, r, c, a}, false},
 		{"GET /v1/status", "", "", 200, roles{v, i, r, c, a}, false},
+		{"GET /v1/openapi.yaml", "", "", 200, roles{v, i, r, c, a}, false},
 		{"GET /v1/watch", "", "", 200, roles{v, r, c, a}, false},
 		{"POST /v1/explain", "", `{"identity":{"tenant":"acme","issuer":"` + idp + `","user":"u"}}`, 200, roles{v, r, c, a}, false},
 		{"GET /v1/enforcers", "", "", 200, roles{v, r, c, a}, false},

@@ -45,6 +45,7 @@ type Operation string
 // which the service tells apart.
 const (
 	ReadStatus    Operation = "read the status"
+	ReadAPI       Operation = "read the API's description"
 	Watch         Operation = "watch"
 	ReadCoverage  Operation = "read where a decision is in force"
 	Explain       Operation = "ask what denies a caller"
@@ -89,6 +90,7 @@ type rule struct {
 // table is who may do what. Whatever is not in it nobody may do.
 var table = map[Operation]rule{
 	ReadStatus:       {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
+	ReadAPI:          {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
 	Watch:            {roles: []Role{Viewer, Responder, Commander, Auditor}},
 	ReadCoverage:     {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
 	Explain:          {roles: []Role{Viewer, Responder, Commander, Auditor}},
@@ -120,6 +122,7 @@ var endpoints = map[string]Operation{
 	"POST /v1/decisions":                          Decide,
 	"GET /v1/decisions/{epoch}/{number}/coverage": ReadCoverage,
 	"GET /v1/status":                              ReadStatus,
+	"GET /v1/openapi.yaml":                        ReadAPI,
 	"GET /v1/watch":                               Watch,
 	"POST /v1/explain":                            Explain,
 	"GET /v1/enforcers":                           ListEnforcers,

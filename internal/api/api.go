@@ -13,16 +13,21 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	_ "embed" // openapi.yaml
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
+	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -53,6 +58,8 @@ const (
 	// are taken.
 	maxReserve = 32
 	keepAlive  = 10 * time.Second
+	// maxPathText bounds a name or an id in a path, in bytes.
+	maxPathText = 64
 	// tokenLen is what a bootstrap token has at least, maxTokenLen what any token
 	// has at most.
 	tokenLen    = 32
@@ -257,8 +264,9 @@ func (s *Server) serve(l net.Listener, h http.Handler) {
 	srv := &http.Server{
 		Handler: h, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout,
 		WriteTimeout: answerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
-		ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
 	s.servers = append(s.servers, srv)
 	s.done.Go(func() {
@@ -335,35 +343,68 @@ func ReadToken(path string) (string, error) {
 // handler is a handler that says what went wrong instead of writing it.
 type handler func(w http.ResponseWriter, r *http.Request) error
 
-// endpoints are the handlers, by their patterns. Who may use each is in package
-// access.
-func (s *Server) endpoints() map[string]handler {
-	return map[string]handler{
-		"POST /v1/decisions":                          s.decide,
-		"GET /v1/decisions/{epoch}/{number}/coverage": s.coverage,
-		"GET /v1/status":                              s.status,
-		"GET /v1/watch":                               s.watchEvents,
-		"POST /v1/explain":                            s.explain,
-		"GET /v1/enforcers":                           s.enforcers,
-		"POST /v1/enforcers":                          s.enroll,
-		"DELETE /v1/enforcers/{name}":                 s.retire,
-		"GET /v1/trail":                               s.trail,
-		"GET /v1/seen":                                s.seen,
-		"GET /v1/audit":                               s.audit,
-		"GET /v1/audit/export":                        s.exportAudit,
-		"GET /v1/receipts/export":                     s.exportReceipts,
-		"GET /v1/agents":                              s.agents,
-		"POST /v1/agents":                             s.registerAgent,
-		"POST /v1/agents/lifecycle":                   s.changeAgent,
-		"GET /v1/sessions":                            s.sessions,
-		"POST /v1/sessions":                           s.registerSessions,
-		"GET /v1/bus-config":                          s.busConfig,
-		"GET /v1/keyset":                              s.keySet,
-		"POST /v1/keyset":                             s.publishKeySet,
-		"POST /v1/proposals":                          s.propose,
-		"GET /v1/proposals":                           s.proposals,
-		"POST /v1/proposals/{id}/approve":             s.approve,
-		"POST /v1/proposals/{id}/withdraw":            s.withdraw,
+// endpoint is a handler, and what it reads of a request beside its path: what else
+// is sent is refused.
+type endpoint struct {
+	serve handler
+	reads reads
+}
+
+type reads int
+
+const (
+	nothing reads = iota
+	query
+	body
+)
+
+// check refuses what the endpoint does not read. The error is a
+// *authority.Problem.
+func (e endpoint) check(r *http.Request) error {
+	if r.URL.RawQuery != "" {
+		if e.reads != query {
+			return authority.NewProblem(authority.ProblemInvalid, "there is a query, and none is taken", "leave it out")
+		}
+		if _, err := url.ParseQuery(r.URL.RawQuery); err != nil {
+			return authority.NewProblem(authority.ProblemInvalid, "the query is malformed", "send parameters as name=value, percent-encoded")
+		}
+	}
+	if e.reads != body && r.ContentLength != 0 {
+		return authority.NewProblem(authority.ProblemInvalid, "there is a body, and none is taken", "leave it out")
+	}
+	return nil
+}
+
+// endpoints are what is served, by pattern. Who may use each is in package access,
+// and what it takes and answers in openapi.yaml, against which tests hold it.
+func (s *Server) endpoints() map[string]endpoint {
+	return map[string]endpoint{
+		"POST /v1/decisions":                          {s.decide, body},
+		"GET /v1/decisions/{epoch}/{number}/coverage": {s.coverage, query},
+		"GET /v1/status":                              {s.status, nothing},
+		"GET /v1/openapi.yaml":                        {s.description, nothing},
+		"GET /v1/watch":                               {s.watchEvents, nothing},
+		"POST /v1/explain":                            {s.explain, body},
+		"GET /v1/enforcers":                           {s.enforcers, nothing},
+		"POST /v1/enforcers":                          {s.enroll, body},
+		"DELETE /v1/enforcers/{name}":                 {s.retire, nothing},
+		"GET /v1/trail":                               {s.trail, query},
+		"GET /v1/seen":                                {s.seen, query},
+		"GET /v1/audit":                               {s.audit, query},
+		"GET /v1/audit/export":                        {s.exportAudit, query},
+		"GET /v1/receipts/export":                     {s.exportReceipts, query},
+		"GET /v1/agents":                              {s.agents, query},
+		"POST /v1/agents":                             {s.registerAgent, body},
+		"POST /v1/agents/lifecycle":                   {s.changeAgent, body},
+		"GET /v1/sessions":                            {s.sessions, query},
+		"POST /v1/sessions":                           {s.registerSessions, body},
+		"GET /v1/bus-config":                          {s.busConfig, nothing},
+		"GET /v1/keyset":                              {s.keySet, nothing},
+		"POST /v1/keyset":                             {s.publishKeySet, body},
+		"POST /v1/proposals":                          {s.propose, body},
+		"GET /v1/proposals":                           {s.proposals, nothing},
+		"POST /v1/proposals/{id}/approve":             {s.approve, nothing},
+		"POST /v1/proposals/{id}/withdraw":            {s.withdraw, nothing},
 	}
 }
 
@@ -371,8 +412,8 @@ func (s *Server) endpoints() map[string]handler {
 // said to anybody else, not even what there is.
 func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http.Handler {
 	mux := http.NewServeMux()
-	for pattern, h := range s.endpoints() {
-		mux.Handle(pattern, s.handle(s.permit(pattern, h)))
+	for pattern, e := range s.endpoints() {
+		mux.Handle(pattern, s.handle(s.permit(pattern, e)))
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		places := s.all
@@ -404,8 +445,8 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			ctx = audit.WithTrace(ctx, t)
 		}
 		r = r.WithContext(ctx)
-		if _, pattern := mux.Handler(r); pattern == "" {
-			// The mux's own answers, 404 and 405, are text.
+		if _, pattern := mux.Handler(r); pattern == "" || r.Method == http.MethodHead || r.URL.Path != path.Clean(r.URL.Path) {
+			// The mux's own answers, 404, 405 and redirects, are text.
 			p := authority.NewProblem(authority.ProblemNotFound, "there is nothing at "+clip(r.Method+" "+r.URL.Path), "the API is under /v1")
 			writeProblem(w, p)
 			return
@@ -421,7 +462,7 @@ func urgent(r *http.Request) bool {
 
 // permit lets through who may use the endpoint. What they may do there in
 // particular, and in which tenants, is the service's to check.
-func (s *Server) permit(pattern string, h handler) handler {
+func (s *Server) permit(pattern string, e endpoint) handler {
 	op, listed := access.Endpoint(pattern)
 	return func(w http.ResponseWriter, r *http.Request) error {
 		if !listed {
@@ -431,7 +472,10 @@ func (s *Server) permit(pattern string, h handler) handler {
 			s.refused(r, err)
 			return err
 		}
-		return h(w, r)
+		if err := e.check(r); err != nil {
+			return err
+		}
+		return e.serve(w, r)
 	}
 }
 
@@ -528,7 +572,11 @@ func (s *Server) proposals(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) approve(w http.ResponseWriter, r *http.Request) error {
-	d, err := s.svc.Approve(r.Context(), r.PathValue("id"))
+	id, err := pathText(r, "id")
+	if err != nil {
+		return err
+	}
+	d, err := s.svc.Approve(r.Context(), id)
 	if err != nil {
 		return err
 	}
@@ -537,7 +585,11 @@ func (s *Server) approve(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) withdraw(w http.ResponseWriter, r *http.Request) error {
-	p, err := s.svc.Withdraw(r.Context(), r.PathValue("id"))
+	id, err := pathText(r, "id")
+	if err != nil {
+		return err
+	}
+	p, err := s.svc.Withdraw(r.Context(), id)
 	if err != nil {
 		return err
 	}
@@ -554,6 +606,15 @@ func printable(s string) bool {
 	return true
 }
 
+// pathText returns a name or an id in the path. The error is a *authority.Problem.
+func pathText(r *http.Request, name string) (string, error) {
+	v := r.PathValue(name)
+	if len(v) > maxPathText {
+		return "", authority.NewProblem(authority.ProblemInvalid, fmt.Sprintf("the %s in the path is longer than %d bytes", name, maxPathText), "use one as it was answered")
+	}
+	return v, nil
+}
+
 func (s *Server) coverage(w http.ResponseWriter, r *http.Request) error {
 	epoch, err1 := strconv.ParseUint(r.PathValue("epoch"), 10, 64)
 	number, err2 := strconv.ParseUint(r.PathValue("number"), 10, 64)
@@ -565,11 +626,11 @@ func (s *Server) coverage(w http.ResponseWriter, r *http.Request) error {
 		if name != "wait" || len(values) != 1 {
 			return authority.NewProblem(authority.ProblemInvalid, "unknown or repeated parameter "+clip(name), "the only parameter is wait, as in ?wait=10s")
 		}
-		d, err := time.ParseDuration(values[0])
-		if err != nil || d < 0 || d > authority.MaxWait {
+		var d authority.Duration
+		if err := d.UnmarshalText([]byte(values[0])); err != nil || d < 0 || time.Duration(d) > authority.MaxWait {
 			return authority.NewProblem(authority.ProblemInvalid, "wait is not a duration that is allowed", fmt.Sprintf("give one like 10s, at most %s", authority.MaxWait))
 		}
-		wait = d
+		wait = time.Duration(d)
 	}
 	ctx := r.Context()
 	if wait > 0 {
@@ -622,6 +683,22 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	writeJSON(w, http.StatusOK, st)
+	return nil
+}
+
+// Description is the OpenAPI document of the API.
+//
+//go:embed openapi.yaml
+var Description []byte
+
+// Routes returns the patterns of all endpoints, sorted.
+func Routes() []string { return slices.Sorted(maps.Keys((&Server{}).endpoints())) }
+
+func (s *Server) description(w http.ResponseWriter, _ *http.Request) error {
+	h := w.Header()
+	h.Set("Content-Type", "application/yaml") // RFC 9512
+	h.Set("X-Content-Type-Options", "nosniff")
+	_, _ = w.Write(Description) // a caller that went away learns nothing anyway
 	return nil
 }
 
@@ -694,7 +771,11 @@ func (s *Server) seen(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) retire(w http.ResponseWriter, r *http.Request) error {
-	if err := s.svc.Retire(r.Context(), r.PathValue("name")); err != nil {
+	name, err := pathText(r, "name")
+	if err != nil {
+		return err
+	}
+	if err := s.svc.Retire(r.Context(), name); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)

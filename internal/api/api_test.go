@@ -455,7 +455,7 @@ func TestEveryEndpointSaysWhoMay(t *testing.T) {
 			t.Errorf("%s: nobody may %s", pattern, op)
 		}
 	}
-	h := (&Server{}).permit("GET /v1/new", func(http.ResponseWriter, *http.Request) error { return nil })
+	h := (&Server{}).permit("GET /v1/new", endpoint{serve: func(http.ResponseWriter, *http.Request) error { return nil }})
 	var p *authority.Problem
 	if err := h(nil, nil); !errors.As(err, &p) || p.Status != 403 {
 		t.Errorf("an endpoint that is not in the table: %v", err)

@@ -489,7 +489,6 @@ func (a *Authority) count(v *authority.Preview, pl *plan, scope access.Scope) (w
 		warnings = append(warnings, fmt.Sprintf("of sessions it is not known beforehand which %s they have: those counted are by the rest of the target", strings.Join(unknown, " or ")))
 	}
 	enforcers := a.enforcersIn(scope)
-	v.Tenants = []authority.TenantPreview{}
 	for name, c := range counts {
 		if !scope.Has(name) {
 			continue

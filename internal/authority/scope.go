@@ -99,10 +99,10 @@ func within(s access.Scope) func(tenant string) bool {
 // trailIn leaves of what is known of the enforcers' trails what a scope shows.
 func (a *Authority) trailIn(list []authority.TrailEnforcer, s access.Scope) []authority.TrailEnforcer {
 	view := a.view(s)
-	if view == nil {
-		return list
-	}
 	out := []authority.TrailEnforcer{}
+	if view == nil {
+		return append(out, list...)
+	}
 	for _, e := range list {
 		enrolled, _ := a.roster.Find(e.Name)
 		visible, whole := view(enrolled.Tenants)

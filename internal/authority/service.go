@@ -141,7 +141,7 @@ func (a *Authority) commit(ctx context.Context, idempotencyKey string, r *author
 // preview counts the enforcers of the tenants that the decision is about, as p may
 // see them.
 func (a *Authority) preview(r *authority.Request, pl *plan, p *access.Principal) *authority.Preview {
-	v := &authority.Preview{Would: pl.would, Targets: len(r.Targets)}
+	v := &authority.Preview{Would: pl.would, Targets: len(r.Targets), Tenants: []authority.TenantPreview{}}
 	for _, e := range a.enforcersIn(p.Visible()) {
 		if slices.ContainsFunc(pl.touched, func(t touched) bool { return t.tenant == "" || slices.Contains(e.Tenants, t.tenant) }) {
 			v.Enforcers++
@@ -211,7 +211,7 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 	s := &authority.Status{
 		Version: a.o.Version, Writer: st.Writer, Epoch: st.Epoch, Number: st.Number, Head: hex.EncodeToString(st.Head[:]),
 		Time: now.UTC(), Entries: st.Entries, Tenants: slices.DeleteFunc(tenantNames(ks), func(t string) bool { return !scope.Has(t) }),
-		KeySet:  authority.KeySetStatus{Version: ks.Version, NotAfter: ks.NotAfter.Time()},
+		KeySet:  authority.KeySetStatus{Version: ks.Version, NotAfter: ks.NotAfter.Time(), Keys: []string{}},
 		Segment: st.Segment, SegmentTime: st.SegmentAt, LogFrom: st.LogFrom,
 	}
 	for _, k := range ks.Keys {

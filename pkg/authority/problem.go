@@ -2,7 +2,9 @@ package authority
 
 import (
 	"errors"
+	"maps"
 	"net/http"
+	"slices"
 )
 
 // ErrUnreachable is wrapped by errors of a server that could not be reached, or
@@ -89,6 +91,9 @@ var problemTitles = map[string]struct {
 	ProblemUnavailable:  {"Unavailable", http.StatusServiceUnavailable},
 	ProblemInternal:     {"Internal error", http.StatusInternalServerError},
 }
+
+// ProblemTypes returns every type of Problem, sorted.
+func ProblemTypes() []string { return slices.Sorted(maps.Keys(problemTitles)) }
 
 // NewProblem makes a problem of a type, with that type's title and status.
 func NewProblem(typ, detail, mend string) *Problem {
