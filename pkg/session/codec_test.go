@@ -57,7 +57,7 @@ func codecs() []codec {
 	batch, keySet, receipt := fullBatch(), fullKeySet(), fullReceipt()
 	beat, clock, rejection := fullHeartbeat(), fullClock(), fullRejection()
 	return []codec{
-		{"key set", TypeKeySet, [][]byte{must(keySet.MarshalBody()), must((&KeySet{Version: 1, Epoch: 1, NotAfter: 1}).MarshalBody())},
+		{"key set", TypeKeySet, [][]byte{must(keySet.MarshalBody()), must((&KeySet{Version: 1, Epoch: 1, NotAfter: 1}).MarshalBody()), must(emergencyKeySet().MarshalBody())},
 			again(UnmarshalKeySet, (*KeySet).MarshalBody)},
 		{"batch", TypeBatch, [][]byte{must(batch.MarshalBody()), must((&Batch{Epoch: 1, Number: 1}).MarshalBody())},
 			again(UnmarshalBatch, (*Batch).MarshalBody)},
@@ -71,6 +71,8 @@ func codecs() []codec {
 			again(UnmarshalReceipt, (*Receipt).MarshalBody)},
 		{"report", TypeReport, [][]byte{must(fullReport().MarshalBody()), must((&Report{Enforcer: "e", Count: 1}).MarshalBody())},
 			again(UnmarshalReport, (*Report).MarshalBody)},
+		{"order", TypeOrder, [][]byte{must(fullOrder().MarshalBody()), must((&Order{Number: 1, Time: 1, Incident: "i", Reason: "r"}).MarshalBody())},
+			again(UnmarshalOrder, (*Order).MarshalBody)},
 		// Not a frame's body: it is sealed in that of a report.
 		{"trail content", 0, [][]byte{must(fullContent().Marshal()), must((&TrailContent{}).Marshal())},
 			again(UnmarshalTrailContent, (*TrailContent).Marshal)},
@@ -152,6 +154,10 @@ func TestEveryMessageComesBack(t *testing.T) {
 	check("clock", *fullClock(), k, err)
 	x, err := UnmarshalRejection(fullRejection().MarshalBody())
 	check("rejection", *fullRejection(), x, err)
+	o, err := UnmarshalOrder(must(fullOrder().MarshalBody()))
+	check("order", fullOrder(), o, err)
+	eks, err := UnmarshalKeySet(must(emergencyKeySet().MarshalBody()))
+	check("key set with emergency keys", emergencyKeySet(), eks, err)
 	rep, err := UnmarshalReport(must(fullReport().MarshalBody()))
 	check("report", fullReport(), rep, err)
 	content, err := UnmarshalTrailContent(must(fullContent().Marshal()))
@@ -281,6 +287,11 @@ func TestMarshalRefusesWhatParsingWould(t *testing.T) {
 		change(ks)
 		return second(ks.MarshalBody())
 	}
+	order := func(change func(*Order)) error {
+		o := fullOrder()
+		change(o)
+		return second(o.MarshalBody())
+	}
 	badField := []Field{{Tag: 0x81}}
 	for name, err := range map[string]error{
 		"a batch without epoch":              batch(func(b *Batch) { b.Epoch = 0 }),
@@ -321,6 +332,24 @@ func TestMarshalRefusesWhatParsingWould(t *testing.T) {
 		"a key for the fabric's own":         keySet(func(k *KeySet) { k.Keys[1].Tenants = []TenantID{0, 7} }),
 		"a last number without withdrawal":   keySet(func(k *KeySet) { k.Keys[0].LastNumber = 1 }),
 		"a key set with a critical field":    keySet(func(k *KeySet) { k.Unknown = badField }),
+		"orders of a writer":                 keySet(func(k *KeySet) { k.Keys[0].Orders = 1 }),
+		"too many orders of a key":           keySet(func(k *KeySet) { k.Keys[3].Orders = MaxOrders + 1 }),
+		"a bus key without orders":           keySet(func(k *KeySet) { k.Keys[3].Bus = testPublic(8) }),
+		"a short bus key":                    keySet(func(k *KeySet) { k.Keys[3].Orders, k.Keys[3].Bus = 1, testPublic(8)[1:] }),
+		"too many orders in all": keySet(func(k *KeySet) {
+			for i := range MaxKeySetOrders/MaxOrders + 1 {
+				k.Keys = append(k.Keys, SigningKey{Public: testPublic(byte(100 + i)), Use: UseEmergency, Orders: MaxOrders})
+			}
+		}),
+		"an order without number":    order(func(o *Order) { o.Number = 0 }),
+		"an order beyond every key":  order(func(o *Order) { o.Number = MaxOrders + 1 }),
+		"an order of the books":      order(func(o *Order) { o.Tenant = FabricTenant }),
+		"an order of no time":        order(func(o *Order) { o.Time = 0 }),
+		"an order without incident":  order(func(o *Order) { o.Incident = "" }),
+		"an order without reason":    order(func(o *Order) { o.Reason = "" }),
+		"an order of a long reason":  order(func(o *Order) { o.Reason = strings.Repeat("r", MaxOrderReasonLen+1) }),
+		"an order of two lines":      order(func(o *Order) { o.Reason = "a\nb" }),
+		"an order of critical field": order(func(o *Order) { o.Unknown = badField }),
 	} {
 		if !errors.Is(err, ErrFrame) {
 			t.Errorf("%s: %v", name, err)
@@ -548,6 +577,7 @@ func FuzzUnmarshalClock(f *testing.F)     { fuzzCodec(f, TypeClock) }
 func FuzzUnmarshalRejection(f *testing.F) { fuzzCodec(f, TypeRejection) }
 func FuzzUnmarshalReceipt(f *testing.F)   { fuzzCodec(f, TypeReceipt) }
 func FuzzUnmarshalReport(f *testing.F)    { fuzzCodec(f, TypeReport) }
+func FuzzUnmarshalOrder(f *testing.F)     { fuzzCodec(f, TypeOrder) }
 func FuzzUnmarshalTrail(f *testing.F)     { fuzzCodec(f, 0) }
 
 func FuzzParseFrame(f *testing.F) {

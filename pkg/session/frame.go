@@ -31,6 +31,7 @@ const (
 	TypeSegment   FrameType = 8  // writer → enforcers: a published segment
 	TypeReport    FrameType = 9  // enforcer → authority: calls and callers, sealed
 	TypeAudit     FrameType = 10 // authority → its audit, and whoever verifies it
+	TypeOrder     FrameType = 11 // emergency key → enforcers and authority: a kill outside the log
 )
 
 // KeyID names a public key by the first eight bytes of its SHA-256.
@@ -59,16 +60,25 @@ type Frame struct {
 const (
 	frameMagic  = "ILK"
 	frameHeader = len(frameMagic) + 1 + 1 + 8 + 4
-	// signContext keeps a frame's signature from meaning anything elsewhere.
-	signContext = "interlock frame 1\x00"
+	// signContext keeps a frame's signature from meaning anything elsewhere, and
+	// orderContext keeps whatever else a key is made to sign from being an order.
+	signContext  = "interlock frame 1\x00"
+	orderContext = "interlock order 1\x00"
 )
+
+func contextOf(t FrameType) string {
+	if t == TypeOrder {
+		return orderContext
+	}
+	return signContext
+}
 
 // Seal signs body as a frame of the given type:
 //
 //	"ILK" | version | type | key id (8) | len(body) (4) | body | Ed25519 signature (64)
 //
-// The signature is over "interlock frame 1\0" and everything before it. Seal
-// fails when the frame would be longer than MaxFrameLen, or key is not a whole
+// The signature is over "interlock frame 1\0", or for TypeOrder "interlock order
+// 1\0", and everything before it. Seal fails when the frame would be longer than MaxFrameLen, or key is not a whole
 // key.
 func Seal(t FrameType, body []byte, key ed25519.PrivateKey) ([]byte, error) {
 	if len(key) != ed25519.PrivateKeySize {
@@ -79,15 +89,16 @@ func Seal(t FrameType, body []byte, key ed25519.PrivateKey) ([]byte, error) {
 		return nil, fmt.Errorf("%w: frame of %d bytes, at most %d", ErrMalformed, n, MaxFrameLen)
 	}
 	id := KeyIDOf(key.Public().(ed25519.PublicKey))
-	buf := make([]byte, len(signContext), len(signContext)+n)
-	copy(buf, signContext)
+	context := contextOf(t)
+	buf := make([]byte, len(context), len(context)+n)
+	copy(buf, context)
 	buf = append(buf, frameMagic...)
 	buf = append(buf, Version, byte(t))
 	buf = append(buf, id[:]...)
 	buf = binary.BigEndian.AppendUint32(buf, uint32(len(body)))
 	buf = append(buf, body...)
 	buf = append(buf, ed25519.Sign(key, buf)...)
-	return buf[len(signContext):], nil
+	return buf[len(context):], nil
 }
 
 // ParseFrame takes the frame apart without believing any of it. The frame
@@ -119,8 +130,9 @@ func (f *Frame) Verify(pub ed25519.PublicKey) error {
 	if len(pub) != ed25519.PublicKeySize || KeyIDOf(pub) != f.Key {
 		return ErrSignature
 	}
-	msg := make([]byte, 0, len(signContext)+len(f.content))
-	msg = append(append(msg, signContext...), f.content...)
+	context := contextOf(f.Type)
+	msg := make([]byte, 0, len(context)+len(f.content))
+	msg = append(append(msg, context...), f.content...)
 	if !ed25519.Verify(pub, msg, f.signature) {
 		return ErrSignature
 	}

@@ -21,7 +21,7 @@ type KeyUse uint8
 const (
 	// UseWriter signs batches, heartbeats, clock answers and rejections.
 	UseWriter KeyUse = 1
-	// UseEmergency signs orders outside the log. Reserved.
+	// UseEmergency signs orders outside the log; see Order.
 	UseEmergency KeyUse = 2
 	// UseAudit signs nothing: it is an X25519 key, to which enforcers seal
 	// their reports. A reader that does not know the use ignores the key.
@@ -47,6 +47,13 @@ type SigningKey struct {
 	Withdrawn  bool
 	LastEpoch  uint64
 	LastNumber uint64
+	// Orders is how many orders the key may sign, at most MaxOrders; zero for
+	// any use but UseEmergency. A withdrawn key signs none.
+	Orders uint16
+	// Bus is the NKey, as an Ed25519 key, with which the holder of an emergency
+	// key may publish its orders on the bus, and do nothing else there; nil is
+	// nobody. Only with Orders.
+	Bus ed25519.PublicKey
 }
 
 // May reports whether the key may sign an entry under k.
@@ -137,6 +144,7 @@ func (ks *KeySet) validate() error {
 		names[t.Name] = true
 	}
 	ids := map[KeyID]bool{}
+	orders := 0
 	for _, k := range ks.Keys {
 		if len(k.Public) != ed25519.PublicKeySize {
 			return bad("public key of %d bytes", len(k.Public))
@@ -159,8 +167,14 @@ func (ks *KeySet) validate() error {
 		if !k.Withdrawn && (k.LastEpoch != 0 || k.LastNumber != 0) {
 			return bad("a last number on a key that is not withdrawn")
 		}
+		switch orders += int(k.Orders); {
+		case k.Orders > 0 && k.Use != UseEmergency || k.Orders > MaxOrders || orders > MaxKeySetOrders:
+			return bad("%d orders of a key, %d in all", k.Orders, orders)
+		case k.Bus != nil && (k.Orders == 0 || len(k.Bus) != ed25519.PublicKeySize):
+			return bad("a bus key of %d bytes for %d orders", len(k.Bus), k.Orders)
+		}
 	}
-	return checkUnknown(ks.Unknown)
+	return checkUnknown(ks.Unknown, tagOrders)
 }
 
 // MarshalBody returns the body of the key set's frame.
@@ -202,8 +216,56 @@ func (ks *KeySet) MarshalBody() ([]byte, error) {
 			}
 		}
 	}
-	w.fields(nil, ks.Unknown)
+	w.fields(ks.orders(), ks.Unknown)
 	return w.b, nil
+}
+
+// tagOrders is the field of a key set that says what its emergency keys may do:
+// whoever does not know it believes no orders.
+const tagOrders = 2
+
+func (ks *KeySet) orders() []Field {
+	var w writer
+	for _, k := range ks.Keys {
+		if k.Orders == 0 {
+			continue
+		}
+		id := KeyIDOf(k.Public)
+		w.raw(id[:])
+		w.u16(k.Orders)
+		w.u8(uint8(len(k.Bus) / ed25519.PublicKeySize))
+		w.raw(k.Bus)
+	}
+	if len(w.b) == 0 {
+		return nil
+	}
+	return []Field{{Tag: tagOrders, Value: w.b}}
+}
+
+// readOrders takes what orders wrote: in the order of the keys.
+func (ks *KeySet) readOrders(r *reader) {
+	if len(r.b) == 0 {
+		r.fail("no orders")
+	}
+	at := 0
+	for len(r.b) > 0 && r.err == nil {
+		id, n, bus := r.take(len(KeyID{})), r.u16(), r.u8()
+		if r.err != nil {
+			return
+		}
+		for at < len(ks.Keys) && KeyIDOf(ks.Keys[at].Public) != KeyID(id) {
+			at++
+		}
+		if at == len(ks.Keys) || n == 0 || bus > 1 {
+			r.fail("orders of a key")
+			return
+		}
+		k := &ks.Keys[at]
+		if k.Orders = n; bus == 1 {
+			k.Bus = slices.Clone(r.take(ed25519.PublicKeySize))
+		}
+		at++
+	}
 }
 
 // UnmarshalKeySet parses a body. Errors wrap ErrMalformed or ErrCritical.
@@ -232,7 +294,17 @@ func UnmarshalKeySet(body []byte) (*KeySet, error) {
 		}
 		ks.Keys = append(ks.Keys, k)
 	}
-	ks.Unknown = r.fields(refuseAll)
+	ks.Unknown = r.fields(func(tag uint8, r *reader) bool {
+		switch tag {
+		case tagOrders:
+			ks.readOrders(r)
+		case tagOrders | critical:
+			r.fail("tag %#02x has the wrong criticality", tag)
+		default:
+			return false
+		}
+		return true
+	})
 	if err := r.end(); err != nil {
 		return nil, err
 	}
@@ -333,7 +405,8 @@ func (t *Trust) Update(frame []byte, now Instant) (bool, error) {
 		for i := range ks.Keys {
 			k := &ks.Keys[i]
 			old := c.keys[KeyIDOf(k.Public)]
-			if old != nil && (old.Use != k.Use || (old.Tenants == nil) != (k.Tenants == nil) || !slices.Equal(old.Tenants, k.Tenants)) {
+			if old != nil && (old.Use != k.Use || (old.Tenants == nil) != (k.Tenants == nil) || !slices.Equal(old.Tenants, k.Tenants) ||
+				old.Orders != k.Orders || !old.Bus.Equal(k.Bus)) {
 				return false, fmt.Errorf("%w: key set %d changes the rights of key %s: withdraw it and make another", ErrUntrusted, ks.Version, KeyIDOf(k.Public))
 			}
 		}

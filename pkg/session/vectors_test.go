@@ -271,7 +271,7 @@ var errorNames = map[string]error{"version": ErrVersion, "malformed": ErrMalform
 func TestVectorsMessages(t *testing.T) {
 	key := testKey(1)
 	doc := messagesJSON{hex.EncodeToString(key.Seed()), hex.EncodeToString(testPublic(1)), KeyIDOf(testPublic(1)).String(), nil, nil}
-	samples := []any{fullKeySet(), fullBatch(), fullHeartbeat(), fullClock(), fullRejection(), fullReceipt(), fullReport()}
+	samples := []any{fullKeySet(), fullBatch(), fullHeartbeat(), fullClock(), fullRejection(), fullReceipt(), fullReport(), fullOrder()}
 	all := codecs()
 	for i, c := range all {
 		if c.typ == 0 {
@@ -343,6 +343,7 @@ func TestVectorsCanBeConsumed(t *testing.T) {
 		TypeRejection: func(b []byte) (any, error) { return UnmarshalRejection(b) },
 		TypeReceipt:   func(b []byte) (any, error) { return UnmarshalReceipt(b) },
 		TypeReport:    func(b []byte) (any, error) { return UnmarshalReport(b) },
+		TypeOrder:     func(b []byte) (any, error) { return UnmarshalOrder(b) },
 	}
 	if len(doc.Messages) != len(parse) || len(doc.Refused) == 0 {
 		t.Fatalf("%d messages, %d refused", len(doc.Messages), len(doc.Refused))
