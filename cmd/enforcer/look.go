@@ -162,6 +162,13 @@ func statusText(s *gateway.Status) string {
 	fmt.Fprintf(&b, "epoch %d, seq %d, confirmed %d; %s in force\n", e.Epoch, e.Applied, e.Confirmed, entries(e.Entries+e.Inherited))
 	fmt.Fprintf(&b, "running %d, MCP sessions %d; denied %d, cut %d\n", e.Running, s.Sessions, e.Denied, e.Cut)
 	fmt.Fprintf(&b, "routes: %s\n", strings.Join(s.Routes, ", "))
+	for _, o := range e.Orders {
+		fmt.Fprintf(&b, "EMERGENCY ORDER %s/%d: %s is killed until the authority has adopted it (%s, signed %s)\n",
+			o.Key, o.Number, cli.OneLine(o.Kills), cli.OneLine(o.Incident), o.Signed.Format(time.RFC3339))
+	}
+	if e.OrderWhy != "" {
+		fmt.Fprintf(&b, "EMERGENCY ORDERS: %d refused, the last: %s\n", e.OrdersRefused, cli.OneLine(e.OrderWhy))
+	}
 	if e.Mode != "strict" && e.Fresh {
 		fmt.Fprintf(&b, "MODE: %s, %d would have been denied\n", e.Mode, e.WouldDeny+e.Exposed)
 	}

@@ -51,6 +51,13 @@ type Options struct {
 	// while entries of two before it are in force, they are merged in memory, at
 	// some 100 bytes each for as long as that takes.
 	StateDir string
+	// OrdersDir is a directory in which an emergency order (session.Order) takes
+	// force when it is put there as a file, with the bus dead or alive: any name
+	// that does not begin with a dot, at most 256 of them, looked at every 250 ms.
+	// An order stays in force when its file is gone. The directory must be there,
+	// and nobody but operators should be able to write to it. Empty looks nowhere.
+	// Orders are kept in StateDir, if there is one, over restarts.
+	OrdersDir string
 	// MaxEntries bounds the entries in force, those of the current epoch and
 	// those left by earlier ones each; zero is DefaultMaxEntries. The
 	// quotas of the authority sum below it. Should there be more all the same,
@@ -149,6 +156,11 @@ type view struct {
 	// inherited what earlier epochs left in force.
 	set, inherited *filter.Set
 	overlay        *filter.Overlay
+	// orders is what the emergency orders in force deny, which are ordered;
+	// orderWhy is why the last one was refused.
+	orders   *filter.Overlay
+	ordered  []*session.SignedOrder
+	orderWhy string
 	// verified is set once any state was confirmed, closed after Close.
 	verified, closed bool
 	// origin is the local moment at which the state was surely current.
@@ -220,7 +232,7 @@ type counters struct {
 	denied, wouldDeny, drills, exposed, cut   atomic.Uint64
 	refused, replayed, foreign, lost, orphans atomic.Uint64
 	repairs, diverged, rolledBack, jumps      atomic.Uint64
-	damaged                                   atomic.Uint64
+	damaged, ordersRefused                    atomic.Uint64
 }
 
 // Start begins to follow the feed and returns at once. Until the first verified
@@ -411,6 +423,13 @@ func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now r
 		match = match.Stronger(o)
 		provisional = match.Record != had
 	}
+	if err == nil && v.orders != nil {
+		var o filter.Match
+		o, err = v.orders.Decide(p, call, m)
+		had := match.Record
+		match = match.Stronger(o)
+		provisional = provisional || match.Record != had
+	}
 	switch {
 	case match.Record != nil:
 		d := match.Record.Denial(match.Shape, provisional)
@@ -480,6 +499,13 @@ type Status struct {
 
 	// Divergence is the last one.
 	Divergence *session.Divergence `json:"divergence,omitempty"`
+
+	// Orders are the emergency orders in force that the authority has not adopted.
+	// OrdersRefused counts those that were not believed, and OrderWhy says why the
+	// last one was not, or why the directory cannot be read.
+	Orders        []OrderStatus `json:"orders,omitempty"`
+	OrdersRefused uint64        `json:"orders_refused"`
+	OrderWhy      string        `json:"order_why,omitempty"`
 }
 
 // Status reports the state of affairs. It takes no lock.
@@ -499,6 +525,7 @@ func (e *Enforcer) Status() Status {
 		RolledBack: c.rolledBack.Load(), Jumps: c.jumps.Load(),
 	}
 	s.Ready, s.Divergence = e.isReady(), v.divergence
+	s.Orders, s.OrdersRefused, s.OrderWhy = e.statusOf(v.ordered), c.ordersRefused.Load(), v.orderWhy
 	if v.origin > never && v.verified {
 		s.Age = v.age(now)
 	}

@@ -98,21 +98,25 @@ func (f floor) marshal() []byte {
 	return b
 }
 
-// writeFloor replaces the file so that a crash leaves the old one or the new one.
 func writeFloor(o Options, b []byte) error {
 	out, err := json.Marshal(floorJSON{Floor: b, Sum: floorSum(b)})
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
+	return replaceFile(o.StateDir, floorPath(o), out)
+}
+
+// replaceFile replaces a file of the state directory so that a crash leaves the
+// old one or the new one.
+func replaceFile(dir, path string, b []byte) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	path := floorPath(o)
-	tmp, err := os.CreateTemp(o.StateDir, filepath.Base(path)+".*") // 0600
+	tmp, err := os.CreateTemp(dir, filepath.Base(path)+".*") // 0600
 	if err != nil {
 		return err
 	}
-	if _, err = tmp.Write(out); err == nil {
+	if _, err = tmp.Write(b); err == nil {
 		err = tmp.Sync()
 	}
 	err = errors.Join(err, tmp.Close())
@@ -122,7 +126,7 @@ func writeFloor(o Options, b []byte) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(tmp.Name()))
 	}
-	d, err := os.Open(o.StateDir)
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}

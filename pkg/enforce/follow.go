@@ -92,6 +92,7 @@ type follower struct {
 	linked  bool // the link has been up
 
 	keep     keeper
+	orders   orders
 	receipts receipts
 }
 
@@ -141,10 +142,14 @@ func newFollower(e *Enforcer, f floor) (*follower, error) {
 	if err != nil {
 		return nil, err
 	}
+	given, err := loadOrders(e.opts)
+	if err != nil {
+		return nil, err
+	}
 	e.trust = trust
 	return &follower{
-		keep: keeper{left: left},
-		e:    e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
+		keep: keeper{left: left}, orders: given,
+		e: e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
 		events: make(chan func(), eventQueue), origin: never, fetched: never, rereadWait: rereadMin,
 		fetchAt: -1, anchorAt: -1, repairAt: -1,
 	}, nil
@@ -231,7 +236,8 @@ func (f *follower) authority() session.Instant {
 
 func (f *follower) run(ctx context.Context) {
 	defer f.saveLastFloor() // after the jobs, one of which may be saving
-	defer f.keepLast()      // and sealing
+	defer f.saveLastOrders()
+	defer f.keepLast() // and sealing
 	defer f.jobs.Wait()
 	f.start(ctx)
 	f.sweep()
@@ -345,6 +351,7 @@ func (f *follower) tick(ctx context.Context) {
 	}
 	f.saveFloor(ctx)
 	f.tendState(ctx)
+	f.tendOrders(ctx)
 }
 
 // tend starts the jobs that are due.
@@ -442,6 +449,7 @@ func (f *follower) keySet(frame []byte) {
 		f.rewind(0)
 		f.needRepair()
 	}
+	f.retrustOrders()
 	f.needAnchor()
 	f.say("no heartbeat from the authority yet", nil)
 	f.publish()
@@ -1006,6 +1014,8 @@ func (f *follower) publish() *view {
 	if ks := f.trust.KeySet(); ks != nil {
 		v.epoch, v.keySet = ks.Epoch, ks.Version
 	}
+	v.orders, v.ordered = f.orders.under(v.set, v.inherited)
+	v.orderWhy = f.orders.why
 	f.e.view.Store(v)
 	return v
 }

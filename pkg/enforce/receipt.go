@@ -121,6 +121,9 @@ func (f *follower) receipt(now time.Duration) ([]byte, error) {
 		out.Batches = append(out.Batches, session.Applied{Number: s.number, At: a.middle(s.at), Cut: uint32(s.cut)})
 		out.Error = max(out.Error, a.bound(s.at))
 	}
+	for _, o := range v.ordered[:min(len(v.ordered), session.MaxReceiptOrders)] {
+		out.Orders = append(out.Orders, o.Frame)
+	}
 	if k := f.receipts.canary; k != nil {
 		out.Canary = &session.Canary{Number: k.number, At: a.middle(k.at), Denied: k.denied}
 		out.Error = max(out.Error, a.bound(k.at))

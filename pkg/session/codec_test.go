@@ -6,6 +6,7 @@ import (
 	"errors"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -67,7 +68,8 @@ func codecs() []codec {
 			again(UnmarshalClock, func(c Clock) ([]byte, error) { return c.MarshalBody(), nil })},
 		{"rejection", TypeRejection, [][]byte{rejection.MarshalBody(), (&Rejection{}).MarshalBody()},
 			again(UnmarshalRejection, func(x Rejection) ([]byte, error) { return x.MarshalBody(), nil })},
-		{"receipt", TypeReceipt, [][]byte{must(receipt.MarshalBody()), must((&Receipt{Enforcer: "e"}).MarshalBody())},
+		{"receipt", TypeReceipt, [][]byte{must(receipt.MarshalBody()), must((&Receipt{Enforcer: "e"}).MarshalBody()),
+			must((&Receipt{Enforcer: "e", Orders: [][]byte{[]byte("one"), []byte("another")}}).MarshalBody())},
 			again(UnmarshalReceipt, (*Receipt).MarshalBody)},
 		{"report", TypeReport, [][]byte{must(fullReport().MarshalBody()), must((&Report{Enforcer: "e", Count: 1}).MarshalBody())},
 			again(UnmarshalReport, (*Report).MarshalBody)},
@@ -315,6 +317,9 @@ func TestMarshalRefusesWhatParsingWould(t *testing.T) {
 		"a receipt with a negative age":      receipt(func(c *Receipt) { c.Age = -1 }),
 		"a receipt with a negative error":    receipt(func(c *Receipt) { c.Error = -1 }),
 		"a receipt with a critical field":    receipt(func(c *Receipt) { c.Unknown = badField }),
+		"a receipt of too many orders":       receipt(func(c *Receipt) { c.Orders = slices.Repeat([][]byte{{1}}, MaxReceiptOrders+1) }),
+		"a receipt of a long order":          receipt(func(c *Receipt) { c.Orders = [][]byte{make([]byte, MaxOrderLen+1)} }),
+		"a receipt of an empty order":        receipt(func(c *Receipt) { c.Orders = [][]byte{{}} }),
 		"a key set without version":          keySet(func(k *KeySet) { k.Version = 0 }),
 		"a key set without epoch":            keySet(func(k *KeySet) { k.Epoch = 0 }),
 		"a key set that never began":         keySet(func(k *KeySet) { k.Issued = -1 }),

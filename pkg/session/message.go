@@ -2,6 +2,7 @@ package session
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -234,6 +235,9 @@ type Receipt struct {
 	// Canary is the newest canary that was checked since the last receipt; nil
 	// when there was none.
 	Canary *Canary
+	// Orders are the frames of emergency orders that are in force there and that
+	// the authority has not adopted, at most MaxReceiptOrders.
+	Orders [][]byte
 	// Unknown holds fields of a later version.
 	Unknown []Field
 }
@@ -320,7 +324,11 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	if c.Divergence != nil && !c.Divergence.valid() {
 		return nil, fmt.Errorf("%w: receipt with a divergence that cannot be", ErrMalformed)
 	}
-	if err := checkUnknown(c.Unknown, tagDivergence, tagCanary); err != nil {
+	orders, err := ordersField(c.Orders)
+	if err == nil {
+		err = checkUnknown(c.Unknown, tagDivergence, tagCanary, tagReceiptOrders)
+	}
+	if err != nil {
 		return nil, err
 	}
 	var w writer
@@ -350,7 +358,7 @@ func (c *Receipt) MarshalBody() ([]byte, error) {
 	for _, v := range []uint64{c.Cut, c.Running, c.Denied, c.Refused, c.Foreign, c.Repairs, c.Diverged} {
 		w.u64(v)
 	}
-	w.fields(append(c.Divergence.field(), c.Canary.field()...), c.Unknown)
+	w.fields(slices.Concat(c.Divergence.field(), c.Canary.field(), orders), c.Unknown)
 	return w.b, nil
 }
 
@@ -387,6 +395,8 @@ func UnmarshalReceipt(body []byte) (*Receipt, error) {
 			c.Divergence = readDivergence(r)
 		case tagCanary:
 			c.Canary = readCanary(r)
+		case tagReceiptOrders:
+			c.Orders = readOrders(r)
 		default:
 			return false
 		}

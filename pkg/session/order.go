@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
 )
 
 // Bounds of emergency orders.
@@ -18,6 +19,8 @@ const (
 	MaxOrderLen = 1024
 	// MaxOrderReasonLen bounds an order's reason in bytes.
 	MaxOrderReasonLen = 256
+	// MaxReceiptOrders bounds the orders of one receipt.
+	MaxReceiptOrders = 8
 )
 
 // FabricTenant is the tenant number under which the fabric keeps its own books in
@@ -229,4 +232,34 @@ func (t *Trust) Order(s *SignedOrder) error {
 		return bad("the key may not kill %s", s.Target())
 	}
 	return s.parsed.Verify(k.Public)
+}
+
+// tagReceiptOrders is the field of a receipt that holds Receipt.Orders.
+const tagReceiptOrders = 4
+
+func ordersField(frames [][]byte) ([]Field, error) {
+	if len(frames) == 0 {
+		return nil, nil
+	}
+	var w writer
+	for _, b := range frames {
+		if len(b) == 0 || len(b) > MaxOrderLen || len(frames) > MaxReceiptOrders {
+			return nil, fmt.Errorf("%w: %d orders of a receipt, one of %d bytes", ErrMalformed, len(frames), len(b))
+		}
+		w.u16(uint16(len(b)))
+		w.raw(b)
+	}
+	return []Field{{Tag: tagReceiptOrders, Value: w.b}}, nil
+}
+
+func readOrders(r *reader) (frames [][]byte) {
+	for first := true; first || len(r.b) > 0 && r.err == nil; first = false {
+		b := r.take(int(r.u16()))
+		if len(b) == 0 || len(b) > MaxOrderLen || len(frames) == MaxReceiptOrders {
+			r.fail("orders of a receipt")
+			return nil
+		}
+		frames = append(frames, slices.Clone(b))
+	}
+	return frames
 }

@@ -35,6 +35,8 @@ type Config struct {
 	NATSURLs []string `yaml:"nats_urls"`
 	// StateDir keeps what must survive a restart; see enforce.Options.
 	StateDir string `yaml:"state_dir"`
+	// OrdersDir is where emergency orders are put as files; see enforce.Options.
+	OrdersDir string `yaml:"orders_dir"`
 	// Mode is "strict", "best-effort" or "shadow".
 	Mode            string        `yaml:"mode"`
 	MaxStale        time.Duration `yaml:"max_stale"`
@@ -334,7 +336,7 @@ func wellKnown(resource string) string {
 
 // resolve takes relative paths from dir.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.Enrollment, &c.StateDir, &c.Admin.Socket, &c.Proof.NonceKeyFile, &c.RegisteredFile}
+	paths := []*string{&c.Enrollment, &c.StateDir, &c.OrdersDir, &c.Admin.Socket, &c.Proof.NonceKeyFile, &c.RegisteredFile}
 	for i := range c.Issuers {
 		paths = append(paths, c.Issuers[i].Files()...)
 	}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -22,6 +23,9 @@ func bad(key, format string, a ...any) error {
 func (c *Config) validate() error {
 	if c.Enrollment == "" {
 		return bad("enrollment", "is missing: name the file that `session-authority enroll` wrote")
+	}
+	if c.OrdersDir != "" && filepath.Clean(c.OrdersDir) == filepath.Clean(c.StateDir) {
+		return bad("orders_dir", "is state_dir: what is kept there is no order; name another directory")
 	}
 	if _, err := session.ParseMode(c.Mode); err != nil {
 		return bad("mode", "%q: use strict, best-effort or shadow", c.Mode)

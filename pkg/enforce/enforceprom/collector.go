@@ -36,6 +36,7 @@ func New(s Source) prometheus.Collector {
 	c.Gauge("key_set_version", "Version of the key set in force.", func(s *enforce.Status) float64 { return float64(s.KeySet) })
 	c.Gauge("entries", "Entries in force.", func(s *enforce.Status) float64 { return float64(s.Entries) })
 	c.Gauge("inherited_entries", "Entries kept from earlier epochs.", func(s *enforce.Status) float64 { return float64(s.Inherited) })
+	c.Gauge("orders", "Emergency orders in force that the authority has not adopted.", func(s *enforce.Status) float64 { return float64(len(s.Orders)) })
 	c.Gauge("running", "Running work that is bound.", func(s *enforce.Status) float64 { return float64(s.Running) })
 
 	c.Total("denied", "Checks denied.", func(s *enforce.Status) uint64 { return s.Denied })
@@ -44,6 +45,7 @@ func New(s Source) prometheus.Collector {
 	c.Total("exposed", "Checks allowed on stale state, in best-effort mode.", func(s *enforce.Status) uint64 { return s.Exposed })
 	c.Total("cut", "Running work ended.", func(s *enforce.Status) uint64 { return s.Cut })
 	c.Total("frames_refused", "Frames that were not believed.", func(s *enforce.Status) uint64 { return s.Refused })
+	c.Total("orders_refused", "Emergency orders that were not believed.", func(s *enforce.Status) uint64 { return s.OrdersRefused })
 	c.Total("frames_replayed", "Frames that came too late or again.", func(s *enforce.Status) uint64 { return s.Replayed })
 	c.Total("frames_lost", "Frames that there was no room for; the log has them.", func(s *enforce.Status) uint64 { return s.Lost })
 	c.Total("batches_orphaned", "Batches heard that the log never had.", func(s *enforce.Status) uint64 { return s.Orphans })

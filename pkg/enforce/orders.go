@@ -1,0 +1,398 @@
+package enforce
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/filter"
+	"github.com/interlock-fabric/interlock/pkg/session"
+)
+
+// Emergency orders are kills outside the log: session.Order. What is held here are
+// those that the key set permits. One is in force until the confirmed state says
+// that it is spent, which the decision does by which the authority adopts it: with
+// the same swap of the view its kill is in the state, and lifting that is the
+// log's. Silence lifts none, a restart forgets none, and a key set that withdraws
+// the key takes them all back.
+type orders struct {
+	held map[session.OrderID]*session.SignedOrder
+	// early are frames of an earlier run, until there is a key set to judge them.
+	early [][]byte
+	// overlay is what those denied by inForce deny; both are of sets, until stale.
+	overlay *filter.Overlay
+	inForce []*session.SignedOrder
+	sets    [2]*filter.Set
+	stale   bool
+
+	why    string        // the last refusal
+	saidAt time.Duration // when it was logged
+
+	unsaved, saving, failed bool
+	saveAt                  time.Duration // not before
+
+	looking bool
+	lookAt  time.Duration          // not before
+	files   map[string]orderedFile // that have been looked at
+}
+
+// orderedFile is what a file was when it was looked at.
+type orderedFile struct {
+	size int64
+	at   time.Time
+}
+
+const (
+	// lookEvery is how often Options.OrdersDir is looked at.
+	lookEvery = 250 * time.Millisecond
+	// maxOrderFiles bounds the entries of the directory that are looked at.
+	maxOrderFiles = 256
+	// complainEvery spaces the log's lines about orders that are refused.
+	complainEvery = 5 * time.Second
+	// maxOrdersFile bounds what is kept of orders: session.MaxKeySetOrders in
+	// base64.
+	maxOrdersFile = 2 << 20
+)
+
+// ordersPath is in a directory that several enforcers may share.
+func ordersPath(o Options) string {
+	return filepath.Join(o.StateDir, o.Enrollment.Enforcer+".orders.json")
+}
+
+type ordersJSON struct {
+	Orders [][]byte `json:"orders"`
+	Sum    []byte   `json:"sum"`
+}
+
+func (o *ordersJSON) sum() []byte {
+	return floorSum(append([]byte("orders\x00"), bytes.Join(o.Orders, []byte("/"))...))
+}
+
+// loadOrders reads what an earlier run has kept. Who signed it is judged anew
+// under the key set. A file that is damaged is an error: an order that came as a
+// file may be nowhere else.
+func loadOrders(o Options) (orders, error) {
+	s := orders{held: map[session.OrderID]*session.SignedOrder{}, files: map[string]orderedFile{}}
+	if o.OrdersDir != "" {
+		info, err := os.Stat(o.OrdersDir)
+		if err == nil && !info.IsDir() {
+			err = errors.New("it is no directory")
+		}
+		if err != nil {
+			return s, fmt.Errorf("%w: OrdersDir: %w", session.ErrInvalid, err)
+		}
+	}
+	if o.StateDir == "" {
+		return s, nil
+	}
+	path := ordersPath(o)
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return s, fmt.Errorf("%w: %w", ErrFloor, err)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxOrdersFile))
+	var in ordersJSON
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = json.Unmarshal(b, &in)
+	}
+	if err == nil && !bytes.Equal(in.Sum, in.sum()) {
+		err = errors.New("the checksum does not match")
+	}
+	if err != nil {
+		return s, fmt.Errorf("%w: %s is damaged (%w), so which emergency orders are in force is not known: restore the file, or remove it and give the orders again",
+			ErrFloor, path, err)
+	}
+	s.early = in.Orders
+	return s, nil
+}
+
+// under returns what the orders deny beside the given sets, and which these are.
+func (s *orders) under(set, inherited *filter.Set) (*filter.Overlay, []*session.SignedOrder) {
+	if len(s.held) == 0 && len(s.inForce) == 0 {
+		return nil, nil
+	}
+	if sets := [2]*filter.Set{set, inherited}; s.stale || s.sets != sets {
+		s.sets, s.stale, s.overlay, s.inForce = sets, false, nil, nil
+		for _, o := range s.held {
+			if !spent(set, o.ID) && !spent(inherited, o.ID) {
+				s.inForce = append(s.inForce, o)
+			}
+		}
+		slices.SortFunc(s.inForce, func(a, b *session.SignedOrder) int {
+			return cmp.Or(bytes.Compare(a.ID.Key[:], b.ID.Key[:]), cmp.Compare(a.Number, b.Number))
+		})
+		for _, o := range s.inForce {
+			s.overlay = s.overlay.Apply(&session.Batch{Time: o.Time, Entries: []session.Entry{o.Entry()}}, nil)
+		}
+	}
+	return s.overlay, s.inForce
+}
+
+// spent reports whether a state says that the order has been adopted. One that
+// cannot be read says nothing.
+func spent(set *filter.Set, id session.OrderID) bool {
+	records, err := set.Find(id.Spent())
+	return err == nil && len(records) > 0
+}
+
+// order takes an order from wherever it came. Without a key set it is nobody's;
+// whoever gives it looks again when there is one.
+func (f *follower) order(b []byte, from string) {
+	if f.trust.KeySet() == nil {
+		return
+	}
+	s, err := session.ParseOrder(b)
+	if err == nil {
+		err = f.trust.Order(s)
+	}
+	if err != nil {
+		f.refuseOrder(from, err)
+		return
+	}
+	if have := f.orders.held[s.ID]; have != nil {
+		if have.Hash != s.Hash {
+			f.refuseOrder(from, fmt.Errorf("%w: order %s was given before, with other content", session.ErrUntrusted, s.ID))
+		}
+		return
+	}
+	// It is held for long, and b may be part of something large.
+	if s, err = session.ParseOrder(bytes.Clone(b)); err != nil {
+		return // it has just been parsed
+	}
+	f.orders.held[s.ID] = s
+	f.orders.stale, f.orders.unsaved, f.orders.saveAt = true, true, 0
+	f.receipts.dirty = true
+	v := f.publish()
+	if !slices.Contains(v.ordered, s) {
+		return // the log has it
+	}
+	cut := f.cutBy(v, &session.Batch{Entries: []session.Entry{s.Entry()}})
+	f.e.opts.Logger.Warn("an emergency order is in force", "from", from, "order", s.ID, "kills", s.Target(), "incident", s.Incident, "signed", s.Time, "cut", cut)
+}
+
+// refuseOrder counts an order that is not believed, and says so now and then.
+func (f *follower) refuseOrder(from string, err error) {
+	f.e.count.refused.Add(1)
+	f.e.count.ordersRefused.Add(1)
+	why := "order from " + from + ": " + err.Error()
+	if now := f.now(); f.orders.why != why || now-f.orders.saidAt >= complainEvery {
+		f.orders.saidAt = now
+		f.e.opts.Logger.Error("an emergency order is refused", "from", from, "error", err)
+	}
+	f.orders.why = why
+	f.publish()
+}
+
+// retrustOrders judges the orders anew under a key set that has just been taken.
+func (f *follower) retrustOrders() {
+	for id, s := range f.orders.held {
+		if err := f.trust.Order(s); err != nil {
+			delete(f.orders.held, id)
+			f.orders.stale, f.orders.unsaved = true, true
+			f.e.opts.Logger.Warn("an emergency order is lifted by the root", "order", id, "why", err)
+		}
+	}
+	early := f.orders.early
+	f.orders.early = nil
+	for _, b := range early {
+		f.order(b, "an earlier run")
+	}
+	// A file that was refused may be good now.
+	clear(f.orders.files)
+	f.orders.lookAt = 0
+}
+
+// tendOrders has the orders kept and the directory looked at when that is due.
+func (f *follower) tendOrders(ctx context.Context) {
+	f.saveOrders(ctx)
+	o, now := &f.orders, f.now()
+	dir := f.e.opts.OrdersDir
+	if dir == "" || o.looking || now < o.lookAt {
+		return
+	}
+	o.looking, o.lookAt = true, now+lookEvery
+	f.jobs.Go(func() {
+		found, err := lookForOrders(dir)
+		f.post(ctx, func() {
+			o.looking = false
+			f.foundOrders(found, err)
+		})
+	})
+}
+
+// foundOrder is a file of the directory; read has its bytes.
+type foundOrder struct {
+	name string
+	is   orderedFile
+	err  error
+	read []byte
+}
+
+// lookForOrders reads the directory. Names that begin with a dot are passed over:
+// they are what is still being written. Symbolic links are followed, since
+// mounted configurations are made of them.
+func lookForOrders(dir string) ([]foundOrder, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := d.ReadDir(maxOrderFiles + 1)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	if err = errors.Join(err, d.Close()); err == nil && len(entries) > maxOrderFiles {
+		entries, err = entries[:maxOrderFiles], fmt.Errorf("more than %d files: the others are not read", maxOrderFiles)
+	}
+	var out []foundOrder
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		x := foundOrder{name: e.Name()}
+		if x.is, x.read, x.err = readOrder(filepath.Join(dir, e.Name())); x.err != nil || x.read != nil {
+			out = append(out, x)
+		}
+	}
+	return out, err
+}
+
+// readOrder reads a file if it can be an order; what is a directory is nothing.
+func readOrder(path string) (orderedFile, []byte, error) {
+	// What is no regular file must not hold the reading up.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return orderedFile{}, nil, err
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	info, err := f.Stat()
+	if err != nil || info.IsDir() {
+		return orderedFile{}, nil, err
+	}
+	is := orderedFile{info.Size(), info.ModTime()}
+	switch {
+	case !info.Mode().IsRegular():
+		return is, nil, errors.New("it is not a regular file")
+	case info.Size() > session.MaxOrderLen:
+		return is, nil, fmt.Errorf("%d bytes are no order", info.Size())
+	}
+	b, err := io.ReadAll(io.LimitReader(f, session.MaxOrderLen+1))
+	return is, b, err
+}
+
+// foundOrders takes what the directory holds. A file is looked at again when it
+// has changed; one that is gone leaves its order in force.
+func (f *follower) foundOrders(found []foundOrder, err error) {
+	o := &f.orders
+	if err != nil && o.why != "orders directory: "+err.Error() {
+		o.why = "orders directory: " + err.Error()
+		f.e.opts.Logger.Error("the directory of emergency orders cannot be read", "error", err)
+		f.publish()
+	}
+	seen := make(map[string]orderedFile, len(found))
+	for _, x := range found {
+		if have, ok := o.files[x.name]; ok && have == x.is {
+			seen[x.name] = x.is
+			continue
+		}
+		seen[x.name] = x.is
+		if x.err != nil {
+			f.refuseOrder("file "+x.name, x.err)
+		} else {
+			f.order(x.read, "file "+x.name)
+		}
+	}
+	if err == nil || len(found) > 0 {
+		o.files = seen
+	}
+}
+
+// ordersNow is what is to be kept.
+func (f *follower) ordersNow() ([]byte, error) {
+	var out ordersJSON
+	for _, s := range f.orders.held {
+		out.Orders = append(out.Orders, s.Frame)
+	}
+	slices.SortFunc(out.Orders, bytes.Compare)
+	out.Sum = out.sum()
+	return json.Marshal(out)
+}
+
+// saveOrders keeps the orders, beside run: they are in force already.
+func (f *follower) saveOrders(ctx context.Context) {
+	o, now := &f.orders, f.now()
+	if f.e.opts.StateDir == "" || !o.unsaved || o.saving || now < o.saveAt {
+		return
+	}
+	b, err := f.ordersNow()
+	if err != nil {
+		return // byte strings
+	}
+	o.saving, o.unsaved = true, false
+	f.job(ctx, jobLimit, func(context.Context) func() {
+		err := replaceFile(f.e.opts.StateDir, ordersPath(f.e.opts), b)
+		return func() { o.saving = false; f.savedOrders(err) }
+	})
+}
+
+func (f *follower) saveLastOrders() {
+	if f.e.opts.StateDir == "" || !f.orders.unsaved || len(f.orders.early) > 0 {
+		return
+	}
+	if b, err := f.ordersNow(); err == nil {
+		f.savedOrders(replaceFile(f.e.opts.StateDir, ordersPath(f.e.opts), b))
+	}
+}
+
+func (f *follower) savedOrders(err error) {
+	o := &f.orders
+	if err == nil {
+		o.failed = false
+		return
+	}
+	if !o.failed {
+		f.e.opts.Logger.Error("cannot keep the emergency orders: a restart would forget those that came as files which are gone", "error", err)
+	}
+	o.failed, o.unsaved, o.saveAt = true, true, f.now()+sealAgain
+}
+
+// OrderStatus is an emergency order in force.
+type OrderStatus struct {
+	Key    string `json:"key"`
+	Number uint16 `json:"number"`
+	// Kills is "global", or "tenant" and its name or number.
+	Kills    string    `json:"kills"`
+	Incident string    `json:"incident"`
+	Signed   time.Time `json:"signed"`
+}
+
+// statusOf names the orders in force.
+func (e *Enforcer) statusOf(all []*session.SignedOrder) []OrderStatus {
+	var out []OrderStatus
+	ks := e.KeySet()
+	for _, s := range all {
+		o := OrderStatus{Key: s.ID.Key.String(), Number: s.Number, Kills: "global", Incident: s.Incident, Signed: s.Time.Time()}
+		if s.Tenant != 0 {
+			name := ""
+			if ks != nil {
+				name = ks.TenantName(s.Tenant)
+			}
+			o.Kills = "tenant " + cmp.Or(name, fmt.Sprint(uint32(s.Tenant)))
+		}
+		out = append(out, o)
+	}
+	return out
+}
