@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -61,7 +62,7 @@ func ask(ctx context.Context, g *globals, path, method, what string, in, out any
 		if errors.Is(err, fs.ErrPermission) {
 			mend = "run it as the user who runs the enforcer"
 		}
-		return cli.Exit(cli.ExitUnreachable, fmt.Errorf("%w: %s", err, mend))
+		return cli.Exit(cli.ExitUnreachable, fmt.Errorf("%w: %w: %s", errUnreachable, err, mend))
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
@@ -123,20 +124,23 @@ func socketFlag(cmd *cobra.Command, socket *string) {
 
 func newStatusCommand(g *globals) *cobra.Command {
 	var socket string
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use: "status", Short: "Say how the running enforcer is", Args: cli.NoArgs,
-		Long:    "Says how the running enforcer is.\n\n" + helpExitCodes,
-		Example: `  enforcer status --json | jq .enforcer.fresh`,
+		Long:    "Says how the running enforcer is; with --wait, once it runs and is fresh, or when\nthat takes longer.\n\n" + helpExitCodes,
+		Example: "  enforcer status --wait 30s\n  enforcer status --json | jq .enforcer.fresh",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var s gateway.Status
-			err := ask(cmd.Context(), g, socket, http.MethodGet, "/v1/status", nil, &s)
+			if wait < 0 {
+				return cli.Usagef("--wait %s is in the past: give how long to wait, or 0 not to wait", wait)
+			}
+			s, err := statusWithin(cmd.Context(), g, socket, wait)
 			if err != nil {
 				return err
 			}
 			if g.json {
 				err = cli.PrintJSON(cmd.OutOrStdout(), s)
 			} else {
-				_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(&s))
+				_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(s))
 			}
 			if err == nil && !s.Enforcer.Fresh && s.Enforcer.Mode == "strict" {
 				return cli.Exit(exitDenied, nil)
@@ -145,8 +149,35 @@ func newStatusCommand(g *globals) *cobra.Command {
 		},
 	}
 	socketFlag(cmd, &socket)
+	cmd.Flags().DurationVar(&wait, "wait", 0, "how long to wait until it is fresh; 0 does not wait")
 	return cmd
 }
+
+// statusWithin asks again and again until the enforcer is fresh, for as long as
+// wait. It returns the last answer.
+func statusWithin(ctx context.Context, g *globals, socket string, wait time.Duration) (*gateway.Status, error) {
+	end := time.After(wait)
+	for {
+		var s gateway.Status
+		err := ask(ctx, g, socket, http.MethodGet, "/v1/status", nil, &s)
+		if err == nil && s.Enforcer.Fresh || wait <= 0 || err != nil && !errors.Is(err, errUnreachable) {
+			return &s, err
+		}
+		select {
+		case <-ctx.Done():
+			return &s, cmp.Or(err, ctx.Err())
+		case <-end:
+			return &s, err
+		case <-time.After(statusPoll):
+		}
+	}
+}
+
+// statusPoll is how often a status that is waited for is asked for.
+const statusPoll = 100 * time.Millisecond
+
+// errUnreachable: no enforcer answers.
+var errUnreachable = errors.New("unreachable")
 
 func statusText(s *gateway.Status) string {
 	e := &s.Enforcer

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -12,27 +15,63 @@ import (
 )
 
 func newStatusCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var wait time.Duration
+	cmd := &cobra.Command{
 		Use: "status", Short: "Show how the authority and its enforcers are", Args: cli.NoArgs,
-		Example: "  session-authority status\n  session-authority status --json | jq .enforcers",
+		Long: `Shows how the authority and its enforcers are. With --wait, it does so once the
+authority answers and every enforcer in the roster is fresh; if that takes longer,
+it shows what there is, and ends with exit code 1, or 4 if nothing answers.`,
+		Example: "  session-authority status\n  session-authority status --wait 30s\n  session-authority status --json | jq .enforcers",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if wait < 0 {
+				return cli.Usagef("--wait %s is in the past: give how long to wait, or 0 not to wait", wait)
+			}
 			c, err := g.client()
 			if err != nil {
 				return err
 			}
 			defer c.Close()
-			s, err := c.Status(cmd.Context())
+			s, ready, err := statusWithin(cmd.Context(), c, wait)
 			if err != nil {
 				return err
 			}
 			if g.json {
-				return cli.PrintJSON(cmd.OutOrStdout(), s)
+				err = cli.PrintJSON(cmd.OutOrStdout(), s)
+			} else {
+				_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(s))
 			}
-			_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(s))
+			if err == nil && wait > 0 && !ready {
+				return cli.Exit(exitFailed, nil)
+			}
 			return err
 		},
 	}
+	cmd.Flags().DurationVar(&wait, "wait", 0, "how long to wait until every enforcer is fresh; 0 does not wait")
+	return cmd
 }
+
+// statusWithin asks again and again until every enforcer is fresh, for as long as
+// wait. It returns the last answer.
+func statusWithin(ctx context.Context, c *authority.Client, wait time.Duration) (s *authority.Status, ready bool, err error) {
+	end := time.After(wait)
+	for {
+		s, err = c.Status(ctx)
+		ready = err == nil && s.Enforcers.Fresh == s.Enforcers.Enrolled
+		if ready || wait <= 0 || err != nil && !errors.Is(err, authority.ErrUnreachable) {
+			return s, ready, err
+		}
+		select {
+		case <-ctx.Done():
+			return s, ready, cmp.Or(err, ctx.Err())
+		case <-end:
+			return s, ready, err
+		case <-time.After(statusPoll):
+		}
+	}
+}
+
+// statusPoll is how often a status that is waited for is asked for.
+const statusPoll = 100 * time.Millisecond
 
 func statusText(s *authority.Status) string {
 	var b strings.Builder
