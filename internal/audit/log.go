@@ -111,15 +111,19 @@ type Log struct {
 	found   uint64 // the newest record at the start
 	lost    uint64 // how many records the stream lacked at the start
 	kept    uint64 // the record that HeadFile has; of tend
+	walked  Place
+	seen    seen
 }
 
 // item is a record that waits for the store.
 type item struct {
-	body   []byte
-	report uint64 // its place in the stream of reports
-	floor  *floor
-	done   chan struct{}
-	err    error
+	body     []byte
+	report   uint64 // its place in the stream of reports
+	recovers Place  // of the decision, if it is that of another run
+	decision string // that it is the record of
+	floor    *floor
+	done     chan struct{}
+	err      error
 }
 
 // floor is where what is kept shall begin.
@@ -228,7 +232,7 @@ func (l *Log) Status() Status {
 // ErrBusy, ErrTooLong, ErrNoKey or ErrClosed; but for the last, the record was
 // not taken.
 func (l *Log) Append(ctx context.Context, r authority.AuditRecord) error {
-	it, err := l.enqueue(r, 0)
+	it, err := l.enqueueItem(r, &item{})
 	if err != nil {
 		return err
 	}
@@ -243,14 +247,14 @@ func (l *Log) Append(ctx context.Context, r authority.AuditRecord) error {
 // Note records r without waiting for the store. What is not taken is counted and
 // logged.
 func (l *Log) Note(r authority.AuditRecord) {
-	_, _ = l.enqueue(r, 0) // counted
+	_, _ = l.enqueueItem(r, &item{}) // counted
 }
 
 // NoteReport records what the stream of reports has at seq, unless another
 // authority has done so. Reports must be noted in their order.
 func (l *Log) NoteReport(seq uint64, r authority.AuditRecord) {
 	if !l.Reported(seq) {
-		_, _ = l.enqueue(r, seq) // counted
+		_, _ = l.enqueueItem(r, &item{report: seq}) // counted
 	}
 }
 
@@ -262,10 +266,11 @@ func (l *Log) Reported(seq uint64) bool {
 	return seq <= l.at.Reports
 }
 
-func (l *Log) enqueue(r authority.AuditRecord, report uint64) (*item, error) {
+func (l *Log) enqueueItem(r authority.AuditRecord, it *item) (*item, error) {
 	r.Authority = l.o.Authority
-	body, err := encode(r)
-	it := &item{body: body, report: report, done: make(chan struct{})}
+	var err error
+	it.body, err = encode(r)
+	it.decision, it.done = decisionOf(&r), make(chan struct{})
 	if err == nil {
 		err = l.add(it)
 	}
@@ -379,6 +384,7 @@ func (l *Log) finish(items []*item) {
 	l.queue = append(l.queue[:0:0], l.queue[len(items):]...)
 	for _, it := range items {
 		l.bytes -= len(it.body)
+		l.seen.add(it.decision)
 		close(it.done)
 	}
 }
@@ -454,11 +460,16 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 		return nil, nil, err
 	}
 	l.mu.Lock()
-	at := l.at
+	at, walked := l.at, l.walked
+	done := make([]bool, len(items))
+	for i, it := range items {
+		done[i] = it.recovers != Place{} && (at.Walked.after(it.recovers) || l.seen.has(it.decision))
+	}
 	l.mu.Unlock()
 	st := &statement{
 		For: forBatch, First: at.Number + 1, Prev: at.Hash, Number: at.Number, Hash: at.Hash, Time: session.InstantOf(time.Now()),
 		Floor: max(at.Floor, 1), Below: at.Below, Reports: at.Reports, KeySet: l.o.Trust.KeySet().Version,
+		Walked: at.Walked,
 	}
 	if l.o.Head != nil {
 		st.Epoch, st.Log = l.o.Head()
@@ -466,9 +477,14 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 	if st.Epoch < at.Epoch || st.Epoch == at.Epoch && st.Log < at.Log {
 		st.Epoch, st.Log = at.Epoch, at.Log
 	}
+	if walked.after(st.Walked) {
+		st.Walked = walked
+	}
 	var bodies [][]byte
-	for _, it := range items {
+	for i, it := range items {
 		switch {
+		case done[i]:
+			continue // it has its record meanwhile
 		case it.report != 0 && it.report <= at.Reports:
 			continue // another authority's, or an earlier run's
 		case it.floor != nil && it.floor.number <= st.Floor:
@@ -477,6 +493,10 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 			st.Floor, st.Below = it.floor.number, it.floor.below
 		}
 		st.Reports = max(st.Reports, it.report)
+		if p := it.recovers; p != (Place{}) {
+			p.Part++
+			st.Walked = p
+		}
 		st.Number++
 		st.Hash = sum(link(st.Number, session.Hash(st.Hash), sha256.Sum256(it.body)))
 		bodies = append(bodies, it.body)
@@ -579,7 +599,11 @@ func (l *Log) readOn(sent []byte) (mine bool, err error) {
 			continue
 		}
 		at = at.onto(m.Sequence, &b.statement, !b.key.Withdrawn)
-		mine = mine || bytes.Equal(m.Data, sent)
+		if bytes.Equal(m.Data, sent) {
+			mine = true
+		} else {
+			l.note(b)
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -124,33 +124,16 @@ func (l *Log) Records(ctx context.Context, q authority.AuditQuery) (*authority.A
 	}
 	w := newWanted(&q)
 	limit, end := cmp.Or(q.Limit, defaultLimit), time.Now().Add(queryTime)
-	after := r.at.statement // the batch behind the one that is read
-	after.First, after.Prev = r.at.Number+1, r.at.Hash
-	if seq != r.at.last {
-		after.First = 0 // not known
-	}
-	for ; seq >= r.first && seq > 0; seq-- {
-		m, err := get(ctx, r.s, seq)
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			break // purged, and what is before it
-		}
-		if err != nil {
-			return nil, err
-		}
-		b, err := parse(m.Data, r.ks)
-		if err != nil || m.Sequence != seq || after.First > 0 && (b.Number >= after.First || b.Number == after.First-1 && b.Hash != after.Prev) {
-			continue // not part of the chain
-		}
-		after = b.statement
+	return out, r.back(ctx, seq, func(b *batch, seq uint64) (bool, error) {
 		if b.First >= below {
-			continue
+			return true, nil
 		}
 		if !q.Since.IsZero() && b.Time.Time().Add(timeSlack).Before(q.Since) {
-			return out, nil
+			return false, nil
 		}
 		entries, err := b.open(l.o.Sealing)
 		if err != nil {
-			return nil, err
+			return false, err
 		}
 		for i := range slices.Backward(entries) {
 			e := &entries[i]
@@ -159,19 +142,19 @@ func (l *Log) Records(ctx context.Context, q authority.AuditQuery) (*authority.A
 			}
 			if len(out.Records) == limit || time.Now().After(end) {
 				out.Next = fmt.Sprintf("%d-%d", e.number+1, seq)
-				return out, nil
+				return false, nil
 			}
 			var rec authority.AuditRecord
 			if err := json.Unmarshal(e.body, &rec); err != nil {
-				return nil, fmt.Errorf("audit: record %d: %w", e.number, err)
+				return false, fmt.Errorf("audit: record %d: %w", e.number, err)
 			}
 			if w.record(&rec) {
 				h := e.hash()
 				out.Records = append(out.Records, authority.AuditEntry{Number: e.number, Hash: hex.EncodeToString(h[:]), AuditRecord: rec})
 			}
 		}
-	}
-	return out, nil
+		return true, nil
+	})
 }
 
 // timeSlack is how far the time of a batch may be behind that of its records, and

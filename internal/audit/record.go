@@ -51,7 +51,7 @@ func encode(r authority.AuditRecord) ([]byte, error) {
 	r.Salt = hex.EncodeToString(salt[:])
 	for _, s := range []*string{
 		&r.Kind, &r.Action, &r.Outcome, &r.Authority, &r.Principal.Name, &r.Principal.Means, &r.Reason, &r.Incident,
-		&r.Error, &r.Detail, &r.TraceID, &r.ParentID,
+		&r.Error, &r.Detail, &r.TraceID, &r.ParentID, &r.Decision,
 	} {
 		*s = session.ReportText(*s)
 	}
@@ -150,6 +150,9 @@ type statement struct {
 	KeySet uint64 `json:"keyset"`
 	// Reports is up to where the stream of reports has been audited, in a batch.
 	Reports uint64 `json:"reports,omitempty"`
+	// Walked is before which place of the log of decisions every decision is known
+	// to have its record, in a batch.
+	Walked Place `json:"walked,omitzero"`
 	// Sum is of the sealed part of a batch, or of all of an export that comes
 	// before the statement.
 	Sum sum `json:"sum"`

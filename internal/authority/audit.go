@@ -134,6 +134,9 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 		Kind: authority.AuditDecision, Action: string(r.Operation), Reason: r.Reason, Incident: r.Incident, Drill: r.Drill,
 	}
 	rec.Outcome, rec.Error = outcomeOf(err)
+	if u := (*undecided)(nil); errors.As(err, &u) {
+		rec.Decision = hex.EncodeToString(u.id[:])
+	}
 	tenant := ""
 	if t, _ := a.tenants(); len(t.list) == 1 {
 		tenant = t.list[0].Name()
@@ -175,6 +178,7 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 		rec.Outcome = authority.OutcomePreview
 	default:
 		rec.Epoch, rec.Sequence, rec.Entries, rec.Decided = d.Epoch, d.Number, d.Entries, d.At.UTC()
+		rec.Decision = d.ID
 		rec.Pending, rec.Duplicate = !d.Durable, d.Duplicate
 	}
 	return rec

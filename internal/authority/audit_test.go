@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -363,7 +365,16 @@ func child(dir string) {
 		}
 	}
 	ctx := context.Background()
-	a, err := Open(ctx, Options{DataDir: dir, Issuers: []string{issuer}})
+	o := Options{DataDir: dir, Issuers: []string{issuer}}
+	if os.Getenv(childEnv+"_BETWEEN") != "" {
+		// Stored in the log, and nobody has been told.
+		o.Hooks.AfterAck = func(number uint64) {
+			if number >= 5 {
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			}
+		}
+	}
+	a, err := Open(ctx, o)
 	fail(err)
 	c, err := authority.New(authority.Options{Socket: a.Socket()})
 	fail(err)
@@ -419,14 +430,15 @@ func TestKilledAuthorityKeepsItsRecords(t *testing.T) {
 			t.Fatalf("the child was to be killed after %d, and ended after %d: %v", at, n, err)
 		}
 	}
-	f := start(t, Options{DataDir: dir, Issuers: []string{issuer}})
+	f := start(t, Options{DataDir: dir, Issuers: []string{issuer}, recoverAfter: 50 * time.Millisecond})
+	f.recordsOfTheLog()
 	found := map[string]string{}
 	for line := range bytes.Lines(f.exported(authority.AuditQuery{})) {
 		var l struct{ Body authority.AuditRecord }
 		if err := json.Unmarshal(line, &l); err != nil {
 			t.Fatal(err)
 		}
-		if l.Body.Kind == authority.AuditDecision {
+		if l.Body.Kind == authority.AuditDecision && !l.Body.Recovered {
 			found[l.Body.Incident] = fmt.Sprint(l.Body.Sequence)
 		}
 	}
@@ -436,6 +448,118 @@ func TestKilledAuthorityKeepsItsRecords(t *testing.T) {
 		}
 	}
 	t.Logf("%d decisions acknowledged before 4 kills, %d on record", len(acked), len(found))
+}
+
+// recordsOfTheLog waits until each decision of the log has exactly one record, and
+// returns them all.
+func (f *fixture) recordsOfTheLog() (list []authority.AuditEntry) {
+	f.Helper()
+	js, err := jetstream.New(f.a.nc)
+	if err != nil {
+		f.Fatal(err)
+	}
+	s, err := js.Stream(f.ctx, natsfeed.LogStream)
+	if err != nil {
+		f.Fatal(err)
+	}
+	want := map[string]uint64{}
+	for seq := uint64(1); seq <= s.CachedInfo().State.LastSeq; seq++ {
+		m, err := s.GetMsg(f.ctx, seq)
+		if err != nil {
+			f.Fatal(err)
+		}
+		fr, err := session.ParseFrame(m.Data)
+		if err != nil {
+			f.Fatal(err)
+		}
+		b, err := session.UnmarshalBatch(fr.Body)
+		if err != nil {
+			f.Fatal(err)
+		}
+		if h, ok := f.a.seq.HashAt(b.Number); !ok || h != fr.Hash() {
+			continue // no part of the chain
+		}
+		for _, d := range b.Decisions {
+			want[hex.EncodeToString(d.ID[:])] = b.Number
+		}
+	}
+	f.until(func() bool {
+		if f.a.audit.Walked().Number <= f.a.headNumber() {
+			return false
+		}
+		have := map[string]uint64{}
+		list = list[:0]
+		if err := f.a.eachAudited(f.ctx, authority.AuditQuery{Kind: authority.AuditDecision}, func(e *authority.AuditEntry) bool {
+			if e.Sequence > 0 && !e.Duplicate {
+				if have[e.Decision] != 0 {
+					f.Fatalf("two records of the decision at %d: %+v", have[e.Decision], e)
+				}
+				have[e.Decision] = e.Sequence
+				list = append(list, *e)
+			}
+			return true
+		}); err != nil {
+			f.Fatal(err)
+		}
+		if !maps.Equal(have, want) {
+			f.Fatalf("the log has %d decisions, the audit %d: %v, %v", len(want), len(have), want, have)
+		}
+		return true
+	})
+	return list
+}
+
+func (a *Authority) headNumber() uint64 {
+	_, n, _ := a.seq.Head()
+	return n
+}
+
+// A decision that reached the log of an authority that was killed before it could
+// record it is recorded from the log by whoever writes next, once: the next start
+// finds nothing more to do.
+func TestKilledBetweenTheLogAndTheAudit(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "d")
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), exe)
+	cmd.Env = append(os.Environ(), childEnv+"="+dir, childEnv+"_BETWEEN=1", childEnv+"_ROUND=r")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Run(); err == nil {
+		t.Fatal("the child was to be killed")
+	}
+	for round := range 2 {
+		f := start(t, Options{DataDir: dir, Issuers: []string{issuer}, recoverAfter: 50 * time.Millisecond})
+		list := f.recordsOfTheLog()
+		n := 0
+		for _, e := range list {
+			if !e.Recovered {
+				continue
+			}
+			n++
+			if e.Principal.Name != "" || e.Principal.Means != "unknown" || e.Outcome != authority.OutcomeDone || e.Entries != 1 || e.Reason != "anomaly" ||
+				!strings.HasPrefix(e.Incident, "r-") || e.Decided.IsZero() || len(e.Targets) != 1 || !strings.Contains(e.Targets[0], "of tenant default") ||
+				!strings.Contains(e.Detail, "key ") || e.Callers[0].Agent != "*" || e.Callers[0].User != "*" {
+				t.Errorf("%+v", e)
+			}
+		}
+		if n == 0 {
+			t.Errorf("start %d: none of %d decisions was recovered", round+1, len(list))
+		}
+		f.exported(authority.AuditQuery{})
+		// Asked again, it is no second one.
+		if round == 0 {
+			d := f.decide(authority.Request{Operation: authority.Revoke, Targets: one("session", "more"), Incident: "INC-1", Reason: "anomaly"})
+			f.until(func() bool { return f.a.audit.Walked().Number > d.Number })
+			if got := f.recordsOfTheLog(); len(got) != len(list)+1 {
+				t.Errorf("%d records, want %d", len(got), len(list)+1)
+			}
+		}
+		if err := f.a.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // What somebody asks for without the role for it is on record, with who it was.

@@ -151,6 +151,8 @@ type Options struct {
 	// state is written.
 	Hooks       sequencer.Hooks
 	beforeState func() error
+	// recoverAfter replaces the constant, for tests.
+	recoverAfter time.Duration
 }
 
 // Authority is a running authority. Its methods may be called concurrently.
@@ -294,6 +296,7 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	a.done.Go(func() { a.tendAudit(run) })
+	a.done.Go(func() { a.tendRecovery(run) })
 	a.done.Go(func() { a.reports.Follow(run) })
 	a.done.Go(func() { a.discovered.read(run, a.store.Sealing, a.serves) })
 	a.done.Go(func() { a.hub.run(run) })

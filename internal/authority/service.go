@@ -127,16 +127,24 @@ func (a *Authority) commit(ctx context.Context, idempotencyKey string, r *author
 	a.once422.add(idempotencyKey, content)
 	res, err := a.seq.Decide(ctx, sequencer.Decision{ID: id, Entries: pl.entries})
 	if err != nil {
-		return nil, decideProblem(err)
+		return nil, &undecided{decideProblem(err), id}
 	}
 	a.hub.note(res.Epoch, res.Number, res.At.Time(), pl.entries)
 	d.Committed, d.Epoch, d.Number, d.At = true, res.Epoch, res.Number, res.At.Time()
-	d.Durable, d.Duplicate, d.Entries = res.Durable, res.Duplicate, len(pl.entries)
+	d.Durable, d.Duplicate, d.Entries, d.ID = res.Durable, res.Duplicate, len(pl.entries), hex.EncodeToString(id[:])
 	// The sequence alone cannot be traced to a value.
 	a.log.Info("decided", "by", access.From(ctx).Name, "operation", string(r.Operation), "epoch", d.Epoch, "number", d.Number, "entries", d.Entries,
 		"incident", r.Incident, "drill", r.Drill, "durable", d.Durable, "duplicate", d.Duplicate)
 	return d, nil
 }
+
+// undecided is why a decision of that id was not taken, or is not known to be.
+type undecided struct {
+	error
+	id session.DecisionID
+}
+
+func (u *undecided) Unwrap() error { return u.error }
 
 // preview counts the enforcers of the tenants that the decision is about, as p may
 // see them.

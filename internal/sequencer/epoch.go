@@ -382,6 +382,20 @@ func restateID(epoch uint64, n int) (id session.DecisionID) {
 	return id
 }
 
+// Restatement returns the ids of what the sequencer itself decides at the beginning
+// of an epoch, to put into force again what was in force before; nobody asked for
+// that.
+func Restatement(epoch uint64) map[session.DecisionID]struct{} {
+	out := map[session.DecisionID]struct{}{}
+	if epoch == firstEpoch {
+		return out
+	}
+	for n := -1; n <= 2*DefaultMaxState/restateChunk; n++ { // an entry and its share
+		out[restateID(epoch, n)] = struct{}{}
+	}
+	return out
+}
+
 // restateNext puts what is missing of the restatement before everything else.
 func (w *writer) restateNext() {
 	if w.carry == nil || w.role != writing {

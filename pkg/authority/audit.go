@@ -50,6 +50,10 @@ const (
 // them, as where a decision names the other alone. Empty says that there is none.
 const AuditAny = "*"
 
+// AuditUnknown names the agent, or the user, that a recovered decision is about:
+// the log has its keyed digest alone.
+const AuditUnknown = "?"
+
 // AuditRecord is one thing that was done, or asked for, at an authority.
 type AuditRecord struct {
 	Time time.Time `json:"time"`
@@ -80,8 +84,14 @@ type AuditRecord struct {
 	Epoch    uint64 `json:"epoch,omitempty"`
 	Sequence uint64 `json:"seq,omitempty"`
 	Entries  int    `json:"entries,omitempty"`
+	// Decision is the decision's id in the log, in hex; see Decision.ID.
+	Decision string `json:"decision,omitempty"`
 	// Decided is the authority's time of the decision.
 	Decided time.Time `json:"decided,omitzero"`
+	// Recovered is set where the log has the decision and whoever took it left no
+	// record: this one was made from the log, which has neither who asked nor the
+	// values of its targets.
+	Recovered bool `json:"recovered,omitempty"`
 	// Pending is set when the log had not said, when the record was made, that
 	// it has stored the decision; Duplicate when it had been taken before under
 	// the same idempotency key.

@@ -147,6 +147,9 @@ type Decision struct {
 	// Epoch and Number are the decision's place in the log.
 	Epoch  uint64 `json:"epoch,omitempty"`
 	Number uint64 `json:"number,omitempty"`
+	// ID is what the log calls it: a hash of the idempotency key and the request,
+	// in hex. The audit names it, too.
+	ID string `json:"id,omitempty"`
 	// At is the authority's time of the decision.
 	At time.Time `json:"at,omitzero"`
 	// Durable is set when the log has stored it, and the audit who asked for it.
