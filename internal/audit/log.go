@@ -463,7 +463,7 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 	at, walked := l.at, l.walked
 	done := make([]bool, len(items))
 	for i, it := range items {
-		done[i] = it.recovers != Place{} && (at.Walked.after(it.recovers) || l.seen.has(it.decision))
+		done[i] = it.recovers != Place{} && l.seen.has(it.decision)
 	}
 	l.mu.Unlock()
 	st := &statement{
