@@ -93,7 +93,7 @@ func (b *bus) feed(t testing.TB) *natsfeed.Feed {
 func (b *bus) Append(t testing.TB, frames ...[]byte) {
 	t.Helper()
 	for _, f := range frames {
-		_, err := b.js.PublishAsync(natsfeed.LogSubject, f)
+		_, err := b.js.PublishAsync(natsfeed.LogSubject, f, jetstream.WithStallWait(time.Minute))
 		must(t, err)
 	}
 	select {
