@@ -10,5 +10,8 @@
 // the log encrypted and authenticated under a key that only authorities hold, and
 // each batch names the one before it by its hash.
 //
+// What authorities must agree on beside that, and find without asking the store, is
+// here as well: notes, which are small, few, and nobody's but theirs.
+//
 // Nothing that is asked of the index waits for the store.
 package registry

@@ -17,6 +17,7 @@ type index struct {
 	next     uint64 // number of the next record
 	sessions int
 	agents   int
+	notes    map[noteKey]*Note
 	expiring expiring
 	bytes    int // about what it takes in memory
 }
@@ -124,7 +125,9 @@ func (h *expiring) Pop() any {
 	return s
 }
 
-func newIndex() *index { return &index{tenants: map[string]*tenant{}, next: 1} }
+func newIndex() *index {
+	return &index{tenants: map[string]*tenant{}, notes: map[noteKey]*Note{}, next: 1}
+}
 
 // What the parts take, as allocated: struct, entry of its map at the usual load,
 // places in lists. Measured against the heap by TestMemoryIsReported.

@@ -128,9 +128,9 @@ func (r *Registry) nextFlight() bool {
 	r.in.Unlock()
 	f := &flight{at: r.at}
 	type key struct {
-		tenant string
+		tenant string // of a note, its kind
 		ref    Ref
-		agent  bool
+		sort   byte
 	}
 	var touched map[key]bool
 	var later []*unit
@@ -154,7 +154,7 @@ func (r *Registry) nextFlight() bool {
 		}
 		need := u.size
 		if ops[0].Agent != nil {
-			// A change of state has the whole record.
+			// A change of state has the whole record. What a note needs was counted.
 			if need, err = sizeOf(ops[0].Agent); err != nil || size+need > maxUnitBytes {
 				later = append(later, u)
 				continue
@@ -164,10 +164,13 @@ func (r *Registry) nextFlight() bool {
 		// force.
 		clash := false
 		keyOf := func(o *op) key {
-			if o.Agent != nil {
-				return key{o.Agent.Tenant, o.Agent.Ref, true}
+			switch {
+			case o.Agent != nil:
+				return key{o.Agent.Tenant, o.Agent.Ref, 'a'}
+			case o.Note != nil: // of one kind, one at a time: they bound each other
+				return key{tenant: o.Note.Kind, sort: 'k'}
 			}
-			return key{o.Session.Tenant, o.Session.Ref, false}
+			return key{o.Session.Tenant, o.Session.Ref, 's'}
 		}
 		for i := range ops {
 			clash = clash || touched[keyOf(&ops[i])]
@@ -182,6 +185,9 @@ func (r *Registry) nextFlight() bool {
 		for i := range ops {
 			touched[keyOf(&ops[i])] = true
 			ops[i].Number = number
+			if ops[i].Note != nil {
+				ops[i].Note.Revision = number
+			}
 			if ops[i].Agent != nil {
 				ops[i].Agent.Revision = number
 				if have := r.x.findAgent(ops[i].Agent.Tenant, ops[i].Agent.Ref); have != nil {
@@ -306,6 +312,8 @@ func (x *index) apply(ops []op) {
 			x.putSession(o.Number, o.Session)
 		case o.Agent != nil:
 			x.putAgent(o.Number, o.Agent)
+		case o.Note != nil:
+			x.putNote(o.Number, o.Note)
 		}
 	}
 }

@@ -37,6 +37,10 @@ const (
 	MaxAgents         = 100_000
 	MaxTenantAgents   = 50_000
 
+	// MaxNotes bounds the notes, and MaxNote the content of one, in bytes.
+	MaxNotes = 4096
+	MaxNote  = 16 << 10
+
 	// MaxUnit bounds the sessions that are registered together, all or none.
 	MaxUnit = 1000
 )

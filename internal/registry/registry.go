@@ -140,11 +140,12 @@ type Status struct {
 	Stats
 }
 
-// op is a record as it is in the log: of one session, or of one agent.
+// op is a record as it is in the log: of one session, one agent, or one note.
 type op struct {
 	Number  uint64       `json:"n"`
 	Session *Session     `json:"s,omitempty"`
 	Agent   *AgentRecord `json:"a,omitempty"`
+	Note    *Note        `json:"k,omitempty"`
 }
 
 type batch struct {

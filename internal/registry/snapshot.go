@@ -313,7 +313,16 @@ func (r *Registry) writeChunks(ctx context.Context, m *manifest) error {
 		names = append(names, name)
 	}
 	x := r.x
+	var notes []op
+	for _, n := range x.notes {
+		notes = append(notes, op{Number: n.Revision, Note: n})
+	}
 	r.mu.RUnlock()
+	for i := range notes {
+		if err := add(notes[i]); err != nil {
+			return err
+		}
+	}
 	for _, name := range names {
 		for after, more := uint64(0), true; more; {
 			var piece []op
