@@ -445,6 +445,11 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"GET /v1/proposals", "", "", 200, roles{r, c, a}, false},
 		{"POST /v1/proposals", "", decision("suspend", "", `{"kind":"tenant","value":"acme"}`), 201, roles{c}, false},
 		{"POST /v1/proposals", "", decision("kill", "", `{"kind":"global"}`), 201, roles{c}, true},
+		{"GET /v1/exemptions", "", "", 200, roles{r, c, a}, false},
+		{"POST /v1/exemptions", "", `{"target":{"tenant":"acme","terms":[{"kind":"role","value":"NEW"}]},"owner":"o","reason":"r"}`, 201, roles{c}, false},
+		{"POST /v1/exemptions", "", `{"target":{"tenant":"acme","terms":[{"kind":"role","value":"NEW"}]},"global":true,"owner":"o","reason":"r"}`, 201, roles{c}, true},
+		{"POST /v1/exemptions/{id}/approve", "/v1/exemptions/EXEMPT/approve", "", 200, roles{c}, false},
+		{"DELETE /v1/exemptions/{id}", "/v1/exemptions/EXEMPT", "", 204, roles{c}, false},
 		{"POST /v1/proposals/{id}/withdraw", "/v1/proposals/ID/withdraw", "", 200, roles{c}, false},
 		{"POST /v1/proposals/{id}/approve", "/v1/proposals/ID/approve", "", 200, roles{c}, false},
 	} {
@@ -465,7 +470,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 				if strings.Contains(path, "/ID/") {
 					path = strings.Replace(path, "ID", s.propose(s.as(name, "commander-all"), "suspend", "acme").ID, 1)
 				}
+				path = strings.Replace(path, "EXEMPT", s.exemption(path, name), 1)
 				code, _, got := s.do(s.as("p", string(role)+"-"+where), method, path, body)
+				s.noExemptions()
 				may := slices.Contains(e.may, role) && (where == "all" || !e.everywhere)
 				what := fmt.Sprintf("%s of %s: %s %s %s", role, where, method, path, body)
 				switch {
@@ -757,6 +764,35 @@ func (s *served) propose(c caller, op, tenant string) authority.Proposal {
 		s.Fatalf("propose: %d %s", code, got)
 	}
 	return p
+}
+
+// exemption declares one for a path that names one, and returns its id.
+func (s *served) exemption(path, name string) string {
+	s.Helper()
+	if !strings.Contains(path, "EXEMPT") {
+		return ""
+	}
+	var x authority.Exemption
+	body := `{"target":{"tenant":"acme","terms":[{"kind":"role","value":"` + name + `"}]},"owner":"o","reason":"r"}`
+	code, _, got := s.do(s.as(name, "commander-all"), "POST", "/v1/exemptions", body)
+	if code != 201 || json.Unmarshal([]byte(got), &x) != nil || x.State != authority.ExemptionDeclared {
+		s.Fatalf("exempt: %d %s", code, got)
+	}
+	return x.ID
+}
+
+// noExemptions removes all.
+func (s *served) noExemptions() {
+	s.Helper()
+	list, err := s.op.Exemptions(s.Context())
+	if err != nil {
+		s.Fatal(err)
+	}
+	for _, x := range list {
+		if err := s.op.RemoveExemption(s.Context(), x.ID); err != nil {
+			s.Fatal(err)
+		}
+	}
 }
 
 func (s *served) kills() []string {

@@ -23,7 +23,7 @@ type decisionFlags struct {
 	issuedBefore, until, share                         string
 	exceptList                                         []string
 	forTime, wait                                      time.Duration
-	drill, commit, credentials                         bool
+	drill, commit, credentials, noExemptions           bool
 }
 
 type verb struct {
@@ -108,6 +108,7 @@ what is missing. What a target is: session-authority help targets.
 			f.DurationVar(&d.forTime, "for", 0, "the same, counted from now, as in 30m")
 		case "except":
 			f.StringArrayVar(&d.exceptList, name, nil, "a caller that is not touched, as in user:alice; may be repeated")
+			f.BoolVar(&d.noExemptions, "no-exemptions", false, "on a whole tenant, or everything: spare none of those that are declared (session-authority exemptions)")
 		case "acr":
 			f.StringVar(&d.acr, name, "", "the authentication context that is required")
 		case "effect":
@@ -196,7 +197,7 @@ func parseShare(s string) (float64, error) {
 func (d *decisionFlags) request(op authority.Operation, args []string, now time.Time) (authority.Request, error) {
 	r := authority.Request{
 		Operation: op, Effect: d.effect, For: authority.Duration(d.forTime), Reason: d.reason, Incident: d.incident,
-		ACR: d.acr, Credentials: d.credentials, Drill: d.drill, Commit: d.commit, BreakGlass: d.glass,
+		ACR: d.acr, Credentials: d.credentials, NoExemptions: d.noExemptions, Drill: d.drill, Commit: d.commit, BreakGlass: d.glass,
 	}
 	target, err := parseTarget(args, d.tenant, d.issuer)
 	if err != nil {

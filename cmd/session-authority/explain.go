@@ -143,6 +143,12 @@ func explainText(x *authority.Explanation) string {
 		if m.ACR != "" {
 			fmt.Fprintf(&b, ", requires %s", cli.OneLine(m.ACR))
 		}
+		switch {
+		case m.Exempted:
+			b.WriteString(", this caller is exempt")
+		case m.Exempt > 0:
+			fmt.Fprintf(&b, ", %d exempt", m.Exempt)
+		}
 		if m.Share > 0 {
 			fmt.Fprintf(&b, ", %g%% set free", m.Share)
 		}

@@ -32,6 +32,7 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 		for _, t := range p.Tenants {
 			fmt.Fprintf(&b, "touches %s and %s of tenant %s, on %s\n", count(t.Agents, "agent"), count(t.Sessions, "live session"), t.Tenant, count(t.Enforcers, "enforcer"))
 		}
+		b.WriteString(sparedText(p))
 		fmt.Fprintf(&b, "on %s with %s; add --commit to do it\n", count(p.Enforcers, "enforcer"), count(int(p.Running), "running call"))
 		return b.String()
 	}
@@ -47,6 +48,9 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 	if d.Duplicate {
 		first += " (already, under the same idempotency key)"
 	}
+	if n := len(d.Exempted); n > 0 {
+		first += fmt.Sprintf(", %d exempt", n)
+	}
 	parts = append(parts, first)
 	if c != nil {
 		parts = append(parts, coverageText(c, now)...)
@@ -55,6 +59,23 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 		parts = append(parts, "not durable yet")
 	}
 	return strings.Join(parts, "; ") + "\n"
+}
+
+// sparedText says whom a decision does not touch, one line each.
+func sparedText(p *authority.Preview) string {
+	if len(p.Spared) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d exempt: %s go on\n", len(p.Spared), count(p.SparedSessions, "live session"))
+	for _, s := range p.Spared {
+		fmt.Fprintf(&b, "  %s, %s", cli.OneLine(s.Target), count(s.Sessions, "live session"))
+		if s.Exemption != "" {
+			fmt.Fprintf(&b, " (%s, of %s)", s.Exemption, cli.OneLine(s.Owner))
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
 }
 
 // coverageText says where a decision is in force, against the roster.

@@ -120,6 +120,15 @@ func statusText(s *authority.Status) string {
 	if len(s.Kills) > 0 {
 		fmt.Fprintf(&b, "KILLED: %s\n", strings.Join(s.Kills, ", "))
 	}
+	for _, k := range s.KillsInForce {
+		sessions := 0
+		for _, x := range k.Spared {
+			sessions += x.Sessions
+		}
+		if k.Exempt > 0 {
+			fmt.Fprintf(&b, "  %s: %d exempt, with %s\n", k.Target, k.Exempt, count(sessions, "live session"))
+		}
+	}
 	for _, w := range s.Warnings {
 		fmt.Fprintf(&b, "warning: %s\n", cli.OneLine(w))
 	}

@@ -69,6 +69,9 @@ const (
 	ListProposals Operation = "list proposals"
 	Approve       Operation = "approve proposals"
 	Withdraw      Operation = "withdraw proposals"
+	// DeclareExemptions also approves what another declared, and removes.
+	DeclareExemptions Operation = "declare exemptions"
+	ListExemptions    Operation = "list exemptions"
 
 	// DenyOne denies one session, token, credential or key.
 	DenyOne Operation = "deny a single credential"
@@ -115,6 +118,9 @@ var table = map[Operation]rule{
 	ListProposals:    {roles: []Role{Responder, Commander, Auditor}},
 	Approve:          {roles: []Role{Commander}},
 	Withdraw:         {roles: []Role{Commander}},
+	ListExemptions:   {roles: []Role{Responder, Commander, Auditor}},
+	// Global ones take it in all tenants.
+	DeclareExemptions: {roles: []Role{Commander}},
 }
 
 // endpoints are the operations of the API's endpoints, by their patterns.
@@ -145,6 +151,10 @@ var endpoints = map[string]Operation{
 	"GET /v1/proposals":                           ListProposals,
 	"POST /v1/proposals/{id}/approve":             Approve,
 	"POST /v1/proposals/{id}/withdraw":            Withdraw,
+	"GET /v1/exemptions":                          ListExemptions,
+	"POST /v1/exemptions":                         DeclareExemptions,
+	"POST /v1/exemptions/{id}/approve":            DeclareExemptions,
+	"DELETE /v1/exemptions/{id}":                  DeclareExemptions,
 }
 
 // Endpoint returns the operation of an endpoint, by its pattern. One that has
@@ -307,7 +317,7 @@ func (p *Principal) forbidden(op Operation, tenant string) error {
 		need = "an agent holds no role: ask a person or a service that does"
 	case len(names) > 0 && tenant != "":
 		need = fmt.Sprintf("it takes the role %s in tenant %s", strings.Join(names, " or "), tenant)
-	case len(names) > 0 && (everywhere || op == DecideAll || op == Propose || op == Approve || op == Withdraw):
+	case len(names) > 0 && (everywhere || op == DecideAll || op == Propose || op == Approve || op == Withdraw || op == DeclareExemptions):
 		need = fmt.Sprintf("it takes the role %s in all tenants", strings.Join(names, " or "))
 	case len(names) > 0:
 		need = "it takes the role " + strings.Join(names, " or ")

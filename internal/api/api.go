@@ -102,6 +102,11 @@ type Service interface {
 	Proposals(ctx context.Context) ([]authority.Proposal, error)
 	Approve(ctx context.Context, id string) (*authority.Decision, error)
 	Withdraw(ctx context.Context, id string) (*authority.Proposal, error)
+	// DeclareExemption declares a caller that kills do not touch.
+	DeclareExemption(ctx context.Context, r authority.ExemptionRequest) (*authority.Exemption, error)
+	Exemptions(ctx context.Context) ([]authority.Exemption, error)
+	ApproveExemption(ctx context.Context, id string) (*authority.Exemption, error)
+	RemoveExemption(ctx context.Context, id string) error
 	// Watch calls fn with each event until ctx ends or fn fails. It returns
 	// soon after, and never calls fn concurrently.
 	Watch(ctx context.Context, fn func(authority.Event) error) error
@@ -405,6 +410,10 @@ func (s *Server) endpoints() map[string]endpoint {
 		"GET /v1/proposals":                           {s.proposals, nothing},
 		"POST /v1/proposals/{id}/approve":             {s.approve, nothing},
 		"POST /v1/proposals/{id}/withdraw":            {s.withdraw, nothing},
+		"GET /v1/exemptions":                          {s.exemptions, nothing},
+		"POST /v1/exemptions":                         {s.declareExemption, body},
+		"POST /v1/exemptions/{id}/approve":            {s.approveExemption, nothing},
+		"DELETE /v1/exemptions/{id}":                  {s.removeExemption, nothing},
 	}
 }
 

@@ -150,6 +150,12 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 	for _, t := range r.Except {
 		say("except %s", t)
 	}
+	if r.NoExemptions {
+		more = append(more, "NO EXEMPTIONS")
+	}
+	if d != nil && len(d.Exempted) > 0 {
+		say("exempted: %s", strings.Join(d.Exempted, ", "))
+	}
 	if r.Share != 0 {
 		say("share %g%%", r.Share)
 	}

@@ -72,6 +72,10 @@ type planner struct {
 	issuers []string
 	state   *filter.Set
 	now     time.Time
+	// exemptions returns those that are declared; nil where none are asked for. Only
+	// what counted at declaredBy applies.
+	exemptions func() ([]declared, error)
+	declaredBy time.Time
 	// own is set for what the authority decides by itself, and not a person.
 	own bool
 }
@@ -84,6 +88,9 @@ type plan struct {
 	warnings []string
 	// targets and except are what is named, in canonical form.
 	targets, except []session.Target
+	// spared are those of except that the declared exemptions, or the request,
+	// name.
+	spared []spared
 	// touched are what the targets ask of whoever decides, each once.
 	touched []touched
 }
@@ -134,7 +141,11 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := &plan{entries: make([]session.Entry, 0, len(r.Targets)), except: except}
+	out := &plan{entries: make([]session.Entry, 0, len(r.Targets))}
+	for _, n := range except {
+		out.except = append(out.except, n.target)
+		out.spared = append(out.spared, spared{authority.Spared{Target: n.text}, n.target})
+	}
 	seen := make(map[session.Key]bool, len(r.Targets))
 	for _, t := range r.Targets {
 		n, err := p.name(t)
@@ -160,11 +171,18 @@ func (p *planner) plan(r *authority.Request) (*plan, error) {
 			}
 		}
 		if len(out.would) < maxPreview {
-			out.would = append(out.would, describe(r, n, base))
+			d := base
+			if len(out.entries) > before {
+				d.Except = out.entries[before].Except
+			}
+			out.would = append(out.would, describe(r, n, d))
 		}
 	}
 	if len(seen) > 1 {
 		out.wide = true
+	}
+	if r.NoExemptions && !out.everything() {
+		return nil, invalid("leave it out", "no_exemptions is for what is decided on a whole tenant, or on everything")
 	}
 	if missing := p.unaccounted(r, out); len(missing) > 0 {
 		if r.Commit || !out.wide {
@@ -236,6 +254,8 @@ func fits(r *authority.Request) error {
 		{"acr", r.ACR != "", []authority.Operation{authority.StepUp}, "leave it out: only step_up takes one"},
 		{"except", len(r.Except) > 0, []authority.Operation{authority.Revoke, authority.Suspend, authority.StepUp, authority.Reduce, authority.Kill},
 			"leave the exemptions out: a lift has none"},
+		{"no_exemptions", r.NoExemptions, []authority.Operation{authority.Revoke, authority.Suspend, authority.StepUp, authority.Reduce, authority.Kill},
+			"leave it out: a lift has none"},
 		{"share", r.Share != 0, []authority.Operation{authority.Resume, authority.Restore}, "leave it out: only resume and restore are done in stages"},
 		{"credentials", r.Credentials, []authority.Operation{authority.Kill}, "leave it out: only kill takes it"},
 	} {
@@ -259,7 +279,7 @@ func fits(r *authority.Request) error {
 }
 
 // base has what all entries of the decision share.
-func (p *planner) base(r *authority.Request) (e session.Entry, except []session.Target, err error) {
+func (p *planner) base(r *authority.Request) (e session.Entry, except []named, err error) {
 	e = session.Entry{Op: session.OpSet, Incident: r.Incident, ACR: r.ACR, Drill: r.Drill}
 	switch r.Operation {
 	case authority.Revoke:
@@ -321,11 +341,11 @@ func (p *planner) base(r *authority.Request) (e session.Entry, except []session.
 		if err != nil {
 			return e, nil, err
 		}
-		if n.shape.PerCall() || n.shape <= session.Shape(session.KindTenant) {
-			return e, nil, invalid("exempt a caller: a user, agent, session, …", "%s cannot be exempted", n.text)
+		if err := exemptible(&n); err != nil {
+			return e, nil, err
 		}
 		e.Except = append(e.Except, n.key)
-		except = append(except, n.target)
+		except = append(except, n)
 	}
 	e.Except = session.SortKeys(e.Except)
 	if len(e.Except) == 0 {
@@ -395,6 +415,11 @@ func (p *planner) name(t authority.Target) (named, error) {
 // apply adds the entries for one target.
 func (p *planner) apply(out *plan, r *authority.Request, n named, base session.Entry) error {
 	base.Key = n.key
+	if base.Op == session.OpSet {
+		if err := p.spare(out, r, &n, &base); err != nil {
+			return err
+		}
+	}
 	warn := func(format string, a ...any) {
 		if len(out.warnings) < maxPreview {
 			out.warnings = append(out.warnings, n.text+" "+fmt.Sprintf(format, a...))

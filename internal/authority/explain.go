@@ -63,6 +63,7 @@ func explain(state *filter.Set, p *session.Prepared, call *session.Call, now ses
 		records := state.Lookup(k)
 		for i := range records {
 			m := match(&records[i], k.Shape)
+			m.Exempted = slices.ContainsFunc(p.Keys(), func(k session.Key) bool { return slices.Contains(records[i].Except, k) })
 			if records[i].Matches(p, call, moment) {
 				x.Matches = append(x.Matches, m)
 			} else {
@@ -101,7 +102,7 @@ func match(r *session.Record, shape session.Shape) authority.Match {
 	return authority.Match{
 		Effect: r.Effect.String(), On: shape.String(), Reason: r.Reason.String(), Incident: r.Incident,
 		Number: r.Seq, Since: r.Since.Time(), Expires: r.Expires.Time(), IssuedBefore: r.IssuedBefore.Time(),
-		ACR: r.ACR, Share: float64(r.Share) * 100 / session.ShareUnit, Drill: r.Drill,
+		ACR: r.ACR, Share: float64(r.Share) * 100 / session.ShareUnit, Drill: r.Drill, Exempt: len(r.Except),
 	}
 }
 

@@ -33,7 +33,7 @@ func (pl *plan) everything() bool {
 
 // needsTwo reports whether p may not take a decision alone. A drill denies nobody.
 func (a *Authority) needsTwo(p *access.Principal, r *authority.Request, pl *plan) bool {
-	return a.o.Access != nil && a.o.Access.TwoPerson != access.Off && !p.Local() && pl.everything() && !r.Drill
+	return !a.alone(p) && pl.everything() && !r.Drill
 }
 
 // breakGlass marks a request whose one author takes it upon themselves.
@@ -201,7 +201,9 @@ func (a *Authority) approve(ctx context.Context, id string) (*authority.Decision
 	case !now.Before(rec.Expires):
 		return nil, nil, authority.NewProblem(authority.ProblemConflict, "the proposal has expired", "propose it anew")
 	}
-	pl, err := a.planner(p).plan(&rec.Request)
+	by := a.planner(p)
+	by.declaredBy = rec.At // what came to be exempted since is not what was proposed
+	pl, err := by.plan(&rec.Request)
 	if err != nil {
 		return nil, nil, err
 	}

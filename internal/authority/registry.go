@@ -489,6 +489,16 @@ func (a *Authority) count(v *authority.Preview, pl *plan, scope access.Scope) (w
 		warnings = append(warnings, fmt.Sprintf("of sessions it is not known beforehand which %s they have: those counted are by the rest of the target", strings.Join(unknown, " or ")))
 	}
 	enforcers := a.enforcersIn(scope)
+	if v.Spared = a.countSpared(pl.spared, scope); len(v.Spared) > 0 {
+		all, err := a.registry.Touched(pl.targets, nil)
+		if err == nil {
+			for name, c := range all {
+				if scope.Has(name) {
+					v.SparedSessions += c.Sessions - counts[name].Sessions
+				}
+			}
+		}
+	}
 	for name, c := range counts {
 		if !scope.Has(name) {
 			continue

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/access"
@@ -28,7 +29,11 @@ const (
 // planner plans for p: with the tenants that exist for it.
 func (a *Authority) planner(p *access.Principal) *planner {
 	t, _ := a.tenants()
-	return &planner{tenants: t.within(p.Visible()), issuers: a.o.Issuers, state: a.seq.State(), now: time.Now()}
+	now := time.Now()
+	return &planner{
+		tenants: t.within(p.Visible()), issuers: a.o.Issuers, state: a.seq.State(), now: now,
+		exemptions: sync.OnceValues(func() ([]declared, error) { return a.exemptions(now) }), declaredBy: now,
+	}
 }
 
 // Decide takes a decision, or previews it, and returns when the log and the audit
@@ -99,7 +104,7 @@ func (a *Authority) decide(ctx context.Context, by *planner, idempotencyKey stri
 		}
 	}
 	if pl.wide && !r.Commit {
-		d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings, Preview: a.preview(&r, pl, p)}
+		d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings, Exempted: pl.exempted(), Preview: a.preview(&r, pl, p)}
 		d.Warnings = append(d.Warnings, a.count(d.Preview, pl, p.Visible())...)
 		return d, nil
 	}
@@ -123,7 +128,10 @@ func (a *Authority) commit(ctx context.Context, idempotencyKey string, r *author
 	if a.once422.check(idempotencyKey, content) {
 		return nil, authority.NewProblem(authority.ProblemIdempotency, "the idempotency key was used for another request", "use a new key for a new request")
 	}
-	d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings}
+	d := &authority.Decision{Operation: r.Operation, Warnings: pl.warnings, Exempted: pl.exempted()}
+	if r.NoExemptions {
+		a.log.Warn("NO EXEMPTIONS: decided without sparing those that are declared", "by", access.From(ctx).Name, "incident", r.Incident)
+	}
 	a.once422.add(idempotencyKey, content)
 	res, err := a.seq.Decide(ctx, sequencer.Decision{ID: id, Entries: pl.entries})
 	if err != nil {
@@ -350,21 +358,10 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 			warn("%d messages in the registry's log were written by no authority, or altered", r.Refused)
 		}
 	}
-	state := a.seq.State()
-	killed := func(k session.Key) bool {
-		for _, r := range state.Lookup(k) {
-			if r.Reason == session.ReasonKill && !r.Drill && r.IssuedBefore == 0 && r.Effect >= session.EffectSuspended {
-				return true
-			}
-		}
-		return false
-	}
-	if killed(session.GlobalKey()) {
-		s.Kills = append(s.Kills, "global")
-	}
-	for _, t := range ks.Tenants {
-		if scope.Has(t.Name) && killed(session.TenantKey(t.ID)) {
-			s.Kills = append(s.Kills, "tenant "+t.Name)
+	s.KillsInForce = a.kills(scope)
+	for _, k := range s.KillsInForce {
+		if !slices.Contains(s.Kills, k.Target) { // with its credentials and without
+			s.Kills = append(s.Kills, k.Target)
 		}
 	}
 	return s

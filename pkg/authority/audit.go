@@ -34,6 +34,7 @@ const (
 	AuditReceipts  = "receipts"  // what enforcers reported to have applied
 	AuditCoverage  = "coverage"  // where a decision was in force, a while after it
 	AuditRegistry  = "registry"  // an agent was registered, or its state changed
+	AuditExemption = "exemption" // a caller that kills do not touch was declared, approved or removed
 	AuditRetention = "retention" // the oldest records were removed
 )
 

@@ -123,6 +123,9 @@ type Request struct {
 	// Except are callers that the decision does not touch; at most
 	// session.MaxExcept.
 	Except []Target `json:"except,omitempty"`
+	// NoExemptions decides on a whole tenant, or on everything, without sparing
+	// those that are declared; see Exemption.
+	NoExemptions bool `json:"no_exemptions,omitempty"`
 	// Share is the percentage, above 0 and up to 100, of the sessions that
 	// Restore (of a kill) or Resume sets free now; zero is all of them.
 	Share float64 `json:"share,omitzero"`
@@ -160,7 +163,10 @@ type Decision struct {
 	// request: nothing was decided again.
 	Duplicate bool `json:"duplicate,omitempty"`
 	// Entries is how many entries of the log it took.
-	Entries  int      `json:"entries,omitempty"`
+	Entries int `json:"entries,omitempty"`
+	// Exempted are the callers that it does not touch, with the ids of the
+	// exemptions that are declared, at most the first twenty.
+	Exempted []string `json:"exempted,omitempty"`
 	Warnings []string `json:"warnings,omitempty"`
 	Preview  *Preview `json:"preview,omitempty"`
 }
@@ -180,6 +186,10 @@ type Preview struct {
 	Agents   int             `json:"agents"`
 	Sessions int             `json:"sessions"`
 	Tenants  []TenantPreview `json:"tenants"`
+	// Spared are the callers that it does not touch, at most the first twenty, and
+	// SparedSessions how many live sessions fewer it touches for them.
+	Spared         []Spared `json:"spared,omitempty"`
+	SparedSessions int      `json:"spared_sessions,omitempty"`
 }
 
 // EnforcerState says where one enforcer stands, as regards a decision.
@@ -369,6 +379,8 @@ type Status struct {
 	Registry *RegistryStatus `json:"registry,omitempty"`
 	// Kills are the kills in force: "global", or "tenant" and its name.
 	Kills []string `json:"kills,omitempty"`
+	// KillsInForce says more of each.
+	KillsInForce []KillInForce `json:"kills_in_force,omitempty"`
 	// Warnings are what an operator should mend.
 	Warnings []string `json:"warnings,omitempty"`
 }
@@ -463,6 +475,10 @@ type Match struct {
 	ACR          string    `json:"acr,omitempty"`
 	Share        float64   `json:"share,omitzero"`
 	Drill        bool      `json:"drill,omitempty"`
+	// Exempt is how many callers the entry does not touch, and Exempted whether
+	// this one is among them.
+	Exempt   int  `json:"exempt,omitempty"`
+	Exempted bool `json:"exempted,omitempty"`
 }
 
 // Event is one of what Watch tells. Type says which of the others is set.
