@@ -24,6 +24,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -168,6 +169,7 @@ type Authority struct {
 	tracker    *roster.Tracker
 	reports    *report.Reader
 	registry   *registry.Registry
+	agents     atomic.Pointer[registry.Publisher]
 	discovered discovered
 	audit      *audit.Log
 	watched    watched
@@ -257,6 +259,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if a.seq, err = sequencer.Open(ctx, sequencer.Options{
 		NC: a.own, Keys: a.store, AckWait: o.AckWait, Logger: a.log, Hooks: o.Hooks,
 		SegmentEvery: o.SegmentEvery, SegmentBatches: o.SegmentBatches, StateDir: filepath.Join(o.DataDir, StateDir),
+		Agents: func() session.AgentsRef { return a.agents.Load().Ref() },
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
@@ -295,6 +298,14 @@ func (a *Authority) open(ctx context.Context) error {
 	if a.registry, err = registry.Open(ctx, registry.Options{NC: a.nc, Keys: a.store, Logger: a.log}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
+	agents, err := registry.NewPublisher(registry.PublisherOptions{
+		NC: a.nc, Registry: a.registry, Keys: a.store, Writer: a.seq.IsWriter, Published: a.seq.BeatSoon, Logger: a.log,
+	})
+	if err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	a.agents.Store(agents)
+	a.done.Go(func() { agents.Run(run) })
 	a.done.Go(func() { a.tendAudit(run) })
 	a.done.Go(func() { a.tendRecovery(run) })
 	a.done.Go(func() { a.reports.Follow(run) })

@@ -38,6 +38,7 @@ func EnforcerPermissions(name string) Permissions {
 			directGet + natsfeed.LogStream,
 			directGet + natsfeed.TrustStream,
 			directGet + natsfeed.SegmentStream,
+			directGet + natsfeed.AgentStream,
 		},
 		Subscribe: []string{
 			natsfeed.LogSubject,
@@ -61,7 +62,7 @@ func AuthorityPermissions() Permissions {
 		natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject,
 		natsfeed.ForwardSubject, natsfeed.ReceiptSubjects, natsfeed.ReportSubjects, natsfeed.ClockSubjects,
 		natsfeed.SegmentSubject, natsfeed.SegmentChunks, natsfeed.AuditSubject,
-		natsfeed.RegistrySubject, natsfeed.SnapshotSubject, natsfeed.SnapshotChunks,
+		natsfeed.RegistrySubject, natsfeed.SnapshotSubject, natsfeed.SnapshotChunks, natsfeed.AgentSubject, natsfeed.AgentPartSubjects,
 	}
 	return Permissions{
 		Publish:   append([]string{"$JS.API.>", "$JS.ACK.>", "$JS.FC.>", "$KV.>", "$O.>", "_INBOX.>", "_R_.>"}, own...),
@@ -97,7 +98,7 @@ func accountsConfig(authority string, list []Enforcer) string {
 	for _, s := range []string{natsfeed.ReceiptSubjects, natsfeed.ReportSubjects, natsfeed.ClockSubjects} {
 		line("      {service: %q, response_type: singleton, response_threshold: %q}", s, responseThreshold)
 	}
-	for _, s := range []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.SegmentStream} {
+	for _, s := range []string{natsfeed.LogStream, natsfeed.TrustStream, natsfeed.SegmentStream, natsfeed.AgentStream} {
 		line("      {service: %q, response_type: stream, response_threshold: %q}", directGet+s, responseThreshold)
 	}
 	line("    ]")

@@ -117,7 +117,15 @@ func streams(replicas int) []jetstream.StreamConfig {
 	snapshots.Description = "snapshots of the registry, encrypted; old ones are purged"
 	snapshots.Discard, snapshots.DenyDelete = jetstream.DiscardNew, true
 	snapshots.MaxMsgSize = session.MaxFrameLen + maxHeader
-	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, audit, registry, snapshots}
+
+	agents := base
+	agents.Name, agents.Subjects = natsfeed.AgentStream, []string{natsfeed.AgentSubject, natsfeed.AgentPartSubjects}
+	agents.Description = "the table of registered agents, for enforcers; read by batched direct gets"
+	agents.Discard, agents.DenyDelete = jetstream.DiscardOld, true
+	agents.AllowDirect = true
+	agents.MaxMsgsPerSubject = natsfeed.AgentKeep
+	agents.MaxMsgSize = session.MaxFrameLen + maxHeader
+	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, audit, registry, snapshots, agents}
 }
 
 // EnsureStreams makes the streams and the lease bucket, with the given number of

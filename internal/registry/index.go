@@ -18,6 +18,7 @@ type index struct {
 	sessions int
 	agents   int
 	notes    map[noteKey]*Note
+	changes  uint64 // of agents
 	expiring expiring
 	bytes    int // about what it takes in memory
 }
@@ -316,6 +317,7 @@ func (x *index) putAgent(number uint64, in *AgentRecord) {
 			delete(v.agents, a)
 		}
 	}
+	x.changes++
 	a.AgentRecord = *in
 	a.ID, a.Issuer = self.value, self.issuer
 	a.terms = nil

@@ -76,6 +76,12 @@ func (b *beat) prove(sent time.Time) {
 // unprove forgets the proof, because the head is not what it was thought to be.
 func (b *beat) unprove() { b.proven = time.Time{} }
 
+// BeatSoon has the writer's next heartbeat sent without waiting for its turn: there
+// is something else to name.
+func (s *Sequencer) BeatSoon() {
+	s.events.add(func() { s.w.beat.asked = true }, eventBacklog)
+}
+
 // soon has the next one sent as soon as the rate allows.
 func (b *beat) soon() { b.want = true }
 
@@ -111,6 +117,9 @@ func (w *writer) tickBeat(now time.Time, due func(time.Time) bool) {
 	h := session.Heartbeat{
 		Epoch: w.epoch, Number: w.number, Head: w.head, State: w.set.Digest(), Writer: b.id,
 		Mono: now.Sub(w.s.base), Proven: max(0, now.Sub(b.proven)), Time: w.wall(), KeySet: w.s.trust.KeySet().Version,
+	}
+	if agents := w.s.o.Agents; agents != nil {
+		h.Agents = agents()
 	}
 	frame, err := session.Seal(session.TypeHeartbeat, h.MarshalBody(), key)
 	if err != nil {

@@ -128,6 +128,9 @@ type Options struct {
 	// It is made with mode 0700, and one sequencer's. Nothing in it is needed: a
 	// start reuses the file if it is what the bus has published.
 	StateDir string
+	// Agents returns the table of registered agents that heartbeats name; nil is
+	// none. It is called for each, and waits for nothing.
+	Agents func() session.AgentsRef
 	// Logger takes what an operator should know; nil is silence.
 	Logger *slog.Logger
 	// Hooks are for tests.

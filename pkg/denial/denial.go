@@ -46,7 +46,7 @@ var ErrScope = fmt.Errorf("%w: insufficient scope", session.ErrDenied)
 // Data is what a caller learns of a denial, as the data of the JSON-RPC error.
 type Data struct {
 	// Error is "revoked", "suspended", "step_up", "reduced", "stale",
-	// "expired", "unregistered", "no_identity", "insufficient_scope", "overloaded", "closed" or
+	// "expired", "unregistered", "digest", "no_identity", "insufficient_scope", "overloaded", "closed" or
 	// "denied".
 	Error string `json:"error"`
 	// Reason, Incident and Seq are those of the decision, where one is the
@@ -151,6 +151,9 @@ func (r *Resource) Answer(err error) Answer {
 	case errors.Is(err, session.ErrUnregistered):
 		// A token of a session that is registered would do.
 		set(http.StatusUnauthorized, "unregistered", "invalid_token", 0)
+	case errors.Is(err, session.ErrDigest):
+		// A token for code that is registered would do.
+		set(http.StatusUnauthorized, "digest", "invalid_token", 0)
 	case errors.Is(err, session.ErrNoIdentity):
 		set(http.StatusUnauthorized, "no_identity", "invalid_token", 0)
 	case errors.Is(err, session.ErrOverloaded):

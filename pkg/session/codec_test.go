@@ -62,7 +62,7 @@ func codecs() []codec {
 			again(UnmarshalKeySet, (*KeySet).MarshalBody)},
 		{"batch", TypeBatch, [][]byte{must(batch.MarshalBody()), must((&Batch{Epoch: 1, Number: 1}).MarshalBody())},
 			again(UnmarshalBatch, (*Batch).MarshalBody)},
-		{"heartbeat", TypeHeartbeat, [][]byte{beat.MarshalBody(), (&Heartbeat{}).MarshalBody()},
+		{"heartbeat", TypeHeartbeat, [][]byte{beat.MarshalBody(), (&Heartbeat{}).MarshalBody(), (&Heartbeat{Agents: AgentsRef{7, Hash{8}}}).MarshalBody()},
 			again(UnmarshalHeartbeat, func(h Heartbeat) ([]byte, error) { return h.MarshalBody(), nil })},
 		{"clock", TypeClock, [][]byte{clock.MarshalBody(), (&Clock{}).MarshalBody()},
 			again(UnmarshalClock, func(c Clock) ([]byte, error) { return c.MarshalBody(), nil })},
@@ -75,6 +75,8 @@ func codecs() []codec {
 			again(UnmarshalReport, (*Report).MarshalBody)},
 		{"order", TypeOrder, [][]byte{must(fullOrder().MarshalBody()), must((&Order{Number: 1, Time: 1, Incident: "i", Reason: "r"}).MarshalBody())},
 			again(UnmarshalOrder, (*Order).MarshalBody)},
+		{"agents", TypeAgents, [][]byte{testIndex().MarshalBody(), (&AgentIndex{Epoch: 1, Version: 1}).MarshalBody()},
+			again(UnmarshalAgentIndex, func(x *AgentIndex) ([]byte, error) { return x.MarshalBody(), nil })},
 		// Not a frame's body: it is sealed in that of a report.
 		{"trail content", 0, [][]byte{must(fullContent().Marshal()), must((&TrailContent{}).Marshal())},
 			again(UnmarshalTrailContent, (*TrailContent).Marshal)},
@@ -583,6 +585,7 @@ func FuzzUnmarshalRejection(f *testing.F) { fuzzCodec(f, TypeRejection) }
 func FuzzUnmarshalReceipt(f *testing.F)   { fuzzCodec(f, TypeReceipt) }
 func FuzzUnmarshalReport(f *testing.F)    { fuzzCodec(f, TypeReport) }
 func FuzzUnmarshalOrder(f *testing.F)     { fuzzCodec(f, TypeOrder) }
+func FuzzUnmarshalAgents(f *testing.F)    { fuzzCodec(f, TypeAgents) }
 func FuzzUnmarshalTrail(f *testing.F)     { fuzzCodec(f, 0) }
 
 func FuzzParseFrame(f *testing.F) {

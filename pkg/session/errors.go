@@ -37,6 +37,9 @@ var (
 	// ErrUnregistered: the enforcer admits only sessions that the authority
 	// knows, and this is none.
 	ErrUnregistered = fmt.Errorf("%w: session is not registered", ErrDenied)
+	// ErrDigest: the code, model or image that the caller runs is not what its
+	// agent is registered with, or was not shown to be.
+	ErrDigest = fmt.Errorf("%w: digest is not registered for the agent", ErrDenied)
 	// ErrOverloaded: a bound of the enforcer was reached, so it cannot promise
 	// to end the work later.
 	ErrOverloaded = fmt.Errorf("%w: enforcer at its limit", ErrDenied)
@@ -80,8 +83,8 @@ type Denial struct {
 
 // DeniedError is the error of a denied check. It unwraps to one of ErrRevoked,
 // ErrSuspended, ErrStepUp, ErrReduced, ErrStale, ErrNoIdentity, ErrExpired,
-// ErrUnregistered, ErrOverloaded or ErrClosed, all of which wrap ErrDenied. Its text carries no
-// identity, token or target value and is fit for the caller.
+// ErrUnregistered, ErrDigest, ErrOverloaded or ErrClosed, all of which wrap ErrDenied. Its text
+// carries no identity, token or target value and is fit for the caller.
 type DeniedError struct {
 	// Denial is set when an entry matched; its Effect is zero otherwise.
 	Denial

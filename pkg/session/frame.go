@@ -32,6 +32,7 @@ const (
 	TypeReport    FrameType = 9  // enforcer → authority: calls and callers, sealed
 	TypeAudit     FrameType = 10 // authority → its audit, and whoever verifies it
 	TypeOrder     FrameType = 11 // emergency key → enforcers and authority: a kill outside the log
+	TypeAgents    FrameType = 12 // writer → enforcers: the index of the table of registered agents
 )
 
 // KeyID names a public key by the first eight bytes of its SHA-256.

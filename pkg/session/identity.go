@@ -130,6 +130,10 @@ type Prepared struct {
 	user     Digest
 	agents   []Digest
 	sessions []Digest
+	// acting are agents or, without any, the agent that has the client's id;
+	// presented are the digests of its code, model and image.
+	acting    []Digest
+	presented []SortedDigest
 
 	origin  Instant
 	auth    Instant
@@ -185,7 +189,9 @@ func (s *TenantSecret) prepare(id Identity) (*Prepared, error) {
 		{KindRole, id.Roles}, {KindCapability, id.Capabilities},
 	} {
 		for _, v := range list.values {
-			b.add(list.kind, "", v)
+			if d := b.add(list.kind, "", v); list.kind == KindDigest {
+				p.presented = append(p.presented, SortedDigest{SortOf(v), d})
+			}
 		}
 	}
 	b.add(KindBlueprint, "", id.Blueprint)
@@ -197,6 +203,12 @@ func (s *TenantSecret) prepare(id Identity) (*Prepared, error) {
 		return nil, fmt.Errorf("%w: the identity names nothing", ErrInvalid)
 	}
 
+	if p.acting = p.agents; len(p.agents) == 0 && id.Client != "" {
+		// Not a key: a decision on the agent does not match by it.
+		if t, err := (Term{Kind: KindAgent, Issuer: id.Issuer, Value: id.Client}).canonical(); err == nil {
+			p.acting = []Digest{s.valueDigest(t.Kind, t.Issuer, t.Value)}
+		}
+	}
 	for _, agent := range p.agents {
 		b.join(ShapeUserAgent, p.user, agent)
 		b.join(ShapeAgentClient, agent, client)
@@ -306,6 +318,15 @@ func (p *Prepared) Shapes() ShapeSet { return p.shapes }
 
 // Expires returns when the credential ends; zero when it does not say.
 func (p *Prepared) Expires() Instant { return p.expires }
+
+// Agents returns the digests of the agents of the delegation chain, the current
+// one first. Of an identity without a chain it is that of the agent which has the
+// client's id as its own. The slice must not be changed.
+func (p *Prepared) Agents() []Digest { return p.acting }
+
+// Presented returns the digests that the credential shows of the caller's code,
+// model and image. The slice must not be changed.
+func (p *Prepared) Presented() []SortedDigest { return p.presented }
 
 // ArgumentDigest is that of the tenant's secret.
 func (p *Prepared) ArgumentDigest(args []byte) Hash { return p.secret.ArgumentDigest(args) }

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"time"
@@ -25,9 +26,14 @@ type Heartbeat struct {
 	Time Instant
 	// KeySet is the version of the newest key set.
 	KeySet uint64
+	// Agents is the table of registered agents that the writer has published, if
+	// that is what the registry says.
+	Agents AgentsRef
 	// Unknown holds fields of a later version.
 	Unknown []Field
 }
+
+const tagAgents = 0x01
 
 // WriterID identifies one run of a writer.
 type WriterID [16]byte
@@ -45,7 +51,11 @@ func (h *Heartbeat) MarshalBody() []byte {
 	w.u64(uint64(h.Proven))
 	w.instant(h.Time)
 	w.u64(h.KeySet)
-	w.fields(nil, h.Unknown)
+	var known []Field
+	if h.Agents.Version > 0 {
+		known = append(known, Field{Tag: tagAgents, Value: append(binary.BigEndian.AppendUint64(nil, h.Agents.Version), h.Agents.Sum[:]...)})
+	}
+	w.fields(known, h.Unknown)
 	return w.b
 }
 
@@ -58,7 +68,17 @@ func UnmarshalHeartbeat(body []byte) (Heartbeat, error) {
 	copy(h.Writer[:], r.take(len(h.Writer)))
 	h.Mono, h.Proven = r.duration(), r.duration()
 	h.Time, h.KeySet = r.instant(), r.u64()
-	h.Unknown = r.fields(refuseAll)
+	h.Unknown = r.fields(func(tag uint8, v *reader) bool {
+		if tag != tagAgents {
+			return false
+		}
+		h.Agents.Version = v.u64()
+		copy(h.Agents.Sum[:], v.take(len(h.Agents.Sum)))
+		if h.Agents.Version == 0 {
+			v.fail("agents without a version")
+		}
+		return true
+	})
 	return h, r.end()
 }
 

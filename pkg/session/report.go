@@ -248,6 +248,7 @@ const (
 	CauseOverloaded   Cause = 8
 	CauseClosed       Cause = 9
 	CauseUnregistered Cause = 10
+	CauseDigest       Cause = 11
 	CauseOther        Cause = 255
 )
 
@@ -261,7 +262,7 @@ var causes = []struct {
 }{
 	{CauseStale, "stale", ErrStale}, {CauseRevoked, "revoked", ErrRevoked}, {CauseSuspended, "suspended", ErrSuspended},
 	{CauseStepUp, "step_up", ErrStepUp}, {CauseReduced, "reduced", ErrReduced}, {CauseExpired, "expired", ErrExpired},
-	{CauseUnregistered, "unregistered", ErrUnregistered}, {CauseNoIdentity, "no_identity", ErrNoIdentity},
+	{CauseUnregistered, "unregistered", ErrUnregistered}, {CauseDigest, "digest", ErrDigest}, {CauseNoIdentity, "no_identity", ErrNoIdentity},
 	{CauseOverloaded, "overloaded", ErrOverloaded}, {CauseClosed, "closed", ErrClosed},
 }
 
