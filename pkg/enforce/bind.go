@@ -254,7 +254,7 @@ func (e *Enforcer) watch(ctx context.Context) {
 		v, now := e.view.Load(), e.opts.clock()
 		strictest := session.Call{Strict: true, MaxStale: e.bound.strictest()}
 		works := e.bound.due(v.latest(now))
-		if v.stale(&strictest, now, e.opts.MaxStaleRunning) != "" {
+		if v.stale(&strictest, now, e.opts.MaxStaleRunning) != "" || e.opts.Agents != nil && v.agentsStale(&strictest, now, e.opts.Agents.MaxAge) != "" {
 			works = e.bound.snapshot()
 		}
 		for _, w := range works {

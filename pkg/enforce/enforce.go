@@ -69,6 +69,9 @@ type Options struct {
 	// Registry, when set, denies the sessions that it does not know, with
 	// session.ErrUnregistered. Nil admits every session.
 	Registry Registry
+	// Agents, when set, holds callers against the authority's registry of agents,
+	// of which the feed, an AgentFeed, brings a table. Nil asks nothing of it.
+	Agents *AgentPolicy
 	// Logger hears of what an operator should know; nil is silent. Nothing is
 	// logged per request.
 	Logger *slog.Logger
@@ -121,6 +124,21 @@ func (o Options) validate() (Options, error) {
 	}
 	if o.MaxBound < 0 {
 		return bad("MaxBound is %d", o.MaxBound)
+	}
+	if o.Agents != nil {
+		pol := *o.Agents
+		if pol.MaxAge == 0 {
+			pol.MaxAge = o.MaxStale
+		}
+		switch {
+		case pol.MaxAge < MinMaxStale:
+			return bad("Agents.MaxAge is %v, the least is %v", pol.MaxAge, MinMaxStale)
+		case pol.Digests > DigestsIgnored:
+			return bad("Agents.Digests is %d", pol.Digests)
+		case pol.AllowUnregistered && pol.Digests == DigestsIgnored:
+			return bad("Agents asks nothing of callers")
+		}
+		o.Agents = &pol
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -177,6 +195,12 @@ type view struct {
 	epoch, confirmed, keySet uint64
 	tip                      head
 	divergence               *session.Divergence // the last one
+
+	// agents are those that are registered, as was surely so at agentsOrigin; the
+	// words are as hint and cause.
+	agents                  *agentTable
+	agentsOrigin            time.Duration
+	agentsHint, agentsCause string
 }
 
 // stale says why the state is too old for the call, or cannot be told to be
@@ -233,6 +257,7 @@ type counters struct {
 	refused, replayed, foreign, lost, orphans atomic.Uint64
 	repairs, diverged, rolledBack, jumps      atomic.Uint64
 	damaged, ordersRefused                    atomic.Uint64
+	unregistered, altered                     atomic.Uint64
 }
 
 // Start begins to follow the feed and returns at once. Until the first verified
@@ -296,7 +321,7 @@ func (e *Enforcer) WaitReady(ctx context.Context) error {
 	case <-e.ready:
 		return nil
 	case <-ctx.Done():
-		why := e.view.Load().why(e.opts.clock(), e.opts.MaxStale)
+		why := e.Status().Why
 		return fmt.Errorf("enforcer %s has no verified state: %s: %w", e.opts.Enrollment.Enforcer, why, context.Cause(ctx))
 	}
 }
@@ -374,6 +399,12 @@ func (e *Enforcer) denied(d *session.DeniedError) error {
 		return nil
 	}
 	e.count.denied.Add(1)
+	switch {
+	case errors.Is(d, session.ErrUnregistered):
+		e.count.unregistered.Add(1)
+	case errors.Is(d, session.ErrDigest):
+		e.count.altered.Add(1)
+	}
 	return d
 }
 
@@ -442,6 +473,13 @@ func (e *Enforcer) judge(v *view, p *session.Prepared, call *session.Call, now r
 	if r := e.opts.Registry; r != nil && !r.Registered(p) {
 		return refuse(session.ErrUnregistered)
 	}
+	if e.opts.Agents != nil {
+		denied, old := e.judgeAgents(v, p, call, now)
+		if denied != nil {
+			return verdict{denied: denied}
+		}
+		exposed = exposed || old
+	}
 	return verdict{exposed: exposed, drill: match.Drill}
 }
 
@@ -481,21 +519,25 @@ type Status struct {
 	KeySet    uint64 `json:"key_set"`
 	Running   int    `json:"running"`
 
-	Denied     uint64 `json:"denied"`
-	WouldDeny  uint64 `json:"would_deny"` // in shadow mode
-	Drills     uint64 `json:"drills"`
-	Exposed    uint64 `json:"exposed"` // allowed on stale state, in best-effort mode
-	Cut        uint64 `json:"cut"`
-	Refused    uint64 `json:"refused"`  // frames that were not believed
-	Replayed   uint64 `json:"replayed"` // frames that came too late or again
-	Orphans    uint64 `json:"orphans"`  // batches heard that the log did not have
-	Foreign    uint64 `json:"foreign"`  // entries whose signer had no right to the tenant
-	Lost       uint64 `json:"lost"`     // frames that the queue had no room for
-	Repairs    uint64 `json:"repairs"`
-	Diverged   uint64 `json:"diverged"`
-	Damaged    uint64 `json:"damaged"` // times that state on disk or in memory was found altered
-	RolledBack uint64 `json:"rolled_back"`
-	Jumps      uint64 `json:"clock_jumps"`
+	Denied uint64 `json:"denied"`
+	// Unregistered and Altered are those of Denied whose agent is not registered,
+	// or not with the digests of what it runs.
+	Unregistered uint64 `json:"unregistered"`
+	Altered      uint64 `json:"altered"`
+	WouldDeny    uint64 `json:"would_deny"` // in shadow mode
+	Drills       uint64 `json:"drills"`
+	Exposed      uint64 `json:"exposed"` // allowed on stale state, in best-effort mode
+	Cut          uint64 `json:"cut"`
+	Refused      uint64 `json:"refused"`  // frames that were not believed
+	Replayed     uint64 `json:"replayed"` // frames that came too late or again
+	Orphans      uint64 `json:"orphans"`  // batches heard that the log did not have
+	Foreign      uint64 `json:"foreign"`  // entries whose signer had no right to the tenant
+	Lost         uint64 `json:"lost"`     // frames that the queue had no room for
+	Repairs      uint64 `json:"repairs"`
+	Diverged     uint64 `json:"diverged"`
+	Damaged      uint64 `json:"damaged"` // times that state on disk or in memory was found altered
+	RolledBack   uint64 `json:"rolled_back"`
+	Jumps        uint64 `json:"clock_jumps"`
 
 	// Divergence is the last one.
 	Divergence *session.Divergence `json:"divergence,omitempty"`
@@ -506,6 +548,9 @@ type Status struct {
 	Orders        []OrderStatus `json:"orders,omitempty"`
 	OrdersRefused uint64        `json:"orders_refused"`
 	OrderWhy      string        `json:"order_why,omitempty"`
+	// Agents is the table of registered agents; nil unless callers are held
+	// against it. While it is too old, the state counts as not fresh, too.
+	Agents *AgentsStatus `json:"agents,omitempty"`
 }
 
 // Status reports the state of affairs. It takes no lock.
@@ -519,7 +564,7 @@ func (e *Enforcer) Status() Status {
 		Enforcer: e.opts.Enrollment.Enforcer, Mode: e.opts.Mode.String(), MaxStale: e.opts.MaxStale,
 		Epoch: v.epoch, Applied: v.tip.number, Confirmed: v.confirmed,
 		Entries: v.set.Len(), Inherited: v.inherited.Len(), KeySet: v.keySet, Running: e.bound.len(),
-		Denied: c.denied.Load(), WouldDeny: c.wouldDeny.Load(), Drills: c.drills.Load(), Exposed: c.exposed.Load(),
+		Denied: c.denied.Load(), Unregistered: c.unregistered.Load(), Altered: c.altered.Load(), WouldDeny: c.wouldDeny.Load(), Drills: c.drills.Load(), Exposed: c.exposed.Load(),
 		Cut: c.cut.Load(), Refused: c.refused.Load(), Replayed: c.replayed.Load(), Orphans: c.orphans.Load(),
 		Foreign: c.foreign.Load(), Lost: c.lost.Load(), Repairs: c.repairs.Load(), Diverged: c.diverged.Load(), Damaged: c.damaged.Load(),
 		RolledBack: c.rolledBack.Load(), Jumps: c.jumps.Load(),
@@ -532,6 +577,9 @@ func (e *Enforcer) Status() Status {
 	digest := v.set.Digest()
 	s.Digest = hex.EncodeToString(digest[:])
 	s.Why = v.why(now, e.opts.MaxStale)
+	if s.Agents = e.agentsStatus(v, now); s.Agents != nil && s.Why == "" {
+		s.Why = s.Agents.Why
+	}
 	s.Fresh = s.Why == ""
 	return s
 }

@@ -37,6 +37,7 @@ type bus struct {
 	head    session.Hash
 	state   *filter.Set
 	silent  bool // no heartbeats by themselves
+	named   session.AgentsRef
 
 	mu      sync.Mutex
 	feeds   []*busFeed
@@ -49,6 +50,10 @@ type bus struct {
 	held    []func(Sink)
 	reads   int           // calls of Log
 	delay   time.Duration // of clock answers
+	// agents are the stored indexes and parts of the table of registered agents,
+	// and agentReads how often parts were asked for.
+	agentIndexes, agentParts [][]byte
+	agentReads               int
 	// clock, if set, replaces the answer to a nonce.
 	clock func(answer []byte) []byte
 }
@@ -280,6 +285,7 @@ func (b *bus) heartbeat() session.Heartbeat {
 	return session.Heartbeat{
 		Epoch: b.epoch, Number: b.number, Head: b.head, State: b.state.Digest(), Writer: b.writer,
 		Mono: b.beatAt, Proven: b.proven, Time: b.now(), KeySet: b.set.Version,
+		Agents: b.named,
 	}
 }
 

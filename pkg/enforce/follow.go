@@ -93,6 +93,7 @@ type follower struct {
 
 	keep     keeper
 	orders   orders
+	agents   agentsKeeper
 	receipts receipts
 }
 
@@ -148,7 +149,7 @@ func newFollower(e *Enforcer, f floor) (*follower, error) {
 	}
 	e.trust = trust
 	return &follower{
-		keep: keeper{left: left}, orders: given,
+		keep: keeper{left: left}, orders: given, agents: agentsKeeper{origin: never},
 		e: e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
 		events: make(chan func(), eventQueue), origin: never, fetched: never, rereadWait: rereadMin,
 		fetchAt: -1, anchorAt: -1, repairAt: -1,
@@ -237,11 +238,13 @@ func (f *follower) authority() session.Instant {
 func (f *follower) run(ctx context.Context) {
 	defer f.saveLastFloor() // after the jobs, one of which may be saving
 	defer f.saveLastOrders()
+	defer f.saveLastAgents()
 	defer f.keepLast() // and sealing
 	defer f.jobs.Wait()
 	f.start(ctx)
 	f.sweep()
 	f.loadSegment()
+	f.loadAgents()
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()
 	for {
@@ -333,7 +336,7 @@ func (f *follower) tick(ctx context.Context) {
 		f.e.count.jumps.Add(1)
 		f.e.opts.Logger.Warn("the wall clock jumped against the monotonic one: denying until the authority's clock is anchored anew",
 			"by", time.Duration(now.wall-int64(now.mono)-f.skew))
-		f.anchor, f.previous, f.early, f.beats, f.origin = nil, nil, nil, nil, never
+		f.anchor, f.previous, f.early, f.beats, f.origin, f.agents.origin = nil, nil, nil, nil, never, never
 		f.publish()
 	}
 	if f.anchor == nil || now.mono-f.anchor.sent > reanchor {
@@ -386,6 +389,7 @@ func (f *follower) tend(ctx context.Context) {
 		f.repairing, f.repairAt = true, -1
 		f.repair(ctx)
 	}
+	f.tendAgents(ctx)
 }
 
 func (f *follower) needKeySets() {
@@ -438,6 +442,7 @@ func (f *follower) keySet(frame []byte) {
 		return
 	}
 	f.fetchWait = 0
+	f.distrustAgents(ks)
 	f.e.opts.Logger.Info("key set in force", "version", ks.Version, "epoch", ks.Epoch)
 	switch {
 	case before == nil || ks.Epoch > before.Epoch:
@@ -659,13 +664,17 @@ func (f *follower) beat(b []byte) {
 	switch frame.Type {
 	case session.TypeHeartbeat:
 		h, err := session.UnmarshalHeartbeat(frame.Body)
+		var key *session.SigningKey
 		if err == nil {
-			_, err = f.trust.Writer(&frame, h.Number, true, f.wall())
+			key, err = f.trust.Writer(&frame, h.Number, true, f.wall())
 		}
 		if err != nil {
 			f.refuse(err)
 			f.needKeySets()
 			return
+		}
+		if !key.May(session.GlobalKey()) {
+			h.Agents = session.AgentsRef{} // they are of all tenants
 		}
 		f.heartbeat(h)
 	case session.TypeRejection:
@@ -722,6 +731,7 @@ func (f *follower) heartbeat(h session.Heartbeat) {
 	}
 	a.beaten, a.beat = true, h.Mono
 	b := beat{Heartbeat: h, origin: a.earliest(h.Mono) - h.Proven}
+	f.named(&h, b.origin)
 	if f.confirm(b) {
 		f.progress()
 		return
@@ -806,7 +816,8 @@ func (f *follower) confirm(b beat) bool {
 		// nothing yet.
 		f.e.cut(v, slices.Values(f.e.bound.snapshot()))
 	}
-	if !f.e.isReady() && f.now()-f.origin <= f.e.opts.MaxStale {
+	now := f.e.opts.clock()
+	if !f.e.isReady() && now.mono-f.origin <= f.e.opts.MaxStale && (f.e.opts.Agents == nil || v.agentsStale(&session.Call{}, now, f.e.opts.Agents.MaxAge) == "") {
 		close(f.e.ready)
 	}
 	f.receipts.confirmed()
@@ -1000,6 +1011,7 @@ func (f *follower) publish() *view {
 		divergence: f.divergence,
 		verified:   f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, cause: f.cause, hint: f.hint,
 		tip: c.tip(), confirmed: c.confirmed.number,
+		agents: f.agents.table, agentsOrigin: f.agents.origin, agentsHint: f.agents.hint, agentsCause: f.agents.cause,
 	}
 	if v.unusable == "" && f.anchor == nil {
 		v.unusable = "the authority's clock is not anchored"

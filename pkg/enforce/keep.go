@@ -71,7 +71,7 @@ func (f *follower) sweep() {
 	if o.StateDir == "" {
 		return
 	}
-	for _, pattern := range []string{".segment.*.tmp", ".inherited.*.tmp", ".floor.json.*", ".orders.json.*"} {
+	for _, pattern := range []string{".segment.*.tmp", ".inherited.*.tmp", ".floor.json.*", ".orders.json.*", ".agents.*"} {
 		left, err := fs.Glob(os.DirFS(o.StateDir), o.Enrollment.Enforcer+pattern)
 		for _, name := range left {
 			err = errors.Join(err, os.Remove(filepath.Join(o.StateDir, name)))

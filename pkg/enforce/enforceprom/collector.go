@@ -39,7 +39,24 @@ func New(s Source) prometheus.Collector {
 	c.Gauge("orders", "Emergency orders in force that the authority has not adopted.", func(s *enforce.Status) float64 { return float64(len(s.Orders)) })
 	c.Gauge("running", "Running work that is bound.", func(s *enforce.Status) float64 { return float64(s.Running) })
 
+	// The table of registered agents: zeroes where callers are not held against it.
+	table := func(read func(*enforce.AgentsStatus) float64) func(*enforce.Status) float64 {
+		return func(s *enforce.Status) float64 {
+			if s.Agents == nil {
+				return 0
+			}
+			return read(s.Agents)
+		}
+	}
+	c.Gauge("agents_registered", "Registered agents known here.", table(func(a *enforce.AgentsStatus) float64 { return float64(a.Agents) }))
+	c.Gauge("agents_version", "Version of the table of registered agents in force.", table(func(a *enforce.AgentsStatus) float64 { return float64(a.Version) }))
+	c.Gauge("agents_age_seconds", "How old the table of registered agents may be, at worst; 0 before there is one.", table(func(a *enforce.AgentsStatus) float64 { return a.Age.Seconds() }))
+	c.Gauge("agents_max_age_seconds", "The age of the table beyond which callers are denied; 0 where they are not held against it.", table(func(a *enforce.AgentsStatus) float64 { return a.MaxAge.Seconds() }))
+	c.Gauge("agents_bytes", "Memory that the table takes.", table(func(a *enforce.AgentsStatus) float64 { return float64(a.Bytes) }))
+
 	c.Total("denied", "Checks denied.", func(s *enforce.Status) uint64 { return s.Denied })
+	c.Total("denied_unregistered", "Checks denied because an agent is not registered.", func(s *enforce.Status) uint64 { return s.Unregistered })
+	c.Total("denied_altered", "Checks denied because a digest is not registered for the agent.", func(s *enforce.Status) uint64 { return s.Altered })
 	c.Total("would_deny", "Checks that shadow mode let pass.", func(s *enforce.Status) uint64 { return s.WouldDeny })
 	c.Total("drills", "Checks that a drill would have denied.", func(s *enforce.Status) uint64 { return s.Drills })
 	c.Total("exposed", "Checks allowed on stale state, in best-effort mode.", func(s *enforce.Status) uint64 { return s.Exposed })

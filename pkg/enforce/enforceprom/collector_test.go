@@ -60,22 +60,26 @@ func gather(t *testing.T, collectors ...prometheus.Collector) map[string]float64
 func TestEveryNumberIsShown(t *testing.T) {
 	s := enforce.Status{Enforcer: "e1", Mode: "strict", Ready: true, Fresh: true}
 	want := map[float64]string{}
-	v := reflect.ValueOf(&s).Elem()
-	for i := range v.NumField() {
-		f, name := v.Field(i), v.Type().Field(i).Name
-		n := 1000 + i
-		switch {
-		case f.Type() == reflect.TypeFor[time.Duration]():
-			f.SetInt(int64(time.Duration(n) * time.Second))
-		case f.CanUint():
-			f.SetUint(uint64(n))
-		case f.CanInt():
-			f.SetInt(int64(n))
-		default:
-			continue
+	s.Agents = &enforce.AgentsStatus{}
+	fill := func(v reflect.Value, n int) {
+		for i := range v.NumField() {
+			f, name := v.Field(i), v.Type().Field(i).Name
+			n := n + i
+			switch {
+			case f.Type() == reflect.TypeFor[time.Duration]():
+				f.SetInt(int64(time.Duration(n) * time.Second))
+			case f.CanUint():
+				f.SetUint(uint64(n))
+			case f.CanInt():
+				f.SetInt(int64(n))
+			default:
+				continue
+			}
+			want[float64(n)] = name
 		}
-		want[float64(n)] = name
 	}
+	fill(reflect.ValueOf(&s).Elem(), 1000)
+	fill(reflect.ValueOf(s.Agents).Elem(), 2000)
 	got := gather(t, enforceprom.New(fixed(s)))
 	for _, v := range got {
 		delete(want, v)
