@@ -107,9 +107,10 @@ type Service interface {
 	Exemptions(ctx context.Context) ([]authority.Exemption, error)
 	ApproveExemption(ctx context.Context, id string) (*authority.Exemption, error)
 	RemoveExemption(ctx context.Context, id string) error
-	// Watch calls fn with each event until ctx ends or fn fails. It returns
-	// soon after, and never calls fn concurrently.
-	Watch(ctx context.Context, fn func(authority.Event) error) error
+	// Watch calls began once it watches, and from then on fn with each event, until
+	// ctx ends or one of them fails. It returns soon after, and calls nothing
+	// concurrently.
+	Watch(ctx context.Context, began func() error, fn func(authority.Event) error) error
 }
 
 // Options says where to listen. Socket or Listen is required.
@@ -854,9 +855,6 @@ func (s *Server) watchEvents(w http.ResponseWriter, r *http.Request) error {
 		}
 		return c.Flush()
 	}
-	if send([]byte(": watching\n\n")) != nil {
-		return nil
-	}
 	var alive sync.WaitGroup
 	defer alive.Wait()
 	defer cancel()
@@ -875,7 +873,8 @@ func (s *Server) watchEvents(w http.ResponseWriter, r *http.Request) error {
 			}
 		}
 	})
-	err = s.svc.Watch(ctx, func(e authority.Event) error {
+	began := func() error { return send([]byte(": watching\n\n")) }
+	err = s.svc.Watch(ctx, began, func(e authority.Event) error {
 		b, err := json.Marshal(e)
 		if err != nil {
 			return err

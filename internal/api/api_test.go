@@ -39,7 +39,10 @@ func (s *service) Decide(_ context.Context, key string, r authority.Request) (*a
 func (s *service) Coverage(ctx context.Context, _, _ uint64, _ time.Duration) (*authority.Coverage, error) {
 	return s.coverage(ctx)
 }
-func (s *service) Watch(ctx context.Context, fn func(authority.Event) error) error {
+func (s *service) Watch(ctx context.Context, began func() error, fn func(authority.Event) error) error {
+	if err := began(); err != nil {
+		return err
+	}
 	return s.watch(ctx, fn)
 }
 func (s *service) Retire(_ context.Context, name string) error { return s.retire(name) }

@@ -426,7 +426,7 @@ func TestSlowWatcherIsLetGo(t *testing.T) {
 	entered, leave := make(chan struct{}), make(chan struct{})
 	go func() {
 		first := true
-		ended <- h.watch(t.Context(), func(authority.Event) error {
+		ended <- h.watch(t.Context(), func() error { return nil }, func(authority.Event) error {
 			if first {
 				first = false
 				close(entered)

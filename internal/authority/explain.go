@@ -22,6 +22,8 @@ func (p *planner) explain(r *authority.ExplainRequest) (*authority.Explanation, 
 		return nil, invalid("put it in the identity's token", "signing_input_hash goes with claims")
 	case r.Identity != nil && r.Tenant != "":
 		return nil, invalid("put it in the identity", "tenant goes with claims")
+	case r.Identity != nil && len(r.Identity.ACR) > session.MaxACRLen:
+		return nil, invalid("give the one that the token has", "the identity's acr is longer than %d bytes", session.MaxACRLen)
 	case r.Identity != nil:
 		id = p.identity(r.Identity)
 	default:

@@ -452,6 +452,9 @@ func (a *Authority) enroll(ctx context.Context, r authority.EnrollRequest) (*ses
 		return nil, err
 	}
 	urls := r.URLs
+	if len(urls) > authority.MaxURLs || slices.ContainsFunc(urls, func(u string) bool { return u == "" || len(u) > session.MaxValueLen || !printableText(u) }) {
+		return nil, invalid(fmt.Sprintf("give at most %d, of at most %d printable characters", authority.MaxURLs, session.MaxValueLen), "the URLs of the bus are not valid")
+	}
 	if len(urls) == 0 {
 		urls = a.busURLs()
 	}
@@ -557,9 +560,9 @@ func (a *Authority) publishKeySet(ctx context.Context, frame []byte) error {
 }
 
 // Watch tells what happens; it is the API's.
-func (a *Authority) Watch(ctx context.Context, fn func(authority.Event) error) error {
+func (a *Authority) Watch(ctx context.Context, began func() error, fn func(authority.Event) error) error {
 	scope := access.From(ctx).Scope(access.Watch)
-	return a.hub.watch(ctx, func(e authority.Event) error {
+	return a.hub.watch(ctx, began, func(e authority.Event) error {
 		if e, ok := a.eventIn(e, scope); ok {
 			return fn(e)
 		}

@@ -190,7 +190,9 @@ func (h *hub) look() {
 	h.mu.Unlock()
 	if !watched {
 		h.mu.Lock()
-		h.open, h.state = nil, nil
+		if len(h.watchers) == 0 { // whoever came meanwhile is to hear of what is open
+			h.open, h.state = nil, nil
+		}
 		h.mu.Unlock()
 		return
 	}
@@ -226,9 +228,9 @@ func (h *hub) look() {
 	h.state = state
 }
 
-// watch calls fn with each event until ctx ends, fn fails or the reader falls
-// behind.
-func (h *hub) watch(ctx context.Context, fn func(authority.Event) error) error {
+// watch calls began, and fn with each event from before that on, until ctx ends,
+// one of them fails or the reader falls behind.
+func (h *hub) watch(ctx context.Context, began func() error, fn func(authority.Event) error) error {
 	w := &watcher{events: make(chan authority.Event, backlog), lagged: make(chan struct{})}
 	h.mu.Lock()
 	h.watchers[w] = struct{}{}
@@ -238,6 +240,9 @@ func (h *hub) watch(ctx context.Context, fn func(authority.Event) error) error {
 		delete(h.watchers, w)
 		h.mu.Unlock()
 	}()
+	if err := began(); err != nil {
+		return err
+	}
 	for {
 		select {
 		case <-ctx.Done():

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 // Bounds of the registry's requests and answers. What bounds each field is in
@@ -20,6 +22,8 @@ const (
 	DefaultPage = 100
 	// MaxTerms bounds the terms of one query.
 	MaxTerms = 8
+	// maxRegistryText bounds a text of a query, and a term's value, in bytes.
+	maxRegistryText = session.MaxValueLen
 )
 
 // Agent is an agent as it is registered.
@@ -201,14 +205,14 @@ func ParseRegistryQuery(v url.Values) (RegistryQuery, error) {
 		if name == "term" && len(values) <= MaxTerms {
 			for _, s := range values {
 				kind, value, ok := strings.Cut(s, ":")
-				if !ok || len(s) > 2048 {
+				if !ok || len(value) > maxRegistryText {
 					return bad("a term is KIND:VALUE")
 				}
 				q.Terms = append(q.Terms, Term{Kind: kind, Value: value})
 			}
 			continue
 		}
-		if len(values) != 1 || len(values[0]) > 4096 {
+		if len(values) != 1 || len(values[0]) > maxRegistryText && name != "page" {
 			return bad("a parameter is repeated, or too long")
 		}
 		s := values[0]

@@ -20,6 +20,9 @@ const (
 	MaxIdempotencyKey = 255
 	// MaxWait bounds how long a request for coverage may wait.
 	MaxWait = 30 * time.Second
+	// MaxURLs bounds the URLs of an enrolment; each has at most
+	// session.MaxValueLen bytes.
+	MaxURLs = 16
 	// MaxBreakGlass bounds the reason for deciding alone, in bytes.
 	MaxBreakGlass = 200
 )
@@ -329,7 +332,8 @@ type EnrollRequest struct {
 	Name string `json:"name"`
 	// Tenants that it serves; empty is all.
 	Tenants []string `json:"tenants,omitempty"`
-	// URLs are how it reaches the bus; empty is the authority's own address.
+	// URLs are how it reaches the bus, at most MaxURLs; empty is the authority's
+	// own address.
 	URLs []string `json:"urls,omitempty"`
 }
 

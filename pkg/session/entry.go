@@ -12,6 +12,9 @@ import (
 // MaxBatchEntries bounds the entries of one batch.
 const MaxBatchEntries = 1000
 
+// MaxACRLen bounds an authentication context class, in bytes.
+const MaxACRLen = 64
+
 // MaxExcept bounds the exemptions of one entry.
 const MaxExcept = 8
 
@@ -103,7 +106,7 @@ func (e *Entry) Validate() error {
 		if e.Effect != EffectStepUp || e.Op != OpSet {
 			return bad("acr on %s", e.Effect)
 		}
-		if err := checkText("acr", e.ACR, 64); err != nil {
+		if err := checkText("acr", e.ACR, MaxACRLen); err != nil {
 			return bad("%v", err)
 		}
 	}
