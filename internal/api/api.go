@@ -364,9 +364,14 @@ const (
 	body
 )
 
-// check refuses what the endpoint does not read. The error is a
+// check refuses what the endpoint does not read, and names that are too long. The error is a
 // *authority.Problem.
 func (e endpoint) check(r *http.Request) error {
+	for part := range strings.SplitSeq(r.URL.Path, "/") {
+		if len(part) > maxPathText {
+			return authority.NewProblem(authority.ProblemInvalid, fmt.Sprintf("a name in the path is longer than %d bytes", maxPathText), "use one as it was answered")
+		}
+	}
 	if r.URL.RawQuery != "" {
 		if e.reads != query {
 			return authority.NewProblem(authority.ProblemInvalid, "there is a query, and none is taken", "leave it out")
@@ -582,11 +587,7 @@ func (s *Server) proposals(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) approve(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathText(r, "id")
-	if err != nil {
-		return err
-	}
-	d, err := s.svc.Approve(r.Context(), id)
+	d, err := s.svc.Approve(r.Context(), r.PathValue("id"))
 	if err != nil {
 		return err
 	}
@@ -595,11 +596,7 @@ func (s *Server) approve(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) withdraw(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathText(r, "id")
-	if err != nil {
-		return err
-	}
-	p, err := s.svc.Withdraw(r.Context(), id)
+	p, err := s.svc.Withdraw(r.Context(), r.PathValue("id"))
 	if err != nil {
 		return err
 	}
@@ -614,15 +611,6 @@ func printable(s string) bool {
 		}
 	}
 	return true
-}
-
-// pathText returns a name or an id in the path. The error is a *authority.Problem.
-func pathText(r *http.Request, name string) (string, error) {
-	v := r.PathValue(name)
-	if len(v) > maxPathText {
-		return "", authority.NewProblem(authority.ProblemInvalid, fmt.Sprintf("the %s in the path is longer than %d bytes", name, maxPathText), "use one as it was answered")
-	}
-	return v, nil
 }
 
 func (s *Server) coverage(w http.ResponseWriter, r *http.Request) error {
@@ -781,11 +769,7 @@ func (s *Server) seen(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) retire(w http.ResponseWriter, r *http.Request) error {
-	name, err := pathText(r, "name")
-	if err != nil {
-		return err
-	}
-	if err := s.svc.Retire(r.Context(), name); err != nil {
+	if err := s.svc.Retire(r.Context(), r.PathValue("name")); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
