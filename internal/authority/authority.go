@@ -181,6 +181,7 @@ type Authority struct {
 	once       sync.Once
 	err        error
 
+	orders    orders
 	proposals *proposal.Store
 	wide      limits
 
@@ -317,6 +318,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if a.broker != nil {
 		a.done.Go(func() { a.tendStore(run) })
 	}
+	a.done.Go(func() { a.tendOrders(run) })
 	a.server, err = api.Serve(a, api.Options{
 		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS, Access: o.Access,
 		TokenFile: filepath.Join(o.DataDir, TokenFile), Refused: a.refused, Logger: a.log,
@@ -447,8 +449,15 @@ func (a *Authority) openBus(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		ks := a.store.KeySet()
+		emergency, err := broker.EmergencyOf(ks)
+		if err != nil {
+			return err
+		}
+		a.orders.admitted = ks.Version
 		if a.broker, err = broker.Start(broker.Options{
-			Dir: filepath.Join(a.o.DataDir, BusDir), Listen: a.o.NATSListen, TLS: a.o.NATSTLS, Authority: nkey,
+			Emergency: emergency,
+			Dir:       filepath.Join(a.o.DataDir, BusDir), Listen: a.o.NATSListen, TLS: a.o.NATSTLS, Authority: nkey,
 			Cluster: a.o.Cluster, RelaxedSync: a.o.RelaxedSync, Logger: a.log,
 		}); err != nil {
 			return err

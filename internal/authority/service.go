@@ -519,7 +519,11 @@ func (a *Authority) BusConfig(context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return broker.ServerConfig(nkey, busUsers(a.roster.Enforcers()))
+	emergency, err := broker.EmergencyOf(a.store.KeySet())
+	if err != nil {
+		return "", err
+	}
+	return broker.ServerConfig(nkey, busUsers(a.roster.Enforcers()), emergency)
 }
 
 // KeySet returns the key set in force, as the root signed it; it is the API's.

@@ -75,8 +75,9 @@ type Options struct {
 	RelaxedSync bool
 	// Authority is the public NKey of the authorities.
 	Authority string
-	// Enforcers may connect from the start.
+	// Enforcers, and the holders of the Emergency keys, may connect from the start.
 	Enforcers []Enforcer
+	Emergency []Emergency
 	// Cluster makes this one server of a cluster, which needs Listen; nil is a
 	// single server.
 	Cluster *Cluster
@@ -151,10 +152,10 @@ func (o *Options) validate() error {
 			}
 		}
 	}
-	return validateEnforcers(o.Authority, o.Enforcers)
+	return validateUsers(o.Authority, o.Enforcers, o.Emergency)
 }
 
-func validateEnforcers(authority string, list []Enforcer) error {
+func validateUsers(authority string, list []Enforcer, emergency []Emergency) error {
 	names, keys := map[string]bool{}, map[string]bool{authority: true}
 	for _, e := range list {
 		switch {
@@ -169,6 +170,15 @@ func validateEnforcers(authority string, list []Enforcer) error {
 		}
 		names[e.Name], keys[e.PublicNKey] = true, true
 	}
+	for _, e := range emergency {
+		switch {
+		case !nkeys.IsValidPublicUserKey(e.PublicNKey):
+			return fmt.Errorf("broker: emergency key %s: malformed public NKey", e.Key)
+		case keys[e.PublicNKey]:
+			return fmt.Errorf("broker: emergency key %s has another's NKey", e.Key)
+		}
+		keys[e.PublicNKey] = true
+	}
 	return nil
 }
 
@@ -179,9 +189,11 @@ type Broker struct {
 	lock *os.File
 	gate gate
 
-	mu     sync.Mutex // serialises SetEnforcers and Close
-	closed bool
-	done   chan struct{}
+	mu        sync.Mutex // serialises SetEnforcers, SetEmergency and Close
+	closed    bool
+	enforcers []Enforcer
+	emergency []Emergency
+	done      chan struct{}
 }
 
 // Start starts a broker and returns when it accepts connections and its streams
@@ -208,7 +220,7 @@ func Start(o Options) (*Broker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
-	b := &Broker{opts: o, lock: lock, done: make(chan struct{})}
+	b := &Broker{opts: o, lock: lock, done: make(chan struct{}), enforcers: o.Enforcers, emergency: o.Emergency}
 	if err := b.start(); err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
@@ -232,7 +244,7 @@ func (b *Broker) start() error {
 	if err := b.gate.open(srv, b.opts.Authority); err != nil {
 		return err
 	}
-	if err := b.gate.set(b.opts.Enforcers); err != nil {
+	if err := b.gate.set(holders(b.enforcers, b.emergency)); err != nil {
 		return err
 	}
 	srv.Start()
@@ -351,15 +363,29 @@ func (b *Broker) Conn(ctx context.Context, seed string, opts ...nats.Option) (*n
 // connections of those that stay are not touched. In a cluster it concerns this
 // server alone.
 func (b *Broker) SetEnforcers(list []Enforcer) error {
-	if err := validateEnforcers(b.opts.Authority, list); err != nil {
-		return err
-	}
+	return b.set(func() { b.enforcers = list })
+}
+
+// SetEmergency replaces the list of emergency keys whose holders may connect, in
+// the same way.
+func (b *Broker) SetEmergency(list []Emergency) error {
+	return b.set(func() { b.emergency = list })
+}
+
+func (b *Broker) set(change func()) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
 		return ErrClosed
 	}
-	return b.gate.set(list)
+	enforcers, emergency := b.enforcers, b.emergency
+	change()
+	err := validateUsers(b.opts.Authority, b.enforcers, b.emergency)
+	if err != nil {
+		b.enforcers, b.emergency = enforcers, emergency
+		return err
+	}
+	return b.gate.set(holders(b.enforcers, b.emergency))
 }
 
 // Sound reports whether the store takes writes, as far as it has tried. nats-server

@@ -185,6 +185,9 @@ func TestEnforcerMayDoThisAndNothingElse(t *testing.T) {
 		{"read of the log", "$JS.API.DIRECT.GET.INTERLOCK_LOG", true, true},
 		{"read of the key sets", "$JS.API.DIRECT.GET.INTERLOCK_TRUST", true, true},
 
+		{"read of the orders", "$JS.API.DIRECT.GET.INTERLOCK_ORDERS", true, true},
+
+		{"an order", "interlock.v1.order.0100000000000000", true, false},
 		{"another's receipt", natsfeed.ReceiptSubject("b"), true, false},
 		{"another's report", natsfeed.ReportSubject("b"), true, false},
 		{"read of the reports", "$JS.API.DIRECT.GET.INTERLOCK_REPORTS", true, false},
@@ -226,6 +229,7 @@ func TestEnforcerMayDoThisAndNothingElse(t *testing.T) {
 		{"hear the log", natsfeed.LogSubject, false, true},
 		{"hear heartbeats", natsfeed.BeatSubject, false, true},
 		{"hear key sets", natsfeed.TrustSubject, false, true},
+		{"hear orders", natsfeed.OrderSubjects, false, true},
 		{"hear own inbox", "_INBOX_a.x", false, true},
 		{"hear all of own inbox", "_INBOX_a.>", false, true},
 
@@ -635,7 +639,7 @@ func TestPortTaken(t *testing.T) {
 // the same accounts.
 func TestServerConfigIsWhatRuns(t *testing.T) {
 	a, e := newUser(t).pub, newUser(t).pub
-	text, err := ServerConfig(a, []Enforcer{{"eu-3", e}})
+	text, err := ServerConfig(a, []Enforcer{{"eu-3", e}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -658,7 +662,7 @@ func TestServerConfigIsWhatRuns(t *testing.T) {
 			t.Errorf("account %s, permissions %s", u.Account.Name, got)
 		}
 	}
-	if _, err := ServerConfig(a, []Enforcer{{"}", e}}); err == nil {
+	if _, err := ServerConfig(a, []Enforcer{{"}", e}}, nil); err == nil {
 		t.Error("a name that ends the block")
 	}
 }

@@ -9,8 +9,6 @@ import (
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nkeys"
-
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 )
 
 // gate says who may connect, and with which rights. Enforcers come and go while
@@ -26,10 +24,10 @@ type gate struct {
 
 // guest is somebody who may connect.
 type guest struct {
-	enforcer string // empty for the authority
-	account  *server.Account
-	rights   *server.Permissions
-	conns    map[uint64]struct{} // that were let in; some may be gone
+	name    string // empty for the authority
+	account *server.Account
+	rights  *server.Permissions
+	conns   map[uint64]struct{} // that were let in; some may be gone
 }
 
 // open binds the gate to a server that accepts nobody yet.
@@ -87,7 +85,7 @@ const (
 // the oldest make room: an honest one has left them, and it must get in.
 func (g *gate) makeRoom(u *guest) {
 	limit := pruneAt
-	if u.enforcer != "" {
+	if u.name != "" {
 		limit = maxConns
 	}
 	if len(u.conns) < limit {
@@ -98,24 +96,24 @@ func (g *gate) makeRoom(u *guest) {
 			delete(u.conns, id)
 		}
 	}
-	for u.enforcer != "" && len(u.conns) >= limit {
+	for u.name != "" && len(u.conns) >= limit {
 		oldest := slices.Min(slices.Collect(maps.Keys(u.conns)))
 		delete(u.conns, oldest)
 		_ = g.srv.DisconnectClientByID(oldest) // gone already, or goes now
 	}
 }
 
-// set replaces the enforcers. Those that are no longer listed, or have another
+// set replaces who may connect beside the authority. Those that are no longer listed, or have another
 // key, are disconnected.
-func (g *gate) set(list []Enforcer) error {
+func (g *gate) set(list []holder) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	keep := make(map[string]string, len(list))
-	for _, e := range list {
-		keep[e.PublicNKey] = e.Name
+	for _, u := range list {
+		keep[u.nkey] = u.name
 	}
 	for key, u := range g.users {
-		if u.enforcer == "" || keep[key] == u.enforcer {
+		if u.name == "" || keep[key] == u.name {
 			continue
 		}
 		delete(g.users, key)
@@ -123,38 +121,38 @@ func (g *gate) set(list []Enforcer) error {
 			_ = g.srv.DisconnectClientByID(id) // gone already, or goes now
 		}
 	}
-	for _, e := range list {
-		if g.users[e.PublicNKey] != nil {
+	for _, u := range list {
+		if g.users[u.nkey] != nil {
 			continue
 		}
-		acc, err := g.account(e.Name)
+		acc, err := g.account(u)
 		if err != nil {
-			return fmt.Errorf("broker: account of enforcer %s: %w", e.Name, err)
+			return fmt.Errorf("broker: %s: %w", u.name, err)
 		}
-		g.users[e.PublicNKey] = &guest{
-			enforcer: e.Name, account: acc, rights: EnforcerPermissions(e.Name).server(), conns: map[uint64]struct{}{},
-		}
+		g.users[u.nkey] = &guest{name: u.name, account: acc, rights: u.rights.server(), conns: map[uint64]struct{}{}}
 	}
 	return nil
 }
 
-// account makes the account of an enforcer, or finds the one that an earlier
-// enrolment of that name left.
-func (g *gate) account(name string) (*server.Account, error) {
-	acc, isNew := g.srv.LookupOrRegisterAccount(AccountOf(name))
+// account makes the account of a holder of rights, or finds the one that an earlier one of
+// that name left.
+func (g *gate) account(u holder) (*server.Account, error) {
+	if !u.own {
+		return g.main, nil
+	}
+	acc, isNew := g.srv.LookupOrRegisterAccount(u.name)
 	if !isNew {
 		return acc, nil
 	}
-	p := EnforcerPermissions(name)
-	for _, s := range p.Subscribe {
-		if s == natsfeed.InboxPrefix(name)+".>" {
+	for _, s := range u.rights.Subscribe {
+		if s == u.inbox {
 			continue
 		}
 		if err := acc.AddStreamImport(g.main, s, ""); err != nil {
 			return nil, fmt.Errorf("import %s: %w", s, err)
 		}
 	}
-	for _, s := range p.Publish {
+	for _, s := range u.rights.Publish {
 		if err := acc.AddServiceImport(g.main, s, s); err != nil {
 			return nil, fmt.Errorf("import %s: %w", s, err)
 		}

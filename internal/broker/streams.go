@@ -30,6 +30,10 @@ const (
 	// theirs to the last byte, those of others do: maxReportAll.
 	MaxReports   = 256
 	maxReportAll = 128 << 20
+	// MaxOrdersOfKey bounds the orders of one emergency key that are stored; the
+	// oldest of its own give way. It may sign half as many.
+	MaxOrdersOfKey = 2 * session.MaxOrders
+	maxOrdersAll   = 64 << 20
 	// MaxAuditLen bounds a batch of audit records.
 	MaxAuditLen = 640 << 10
 	// duplicates is the window in which the server remembers message ids. The
@@ -58,7 +62,7 @@ func streams(replicas int) []jetstream.StreamConfig {
 		Replicas: replicas, Duplicates: duplicates,
 		MaxConsumers: -1, MaxMsgs: -1, MaxBytes: -1, MaxMsgsPerSubject: -1,
 	}
-	log, trust, receipts, reports, segments, audit := base, base, base, base, base, base
+	log, trust, receipts, reports, segments, orders, audit := base, base, base, base, base, base, base
 
 	log.Name, log.Subjects = natsfeed.LogStream, []string{natsfeed.LogSubject}
 	log.Description = "signed batches; read by batched direct gets"
@@ -100,6 +104,17 @@ func streams(replicas int) []jetstream.StreamConfig {
 	segments.AllowDirect, segments.DenyDelete = true, true
 	segments.MaxMsgSize = session.MaxFrameLen + maxHeader
 
+	orders.Name, orders.Subjects = natsfeed.OrderStream, []string{natsfeed.OrderSubjects}
+	orders.Description = "emergency orders; the authority adopts them"
+	orders.Discard = jetstream.DiscardOld
+	orders.AllowDirect, orders.DenyDelete = true, true
+	orders.MaxMsgsPerSubject = MaxOrdersOfKey
+	// An acknowledgement would go to whatever reply subject the holder names.
+	orders.NoAck = true
+	// No header that an honest one sends; what is longer is no order.
+	orders.MaxMsgSize = session.MaxOrderLen
+	orders.MaxBytes = maxOrdersAll
+
 	audit.Name, audit.Subjects = natsfeed.AuditStream, []string{natsfeed.AuditSubject}
 	audit.Description = "the authorities' audit, sealed and chained; the authority purges what is past its keeping"
 	// Reads are by its leader: what a replica does not have yet looks like the end.
@@ -125,7 +140,7 @@ func streams(replicas int) []jetstream.StreamConfig {
 	agents.AllowDirect = true
 	agents.MaxMsgsPerSubject = natsfeed.AgentKeep
 	agents.MaxMsgSize = session.MaxFrameLen + maxHeader
-	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, audit, registry, snapshots, agents}
+	return []jetstream.StreamConfig{log, trust, receipts, reports, segments, orders, audit, registry, snapshots, agents}
 }
 
 // EnsureStreams makes the streams and the lease bucket, with the given number of

@@ -82,6 +82,9 @@ func (r *Recorder) Beat(b []byte) { r.record(1, func() { r.beats = append(r.beat
 // KeySet implements enforce.Sink.
 func (r *Recorder) KeySet(b []byte) { r.record(2, func() { r.keySets = append(r.keySets, b) }) }
 
+// Order implements enforce.Sink.
+func (r *Recorder) Order([]byte) {}
+
 // Connected implements enforce.Sink.
 func (r *Recorder) Connected(up bool) { r.record(3, func() { r.links = append(r.links, up) }) }
 

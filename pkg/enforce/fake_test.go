@@ -43,8 +43,9 @@ type bus struct {
 	feeds   []*busFeed
 	log     [][]byte
 	keySets [][]byte
-	dead    bool // nothing gets through in either direction
-	mute    bool // live messages are lost; the log can be read
+	orders  [][]byte // that are stored
+	dead    bool     // nothing gets through in either direction
+	mute    bool     // live messages are lost; the log can be read
 	noLog   bool
 	hold    bool // live messages wait for release
 	held    []func(Sink)
@@ -54,6 +55,9 @@ type bus struct {
 	// and agentReads how often parts were asked for.
 	agentIndexes, agentParts [][]byte
 	agentReads               int
+	// noOrders: the stored orders cannot be read.
+	noOrders   bool
+	orderDelay time.Duration // of reading them
 	// clock, if set, replaces the answer to a nonce.
 	clock func(answer []byte) []byte
 }
@@ -400,6 +404,31 @@ func (f *busFeed) KeySets(context.Context) ([][]byte, error) {
 	f.b.mu.Lock()
 	defer f.b.mu.Unlock()
 	return slices.Clone(f.b.keySets), nil
+}
+
+// publishOrder publishes an order and stores it.
+func (b *bus) publishOrder(frame []byte) {
+	b.with(func(b *bus) { b.orders = append(b.orders, frame) })
+	b.each(func(s Sink) { s.Order(frame) })
+}
+
+func (f *busFeed) Orders(_ context.Context, fn func([]byte) error) error {
+	if err := f.up(); err != nil {
+		return err
+	}
+	f.b.mu.Lock()
+	orders, no, delay := slices.Clone(f.b.orders), f.b.noOrders, f.b.orderDelay
+	f.b.mu.Unlock()
+	time.Sleep(delay)
+	if no {
+		return errDead
+	}
+	for _, o := range orders {
+		if err := fn(o); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (f *busFeed) Clock(ctx context.Context, nonce [32]byte) ([]byte, error) {

@@ -25,6 +25,16 @@ type Feed interface {
 	Close() error
 }
 
+// OrderFeed is a Feed that can also read the emergency orders that are stored. With
+// one, an enforcer that was away when an order was published has it before it
+// allows anybody.
+type OrderFeed interface {
+	Feed
+	// Orders calls fn with the stored orders, as signed frames. An error of fn
+	// stops it and is returned.
+	Orders(ctx context.Context, fn func(frame []byte) error) error
+}
+
 // Sink takes what a Feed delivers. Its methods do not block and may be called
 // concurrently. A frame is the sink's to keep.
 type Sink interface {
@@ -34,6 +44,8 @@ type Sink interface {
 	Beat(frame []byte)
 	// KeySet takes a root-signed key set.
 	KeySet(frame []byte)
+	// Order takes an emergency order.
+	Order(frame []byte)
 	// Connected says that the link went up or down. It is a hint to look for
 	// gaps, never a sign of freshness.
 	Connected(up bool)

@@ -191,6 +191,7 @@ func (s sink) frame(b []byte, take func([]byte)) {
 func (s sink) Batch(frame []byte)  { s.frame(frame, func(b []byte) { s.f.heard(b, false) }) }
 func (s sink) Beat(frame []byte)   { s.frame(frame, s.f.beat) }
 func (s sink) KeySet(frame []byte) { s.frame(frame, s.f.keySet) }
+func (s sink) Order(frame []byte)  { s.frame(frame, func(b []byte) { s.f.order(b, "the bus") }) }
 
 func (s sink) Connected(up bool) {
 	if f := s.f; up {
@@ -209,6 +210,7 @@ func (s sink) Connected(up bool) {
 			if !f.repairing {
 				f.repairAt = at
 			}
+			f.orders.wait, f.orders.readAt = 0, at
 		})
 	}
 }
@@ -390,6 +392,7 @@ func (f *follower) tend(ctx context.Context) {
 		f.repair(ctx)
 	}
 	f.tendAgents(ctx)
+	f.readOrders(ctx)
 }
 
 func (f *follower) needKeySets() {
@@ -816,12 +819,18 @@ func (f *follower) confirm(b beat) bool {
 		// nothing yet.
 		f.e.cut(v, slices.Values(f.e.bound.snapshot()))
 	}
-	now := f.e.opts.clock()
-	if !f.e.isReady() && now.mono-f.origin <= f.e.opts.MaxStale && (f.e.opts.Agents == nil || v.agentsStale(&session.Call{}, now, f.e.opts.Agents.MaxAge) == "") {
-		close(f.e.ready)
-	}
+	f.nowReady()
 	f.receipts.confirmed()
 	return true
+}
+
+// nowReady says that a verified, fresh state is in force, when it first is.
+func (f *follower) nowReady() {
+	v, now := f.e.view.Load(), f.e.opts.clock()
+	if f.orders.asked && f.verified && !f.e.isReady() && now.mono-f.origin <= f.e.opts.MaxStale &&
+		(f.e.opts.Agents == nil || v.agentsStale(&session.Call{}, now, f.e.opts.Agents.MaxAge) == "") {
+		close(f.e.ready)
+	}
 }
 
 // liftInherited applies the new epoch's lifts to what earlier ones left.
@@ -1009,12 +1018,16 @@ func (f *follower) publish() *view {
 	v := &view{
 		set: c.confirmed.set, overlay: c.overlay, inherited: f.inherited,
 		divergence: f.divergence,
-		verified:   f.verified, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, cause: f.cause, hint: f.hint,
+		verified:   f.verified && f.orders.asked, origin: f.origin, anchor: f.anchor, skew: f.skew, unusable: f.unusable, cause: f.cause, hint: f.hint,
 		tip: c.tip(), confirmed: c.confirmed.number,
 		agents: f.agents.table, agentsOrigin: f.agents.origin, agentsHint: f.agents.hint, agentsCause: f.agents.cause,
 	}
-	if v.unusable == "" && f.anchor == nil {
+	switch {
+	case v.unusable != "":
+	case f.anchor == nil:
 		v.unusable = "the authority's clock is not anchored"
+	case !f.orders.asked:
+		v.unusable = "the emergency orders have not been read yet"
 	}
 	if f.verified && !c.live {
 		// A rebuild is under way: keep denying what was denied, and what is

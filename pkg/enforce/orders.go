@@ -39,6 +39,14 @@ type orders struct {
 	why    string        // the last refusal
 	saidAt time.Duration // when it was logged
 
+	// asked is set once the feed has been asked for what it has stored: until then
+	// nobody is allowed, since an order may have been published while this
+	// enforcer was away. When it does not answer, there is no waiting for it: it
+	// may be older than orders are.
+	asked, reading bool
+	readAt         time.Duration // not before; negative is never
+	wait           time.Duration // back-off
+
 	unsaved, saving, failed bool
 	saveAt                  time.Duration // not before
 
@@ -63,6 +71,8 @@ const (
 	// maxOrdersFile bounds what is kept of orders: session.MaxKeySetOrders in
 	// base64.
 	maxOrdersFile = 2 << 20
+	// The stored orders are asked for again after a failure.
+	orderWaitMin, orderWaitMax = time.Second, 30 * time.Second
 )
 
 // ordersPath is in a directory that several enforcers may share.
@@ -83,7 +93,7 @@ func (o *ordersJSON) sum() []byte {
 // under the key set. A file that is damaged is an error: an order that came as a
 // file may be nowhere else.
 func loadOrders(o Options) (orders, error) {
-	s := orders{held: map[session.OrderID]*session.SignedOrder{}, files: map[string]orderedFile{}}
+	s := orders{held: map[session.OrderID]*session.SignedOrder{}, files: map[string]orderedFile{}, readAt: -1}
 	if o.OrdersDir != "" {
 		info, err := os.Stat(o.OrdersDir)
 		if err == nil && !info.IsDir() {
@@ -157,16 +167,16 @@ func (f *follower) order(b []byte, from string) {
 	}
 	s, err := session.ParseOrder(b)
 	if err == nil {
-		err = f.trust.Order(s)
+		have := f.orders.held[s.ID]
+		if have != nil && have.Hash == s.Hash {
+			return // it comes by every way there is, and with each reading again
+		}
+		if err = f.trust.Order(s); err == nil && have != nil {
+			err = fmt.Errorf("%w: order %s was given before, with other content", session.ErrUntrusted, s.ID)
+		}
 	}
 	if err != nil {
 		f.refuseOrder(from, err)
-		return
-	}
-	if have := f.orders.held[s.ID]; have != nil {
-		if have.Hash != s.Hash {
-			f.refuseOrder(from, fmt.Errorf("%w: order %s was given before, with other content", session.ErrUntrusted, s.ID))
-		}
 		return
 	}
 	// It is held for long, and b may be part of something large.
@@ -211,9 +221,47 @@ func (f *follower) retrustOrders() {
 	for _, b := range early {
 		f.order(b, "an earlier run")
 	}
-	// A file that was refused may be good now.
+	// What was refused may be good now.
 	clear(f.orders.files)
-	f.orders.lookAt = 0
+	f.orders.lookAt, f.orders.readAt = 0, f.now()
+}
+
+// readOrders has the stored orders read when that is due.
+func (f *follower) readOrders(ctx context.Context) {
+	o, now := &f.orders, f.now()
+	if o.reading || o.readAt < 0 || now < o.readAt || f.trust.KeySet() == nil {
+		return
+	}
+	feed, ok := f.e.feed.(OrderFeed)
+	if o.readAt = -1; !ok {
+		o.asked = true
+		f.publish()
+		return
+	}
+	o.reading = true
+	f.job(ctx, jobLimit, func(jctx context.Context) func() {
+		err := feed.Orders(jctx, func(frame []byte) error {
+			if !f.post(jctx, func() { f.order(frame, "the bus") }) {
+				return jctx.Err()
+			}
+			return nil
+		})
+		return func() {
+			o.reading = false
+			if o.wait = min(max(2*o.wait, orderWaitMin), orderWaitMax); err == nil {
+				o.wait = 0
+			} else if o.readAt < 0 {
+				o.readAt = f.now() + jitter(o.wait)
+			}
+			if !o.asked {
+				if o.asked = true; err != nil {
+					f.e.opts.Logger.Warn("the emergency orders on the bus cannot be read: going on without those that are not known here", "error", err)
+				}
+				f.publish()
+				f.nowReady()
+			}
+		}
+	})
 }
 
 // tendOrders has the orders kept and the directory looked at when that is due.

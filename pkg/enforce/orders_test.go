@@ -289,6 +289,67 @@ func TestOrdersInEveryMode(t *testing.T) {
 	})
 }
 
+// TestOrderOnTheBus: one that is published denies at once, and one that was while
+// the enforcer was away denies before anybody is allowed.
+func TestOrderOnTheBus(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		k := b.emergencyKey(0)
+		e, _ := b.open(nil)
+		p := prepare(t, e, caller("s1"))
+		work := mustBind(t, e, p, session.Call{})
+		b.publishOrder(b.order(k, 1, 1, nil).Frame)
+		settle()
+		mustDeny(t, e, p, session.Call{}, session.ErrSuspended)
+		mustBeCut(work, t, session.ErrSuspended)
+		mustAllow(t, e, globexCaller(t, e), session.Call{})
+		// The same from the other source is the same, and junk is nothing.
+		b.publishOrder(b.order(k, 1, 1, nil).Frame)
+		b.publishOrder([]byte("junk"))
+		settle()
+		if s := e.Status(); len(s.Orders) != 1 || s.OrdersRefused != 1 {
+			t.Errorf("%+v", s)
+		}
+
+		// The link was down when another was published.
+		b.with(func(b *bus) { b.mute = true })
+		b.publishOrder(b.order(k, 2, 2, nil).Frame)
+		b.with(func(b *bus) { b.mute = false })
+		settle()
+		mustAllow(t, e, globexCaller(t, e), session.Call{})
+		b.each(func(s Sink) { s.Connected(true) })
+		time.Sleep(time.Second)
+		settle()
+		mustDeny(t, e, globexCaller(t, e), session.Call{}, session.ErrSuspended)
+		e.Close()
+
+		for _, mode := range []session.Mode{session.ModeStrict, session.ModeBestEffort} {
+			b.with(func(b *bus) { b.orderDelay = 2 * time.Second })
+			e, _ = b.start(func(o *Options) { o.Mode = mode })
+			p = prepare(t, e, caller("s1"))
+			for range 300 {
+				time.Sleep(10 * time.Millisecond)
+				if e.Check(p, session.Call{}) == nil {
+					t.Fatal("allowed before the orders were read")
+				}
+			}
+			if s := e.Status(); !s.Ready || !s.Fresh || len(s.Orders) != 2 {
+				t.Errorf("%+v", s)
+			}
+			e.Close()
+		}
+
+		// A bus without them holds nobody up, and is asked again.
+		b.with(func(b *bus) { b.orderDelay, b.noOrders = 0, true })
+		e, _ = b.open(nil)
+		defer e.Close()
+		p = prepare(t, e, caller("s1"))
+		mustAllow(t, e, p, session.Call{})
+		b.with(func(b *bus) { b.noOrders = false })
+		time.Sleep(30 * time.Second)
+		mustDeny(t, e, p, session.Call{}, session.ErrSuspended)
+	})
+}
+
 // TestOrderBeforeTheBus: a file that lay there when the enforcer came up, without
 // a bus, denies from the first moment.
 func TestOrderBeforeTheBus(t *testing.T) {

@@ -54,7 +54,10 @@ type Feed struct {
 	requests   atomic.Uint64
 }
 
-var _ enforce.SegmentFeed = (*Feed)(nil)
+var (
+	_ enforce.SegmentFeed = (*Feed)(nil)
+	_ enforce.OrderFeed   = (*Feed)(nil)
+)
 
 // New returns a feed over a connection that the host owns: Close leaves it open.
 // The connection must be authenticated as the enforcer of that name. Its ping
@@ -174,6 +177,7 @@ func (f *Feed) subscribe(ctx context.Context, sink enforce.Sink) error {
 		{LogSubject, sink.Batch, 4096, 32 << 20},
 		{BeatSubject, sink.Beat, 1024, 4 << 20},
 		{TrustSubject, sink.KeySet, 64, 32 << 20},
+		{OrderSubjects, sink.Order, 256, 1 << 20},
 	} {
 		sub, err := f.nc.Subscribe(s.subject, func(m *nats.Msg) {
 			if len(m.Data) > session.MaxFrameLen {

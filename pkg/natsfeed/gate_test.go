@@ -16,6 +16,7 @@ type counting struct{ batches atomic.Int32 }
 func (c *counting) Batch([]byte)   { c.batches.Add(1) }
 func (c *counting) Beat([]byte)    {}
 func (c *counting) KeySet([]byte)  {}
+func (c *counting) Order([]byte)   {}
 func (c *counting) Connected(bool) {}
 
 // TestMessageThatMeetsClose: a message that nats.go has handed over already, when

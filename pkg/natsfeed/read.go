@@ -64,6 +64,13 @@ func (f *Feed) KeySets(ctx context.Context) ([][]byte, error) {
 	return f.newest(ctx, TrustStream, "", maxKeySets)
 }
 
+// Orders reads the stored emergency orders, oldest first, unverified, and calls fn
+// with each. Errors are as Log's.
+func (f *Feed) Orders(ctx context.Context, fn func(frame []byte) error) error {
+	_, err := f.read(ctx, OrderStream, "", 0, func(_ uint64, frame []byte) error { return fn(frame) })
+	return err
+}
+
 // newest returns the newest frames, at most so many of them, oldest first.
 func (f *Feed) newest(ctx context.Context, stream, subject string, most int) ([][]byte, error) {
 	var out [][]byte

@@ -1,5 +1,7 @@
 package natsfeed
 
+import "github.com/interlock-fabric/interlock/pkg/session"
+
 // The subjects and streams of the fabric. docs/design/wire.md says who may use
 // which.
 const (
@@ -14,6 +16,11 @@ const (
 
 	// BeatSubject carries heartbeats and rejections. They are not stored.
 	BeatSubject = "interlock.v1.beat"
+
+	// OrderStream holds the emergency orders, those of each key on a subject of its
+	// own.
+	OrderStream   = "INTERLOCK_ORDERS"
+	OrderSubjects = "interlock.v1.order.*"
 
 	// ReceiptStream holds receipts, each enforcer's on a subject of its own.
 	ReceiptStream   = "INTERLOCK_RECEIPTS"
@@ -50,6 +57,9 @@ const (
 	// LeaseBucket is the key-value bucket of the writer's lease.
 	LeaseBucket = "INTERLOCK_LEASE"
 )
+
+// OrderSubject is where orders of that emergency key are published.
+func OrderSubject(key session.KeyID) string { return "interlock.v1.order." + key.String() }
 
 // ReceiptSubject is where the enforcer of that name publishes receipts.
 func ReceiptSubject(enforcer string) string { return "interlock.v1.receipt." + enforcer }
