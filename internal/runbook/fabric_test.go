@@ -5,7 +5,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
@@ -55,13 +54,16 @@ type fabric struct {
 	dir       string
 	env       []string // of every shell and unit
 	enforcers []string
-	apiAddr   string
-	busAddr   map[string]string // by the authority's host
-	proxyAddr map[string]string // by the enforcer's host
-	upstream  *httptest.Server
-	ca        *certAuthority
-	ctx       context.Context
-	calls     sync.WaitGroup
+	// commanders sign in by certificate, on machines of their own; with them,
+	// some decisions take two.
+	commanders []string
+	apiAddr    string
+	busAddr    map[string]string // by the authority's host
+	proxyAddr  map[string]string // by the enforcer's host
+	upstream   *httptest.Server
+	ca         *certAuthority
+	ctx        context.Context
+	calls      sync.WaitGroup
 
 	mu    sync.Mutex
 	units map[string]*unit
@@ -79,14 +81,14 @@ func (f *fabric) path(parts ...string) string {
 
 // newFabric starts an authority and the enforcers, and returns when these are
 // fresh.
-func newFabric(t *testing.T, bin string, enforcers []string) *fabric {
+func newFabric(t *testing.T, bin string, p *page) *fabric {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "runbook") // short: a socket's path has 108 bytes
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(dir)) })
 	ctx, cancel := context.WithCancel(t.Context())
 	f := &fabric{
-		t: t, dir: dir, ctx: ctx, enforcers: enforcers, units: map[string]*unit{}, ca: newCertAuthority(t),
+		t: t, dir: dir, ctx: ctx, enforcers: p.enforcers, commanders: p.commanders, units: map[string]*unit{}, ca: newCertAuthority(t),
 		apiAddr: freeAddr(t), busAddr: map[string]string{}, proxyAddr: map[string]string{},
 	}
 	for _, kv := range os.Environ() {
@@ -113,9 +115,15 @@ func newFabric(t *testing.T, bin string, enforcers []string) *fabric {
 	t.Cleanup(func() {
 		cancel()
 		f.calls.Wait()
+		var stops sync.WaitGroup
 		for name := range f.units { // nothing starts any more
-			must(t, f.stop(name))
+			stops.Go(func() {
+				if err := f.stop(name); err != nil {
+					t.Error(err)
+				}
+			})
 		}
+		stops.Wait()
 		if t.Failed() {
 			logs, _ := filepath.Glob(f.path("*.log"))
 			for _, l := range logs {
@@ -125,7 +133,15 @@ func newFabric(t *testing.T, bin string, enforcers []string) *fabric {
 		}
 	})
 
-	f.ca.write(t, f.path("tls", "ca.pem"), f.path("tls", "server.pem"), f.path("tls", "server.key"))
+	f.ca.write(t, f.path("tls"), "server", &x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+	if len(f.commanders) > 0 {
+		access := fmt.Sprintf("client_ca: %s\ncertificates:\n", f.path("tls", "ca.pem"))
+		for _, name := range f.commanders {
+			f.ca.write(t, f.path("tls"), name, &x509.Certificate{EmailAddresses: []string{name + "@corp"}})
+			access += fmt.Sprintf("- {name: \"email:%s@corp\", role: commander, tenants: [\"*\"]}\n- {name: \"email:%s@corp\", role: viewer, tenants: [\"*\"]}\n", name, name)
+		}
+		must(t, os.WriteFile(f.path("access.yaml"), []byte(access), 0o600))
+	}
 	f.upstream = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, "hello\n")
 		if r.URL.Path == "/slow" {
@@ -147,7 +163,7 @@ func newFabric(t *testing.T, bin string, enforcers []string) *fabric {
 		return err == nil && s.Writer
 	})
 	tokens := f.tokens()
-	for _, name := range enforcers {
+	for _, name := range f.enforcers {
 		must(t, os.Mkdir(f.path(name), 0o700))
 		raw, err := c.Enroll(ctx, authority.EnrollRequest{Name: name})
 		must(t, err)
@@ -172,14 +188,18 @@ proxy: {listeners: [{listen: %q}]}
 	}
 	f.eventually("the enforcers are fresh", func() bool {
 		s, err := c.Status(ctx)
-		return err == nil && s.Enforcers.Fresh == len(enforcers)
+		return err == nil && s.Enforcers.Fresh == len(f.enforcers)
 	})
 	return f
 }
 
-// hostEnv is what is set in a shell of a host: an enforcer's, or that of an
-// authority; "" is the one that runs.
+// hostEnv is what is set in a shell of a host: an enforcer's, a commander's, or
+// that of an authority; "" is the one that runs.
 func (f *fabric) hostEnv(host string) []string {
+	if slices.Contains(f.commanders, host) {
+		return []string{"HOST=" + host, "INTERLOCK_URL=https://" + f.apiAddr, "INTERLOCK_API_CA=" + f.path("tls", "ca.pem"),
+			"INTERLOCK_CLIENT_CERT=" + f.path("tls", host+".pem"), "INTERLOCK_CLIENT_KEY=" + f.path("tls", host+".key")}
+	}
 	if slices.Contains(f.enforcers, host) {
 		return []string{"HOST=" + host, "INTERLOCK_CONFIG=" + f.path(host, "enforcer.yaml"), "ENROLLMENT=" + f.path(host, "enrollment.json"), "STATE_DIR=" + f.path(host, "state")}
 	}
@@ -202,6 +222,9 @@ func (f *fabric) start(name, host string) error {
 			"--enforcer-ca", f.path("tls", "ca.pem"), "--canary-every", "1s"}
 		if host == "" {
 			args = append(args, "--api-listen", f.apiAddr, "--api-tls-cert", cert, "--api-tls-key", key)
+			if len(f.commanders) > 0 {
+				args = append(args, "--access", f.path("access.yaml"))
+			}
 		}
 	default:
 		return fmt.Errorf("no unit %s on host %q", name, host)
@@ -319,7 +342,7 @@ func (f *fabric) happen(args []string) error {
 	case "steal":
 		return f.steal(args[1])
 	case "certificate":
-		f.ca.write(f.t, filepath.Join(args[1], "ca.pem"), filepath.Join(args[1], "server.pem"), filepath.Join(args[1], "server.key"))
+		f.ca.write(f.t, args[1], "server", &x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 		return nil
 	case "kill":
 		f.mu.Lock()
@@ -534,28 +557,24 @@ func newCertAuthority(t *testing.T) *certAuthority {
 	return c
 }
 
-// write writes the CA, and a new certificate for loopback with its key.
-func (c *certAuthority) write(t *testing.T, ca, cert, keyFile string) {
+// write writes the CA's certificate, and a new one for name with its key, into a
+// directory.
+func (c *certAuthority) write(t *testing.T, dir, name string, template *x509.Certificate) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	template.SerialNumber, err = rand.Int(rand.Reader, big.NewInt(1<<62))
 	must(t, err)
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: "authority"}, NotAfter: time.Now().Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, c.cert, key.Public(), c.key)
+	template.Subject, template.NotAfter, template.KeyUsage = pkix.Name{CommonName: name}, time.Now().Add(time.Hour), x509.KeyUsageDigitalSignature
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	der, err := x509.CreateCertificate(rand.Reader, template, c.cert, key.Public(), c.key)
 	must(t, err)
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	must(t, err)
-	for path, block := range map[string]*pem.Block{
-		ca: {Type: "CERTIFICATE", Bytes: c.cert.Raw}, cert: {Type: "CERTIFICATE", Bytes: der}, keyFile: {Type: "PRIVATE KEY", Bytes: pkcs8},
+	for file, block := range map[string]*pem.Block{
+		"ca.pem": {Type: "CERTIFICATE", Bytes: c.cert.Raw}, name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: pkcs8},
 	} {
-		must(t, os.WriteFile(path, pem.EncodeToMemory(block), 0o600))
-	}
-	if _, err := tls.LoadX509KeyPair(cert, keyFile); err != nil {
-		t.Fatal(err)
+		must(t, os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600))
 	}
 }
 

@@ -10,8 +10,8 @@ import (
 // page is a runbook as the test reads it; docs/runbooks/README.md says how one is
 // written.
 type page struct {
-	enforcers []string
-	steps     []*step
+	enforcers, commanders []string // of the fabric that it begins with
+	steps                 []*step
 }
 
 // step is a fenced block of commands, or what happens in the world meanwhile.
@@ -68,7 +68,8 @@ func parse(text string) (*page, error) {
 				}
 			}
 			if m[1] == "setup" {
-				p.enforcers = strings.Fields(body)
+				enforcers, commanders, _ := strings.Cut(body, ";")
+				p.enforcers, p.commanders = strings.Fields(enforcers), strings.Fields(commanders)
 			} else {
 				p.steps = append(p.steps, &step{line: start + 1, world: true, script: body})
 			}

@@ -36,11 +36,11 @@ func TestParseRefuses(t *testing.T) {
 }
 
 func TestParse(t *testing.T) {
-	p, err := parse("# X\n\n<!-- setup: eu-1 eu-2 -->\n<!-- world:\na\nb\n-->\n\n```sh eu-2 exit=5\nls\n```\n```text\nx\n```\n<!-- world: c -->\n\nOtherwise: y\n\n```yaml\nx: 1\n```\n")
+	p, err := parse("# X\n\n<!-- setup: eu-1 eu-2; dana -->\n<!-- world:\na\nb\n-->\n\n```sh eu-2 exit=5\nls\n```\n```text\nx\n```\n<!-- world: c -->\n\nOtherwise: y\n\n```yaml\nx: 1\n```\n")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(p.enforcers) != 2 || len(p.steps) != 3 {
+	if len(p.enforcers) != 2 || len(p.commanders) != 1 || len(p.steps) != 3 {
 		t.Fatalf("%+v", p)
 	}
 	if s := p.steps[0]; !s.world || strings.TrimSpace(s.script) != "a\nb" {

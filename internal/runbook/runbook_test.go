@@ -57,7 +57,7 @@ func TestRunbooks(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"incident.md", "drill.md", "lost-key.md", "key-rotation.md", "restore.md", "upgrade.md"} {
+	for _, name := range []string{"incident.md", "drill.md", "lost-key.md", "key-rotation.md", "restore.md", "two-commanders.md", "upgrade.md"} {
 		if pages[name] == nil {
 			t.Errorf("there is no runbook %s", name)
 		}
@@ -72,7 +72,7 @@ func TestRunbooks(t *testing.T) {
 		}
 		t.Run(strings.TrimSuffix(name, ".md"), func(t *testing.T) {
 			t.Parallel()
-			f := newFabric(t, bin, p.enforcers)
+			f := newFabric(t, bin, p)
 			for _, s := range p.steps {
 				code, got := f.shell(s)
 				t.Logf("%s:%d\n%s\n%s", name, s.line, s.script, got)
@@ -131,12 +131,13 @@ func (f *fabric) shell(s *step) (int, string) {
 	ctx, cancel := context.WithTimeout(f.t.Context(), stepTimeout)
 	defer cancel()
 	var script bytes.Buffer
-	fmt.Fprintf(&script, "set -eu; [ ! -f %[1]s ] || . %[1]s\n", f.path("shell"))
+	state := f.path("shell-" + s.host)
+	fmt.Fprintf(&script, "set -eu; [ ! -f %[1]s ] || . %[1]s\n", state)
 	for _, kv := range f.hostEnv(s.host) {
 		name, value, _ := strings.Cut(kv, "=")
 		fmt.Fprintf(&script, "export %s='%s'\n", name, value)
 	}
-	fmt.Fprintf(&script, "set -a; trap 'export -p > %s' EXIT\n%s", f.path("shell"), s.script)
+	fmt.Fprintf(&script, "set -a; trap 'export -p > %s' EXIT\n%s", state, s.script)
 	var out limited
 	cmd := exec.CommandContext(ctx, "sh", "-c", script.String())
 	cmd.Env, cmd.Dir, cmd.Stdout, cmd.Stderr = f.env, f.path("home"), &out, &out
