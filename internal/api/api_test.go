@@ -167,6 +167,8 @@ func TestStrictJSON(t *testing.T) {
 	for name, body := range map[string]string{
 		"an unknown member":               `{"operation":"revoke","target":[]}`,
 		"an unknown member, deeper":       `{"operation":"revoke","targets":[{"terms":[{"kind":"session","value":"s","isuer":"x"}]}]}`,
+		"a member in another case":        `{"Operation":"revoke","targets":[]}`,
+		"a member with a long s":          `{"rea\u017fon":"kill","operation":"revoke","targets":[]}`,
 		"a member twice":                  `{"operation":"suspend","operation":"revoke","targets":[]}`,
 		"a member twice, in another case": `{"operation":"suspend","Operation":"revoke","targets":[]}`,
 		"a member twice, escaped":         `{"operation":"suspend","oper\u0061tion":"revoke","targets":[]}`,

@@ -64,13 +64,16 @@ func decodeStrict(body []byte, v any) error {
 	return checkMembers(body[:end])
 }
 
-// checkMembers refuses a repeated member and deep nesting. The body is one value
+// checkMembers refuses a repeated member, deep nesting, and names that encoding/json
+// takes for those that they resemble; only claims, whose names are others', may be
+// spelled in any way. The body is one value
 // that is known to be JSON. A batch has thousands of members, so it looks at each
 // byte once and keeps nothing but where the names are.
 func checkMembers(body []byte) error {
 	var names [][]byte // of the objects that are open
 	var open []int     // where the names of each begin; -1 for an array
 	name := false      // the next string is a member's name
+	claims := false    // the last member of the outermost object is that
 	for i := 0; i < len(body); i++ {
 		switch body[i] {
 		case '{', '[':
@@ -104,7 +107,14 @@ func checkMembers(body []byte) error {
 			}
 			if name {
 				name = false
-				names = append(names, fold(body[from:i+1]))
+				folded, exact := fold(body[from : i+1])
+				if len(open) == 1 {
+					claims = string(folded) == "claims"
+				}
+				if !exact && (len(open) == 1 || !claims) {
+					return fmt.Errorf("unknown field %.64q: names are in small letters", folded)
+				}
+				names = append(names, folded)
 			}
 		}
 	}
@@ -112,17 +122,18 @@ func checkMembers(body []byte) error {
 }
 
 // fold returns a member's name, given with its quotes, so that those that
-// encoding/json takes for the same, regardless of case, are equal.
-func fold(quoted []byte) []byte {
+// encoding/json takes for the same, regardless of case, are equal; exact is whether
+// it is so already.
+func fold(quoted []byte) (name []byte, exact bool) {
 	plain := quoted[1 : len(quoted)-1]
 	if !slices.ContainsFunc(plain, func(c byte) bool { return c == '\\' || c >= utf8.RuneSelf || 'A' <= c && c <= 'Z' }) {
-		return plain
+		return plain, true
 	}
 	var s string
 	if json.Unmarshal(quoted, &s) != nil {
-		return plain // it is known to be a string
+		return plain, false // it is known to be a string
 	}
-	return []byte(strings.Map(func(r rune) rune {
+	folded := strings.Map(func(r rune) rune {
 		// The least of those that fold to each other, as a small letter.
 		least := r
 		for o := unicode.SimpleFold(r); o != r; o = unicode.SimpleFold(o) {
@@ -132,7 +143,8 @@ func fold(quoted []byte) []byte {
 			least += 'a' - 'A'
 		}
 		return least
-	}, s))
+	}, s)
+	return []byte(folded), folded == s
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

@@ -31,13 +31,13 @@ const issuer = "https://issuer.example"
 // fixture is a whole authority on a temporary directory, and a client of its
 // API.
 type fixture struct {
-	*testing.T
+	testing.TB
 	ctx context.Context
 	a   *Authority
 	c   *authority.Client
 }
 
-func start(t *testing.T, o Options) *fixture {
+func start(t testing.TB, o Options) *fixture {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	t.Cleanup(cancel)

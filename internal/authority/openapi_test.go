@@ -36,7 +36,7 @@ type described struct {
 	hc  *http.Client
 }
 
-func startDescribed(t *testing.T) *described {
+func startDescribed(t testing.TB) *described {
 	t.Helper()
 	d := &described{fixture: start(t, Options{Issuers: []string{"https://login.example"}, Tenants: []string{"acme", longTenant}})}
 	var err error
@@ -678,4 +678,76 @@ func (d *described) send(o *apitest.Operation, p apitest.Param, v any, samples [
 	}
 	code, _ := d.do(o.Method, path, h, body)
 	return code
+}
+
+// FuzzAPI sends what no client would. Whatever it is, the answer is as described,
+// and never that the authority failed; what is refused changes nothing.
+func FuzzAPI(f *testing.F) {
+	d := startDescribed(f)
+	state := func() string {
+		epoch, number, _ := d.a.seq.Head()
+		r := d.a.registry.Status()
+		return fmt.Sprint(epoch, number, r.Sessions, r.Agents, r.Number, len(d.a.enforcers()), d.a.store.KeySet().Version)
+	}
+	for i, o := range d.doc.Operations {
+		f.Add(uint8(i), "1", "", "", "", []byte(nil))
+		for _, s := range o.Samples {
+			f.Add(uint8(i), "x", "", "application/json", "key", s.JSON(time.Now()))
+		}
+		for _, p := range o.Params {
+			for _, v := range append(exampleOf(p.Schema), "1", "x") {
+				f.Add(uint8(i), fmt.Sprint(v), url.Values{"tenant": {"acme"}, p.Name: {fmt.Sprint(v)}}.Encode(), "application/json", "", []byte("{}"))
+			}
+		}
+	}
+	f.Fuzz(func(t *testing.T, op uint8, name, query, contentType, key string, body []byte) {
+		o := d.doc.Operations[int(op)%len(d.doc.Operations)]
+		if name == "" || name == "." || name == ".." {
+			name = "x" // another path
+		}
+		path := o.Path
+		for _, p := range o.Params {
+			if p.In == "path" {
+				path = strings.ReplaceAll(path, "{"+p.Name+"}", url.PathEscape(name))
+			}
+		}
+		if query != "" {
+			path += "?" + query
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		req, err := http.NewRequestWithContext(ctx, o.Method, "http://a"+path, bytes.NewReader(body))
+		if err != nil || strings.ContainsFunc(path, func(r rune) bool { return r <= ' ' || r >= 0x7f }) || strings.Contains(path, "#") || len(path) > 8<<10 {
+			return // no HTTP
+		}
+		for k, v := range map[string]string{"Content-Type": contentType, "Idempotency-Key": key} {
+			if len(v) > 2<<10 || strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+				return // no HTTP
+			}
+			if v != "" {
+				req.Header.Set(k, v)
+			}
+		}
+		before := state()
+		resp, err := d.hc.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if resp.Header.Get("Content-Type") == "text/event-stream" {
+			return // it does not end
+		}
+		b, err := io.ReadAll(resp.Body)
+		if err == nil {
+			// Of a name with a slash in it, the path is another.
+			err = d.doc.Check(o.Method, strings.SplitN(req.URL.Path, "?", 2)[0], resp.StatusCode, resp.Header, b)
+		}
+		if err != nil || resp.StatusCode == http.StatusInternalServerError {
+			t.Fatalf("%d %s: %v", resp.StatusCode, b, err)
+		}
+		refused := resp.StatusCode >= 400 && resp.StatusCode < 500
+		if after := state(); refused && after != before {
+			t.Fatalf("refused (%d %s), and done: %s, and before it %s", resp.StatusCode, b, after, before)
+		}
+	})
 }
