@@ -261,12 +261,32 @@ certificates:
 	return s
 }
 
+// tokens is the file by which callers' tokens are verified: acme's issuer signs them
+// with the key that people's tokens are signed with.
+func (s *served) tokens() string {
+	s.Helper()
+	s.login.mu.Lock()
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.login.key.Public(), KeyID: s.login.kid}}})
+	s.login.mu.Unlock()
+	if err != nil {
+		s.Fatal(err)
+	}
+	file := filepath.Join(s.dir, "tokens.yaml")
+	for name, b := range map[string][]byte{filepath.Join(s.dir, "keys.json"): keys,
+		file: []byte("audiences: [https://tools.example/mcp]\nissuers:\n- {url: " + idp + ", tenant: acme, jwks_file: keys.json}\n")} {
+		if err := os.WriteFile(name, b, 0o600); err != nil {
+			s.Fatal(err)
+		}
+	}
+	return file
+}
+
 func (s *served) start(accessFile string) {
 	s.Helper()
 	data := filepath.Join(s.dir, "d")
 	cmd := exec.Command("session-authority", "serve", "--data-dir", data, "--tenant", "acme", "--tenant", "beta", "--issuer", idp,
 		"--nats-listen", "127.0.0.1:0", "--api-listen", "127.0.0.1:0", "--api-tls-cert", s.pki.path("server.pem"), "--api-tls-key", s.pki.path("server.key"),
-		"--access", accessFile, "--log-format", "json")
+		"--access", accessFile, "--tokens", s.tokens(), "--log-format", "json")
 	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=50")
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -332,6 +352,9 @@ func (s *served) do(c caller, method, path, body string) (int, http.Header, stri
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
 	}
+	if isOAuth(path) {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
 	if c.token != "" {
 		req.Header.Set("Authorization", "Bearer "+c.token)
 	}
@@ -355,6 +378,11 @@ func (s *served) do(c caller, method, path, body string) (int, http.Header, stri
 		s.Error(err)
 	}
 	return resp.StatusCode, resp.Header, string(b)
+}
+
+// isOAuth reports whether an endpoint takes forms, and fails, as OAuth says.
+func isOAuth(path string) bool {
+	return strings.HasPrefix(path, "/v1/oauth/") && !strings.HasSuffix(path, "/global-token-revocation")
 }
 
 func (s *served) decide(tenant, kind, value, incident string) *authority.Decision {
@@ -442,6 +470,9 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"GET /v1/bus-config", "", "", 200, roles{c}, true},
 		{"GET /v1/keyset", "", "", 200, roles{c, a}, true},
 		{"POST /v1/keyset", "", string(frame), 204, roles{c}, true},
+		{"POST /v1/oauth/revoke", "", "token=a.b.c", 200, roles{i, r, c}, false},
+		{"POST /v1/oauth/introspect", "", "token=a.b.c", 200, roles{v, i, r, c, a}, false},
+		{"POST /v1/oauth/global-token-revocation", "", `{"sub_id":{"format":"iss_sub","iss":"` + idp + `","sub":"NEW"}}`, 204, roles{i, r, c}, false},
 		{"GET /v1/proposals", "", "", 200, roles{r, c, a}, false},
 		{"POST /v1/proposals", "", decision("suspend", "", `{"kind":"tenant","value":"acme"}`), 201, roles{c}, false},
 		{"POST /v1/proposals", "", decision("kill", "", `{"kind":"global"}`), 201, roles{c}, true},
@@ -478,7 +509,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 				switch {
 				case may && code != e.want:
 					t.Errorf("%s: %d %s", what, code, got)
-				case !may && (code != 403 || !strings.Contains(got, authority.ProblemForbidden) || !strings.Contains(got, string(e.may[0]))):
+				case !may && (code != 403 || !strings.Contains(got, forbidden(path)) || !strings.Contains(got, string(e.may[0]))):
 					t.Errorf("%s: %d %s", what, code, got)
 				}
 			}
@@ -496,7 +527,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 			"garbage":             {caller{"x.y.z", s.plain}, 401},
 		} {
 			code, h, got := s.do(c.caller, method, path, e.body)
-			if code != c.want || (code == 401) != (h.Get("WWW-Authenticate") != "") || h.Get("Content-Type") != "application/problem+json" {
+			if code != c.want || (code == 401) != (h.Get("WWW-Authenticate") != "") || (h.Get("Content-Type") != "application/problem+json") != isOAuth(path) {
 				t.Errorf("%s: %s: %d %s", what, e.pattern, code, got)
 			}
 			if what == "an agent for a user" && !strings.Contains(got, "agent holds no role") {
@@ -510,6 +541,14 @@ func TestWhoMayDoWhat(t *testing.T) {
 			t.Errorf("%s is in no test: add it to the table", p)
 		}
 	}
+}
+
+// forbidden is what a refusal for who asks is called.
+func forbidden(path string) string {
+	if isOAuth(path) {
+		return `"insufficient_scope"`
+	}
+	return authority.ProblemForbidden
 }
 
 // tested are the endpoints that a table has.
@@ -688,6 +727,7 @@ func TestOneTenantNeverSeesAnother(t *testing.T) {
 		{"POST", "/v1/decisions", decision("kill", "", `{"kind":"tenant","value":"acme"}`)},
 		{"POST", "/v1/decisions", decision("restore", "", `{"kind":"tenant","value":"acme"}`)},
 		{"POST", "/v1/decisions", `{"operation":"suspend","reason":"anomaly","targets":[{"tenant":"beta","terms":[` + userTerm + `]}],"except":[{"tenant":"acme","terms":[` + userTerm + `]}]}`},
+		{"POST", "/v1/oauth/global-token-revocation", `{"sub_id":{"format":"iss_sub","iss":"` + idp + `","sub":"carol"}}`},
 		{"POST", "/v1/explain", `{"identity":{"tenant":"acme","issuer":"` + idp + `","user":"carol"}}`},
 		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["acme"]}`},
 		{"POST", "/v1/enforcers", `{"name":"mine","tenants":["beta","acme"]}`},

@@ -18,6 +18,7 @@ import (
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/cli"
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 )
 
@@ -30,7 +31,7 @@ type serveFlags struct {
 	cluster                          broker.Cluster
 	clusterSecret                    string
 	clusterCert, clusterKey, enforCA string
-	level, format, access            string
+	level, format, access, tokens    string
 }
 
 func newServeCommand(g *globals) *cobra.Command {
@@ -73,6 +74,7 @@ bootstrap token in api.token.`,
 	f.StringVar(&s.apiKey, "api-tls-key", "", "its key, PEM")
 	f.StringVar(&s.o.MetricsListen, "metrics-listen", "", "host:port for Prometheus /metrics, open to whoever can reach it, as in 127.0.0.1:9470")
 	f.StringVar(&s.access, "access", cli.Env("INTERLOCK_ACCESS", ""), "file that says who may use the API, YAML (INTERLOCK_ACCESS)")
+	f.StringVar(&s.tokens, "tokens", cli.Env("INTERLOCK_TOKENS", ""), "file that says how callers' tokens are verified, for RFC 7009 and RFC 7662, YAML (INTERLOCK_TOKENS)")
 	f.DurationVar(&s.o.SegmentEvery, "segment-every", sequencer.DefaultSegmentEvery, "how often the state is published for those who start; the log is trimmed behind the third newest")
 	f.Uint64Var(&s.o.SegmentBatches, "segment-batches", sequencer.DefaultSegmentBatches, "batches of the log that do not wait for --segment-every")
 	f.DurationVar(&s.o.CanaryEvery, "canary-every", 10*time.Second, "how often a canary session is revoked, to see that every enforcer denies it; 0 is never")
@@ -80,13 +82,13 @@ bootstrap token in api.token.`,
 	f.DurationVar(&s.o.AuditFor, "audit-for", audit.DefaultKeepFor, "how long records of the audit are kept")
 	f.Uint64Var(&s.o.AuditBytes, "audit-bytes", audit.DefaultKeepBytes, "how many bytes of them; the oldest give way")
 	f.StringArrayVar(&s.o.Tenants, "tenant", nil, "a tenant to make at the first start; default is one called default; may be repeated")
-	f.StringArrayVar(&s.o.Issuers, "issuer", issuers(), "a token issuer in use; the only one is the default of targets; may be repeated (INTERLOCK_ISSUER)")
+	f.StringArrayVar(&s.o.Issuers, "issuer", issuersInUse(), "a token issuer in use; the only one is the default of targets; may be repeated (INTERLOCK_ISSUER)")
 	f.StringVar(&s.level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&s.format, "log-format", "text", "text or json")
 	return cmd
 }
 
-func issuers() []string {
+func issuersInUse() []string {
 	if v := os.Getenv("INTERLOCK_ISSUER"); v != "" {
 		return []string{v}
 	}
@@ -124,6 +126,11 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	if s.access != "" {
 		if o.Access, err = access.Load(s.access); err != nil {
 			return cli.Usagef("--access: %w", err)
+		}
+	}
+	if s.tokens != "" {
+		if o.Tokens, err = issuers.LoadTokens(s.tokens); err != nil {
+			return cli.Usagef("--tokens: %w", err)
 		}
 	}
 	if s.natsCA != "" && o.NATSURL != "" {

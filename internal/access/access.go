@@ -79,6 +79,12 @@ const (
 	LiftOne Operation = "lift what denies a single credential"
 	// DecideWide is on anything wider but everything.
 	DecideWide Operation = "decide on more than a single credential"
+	// RevokeToken, Introspect and RevokeSubject are RFC 7009, RFC 7662 and Global
+	// Token Revocation. The last denies what a user holds already, and nothing to
+	// come, so that it is an issuer's to ask for.
+	RevokeToken   Operation = "revoke what is presented"
+	Introspect    Operation = "ask whether a token is active"
+	RevokeSubject Operation = "revoke all tokens of a user"
 	// DecideAll is on the targets global and tenant: kills, and their restoring.
 	DecideAll Operation = "decide on a whole tenant or on everything"
 )
@@ -114,6 +120,9 @@ var table = map[Operation]rule{
 	LiftOne:          {roles: []Role{Responder, Commander}},
 	DecideWide:       {roles: []Role{Responder, Commander}},
 	DecideAll:        {roles: []Role{Commander}},
+	RevokeToken:      {roles: []Role{Issuer, Responder, Commander}},
+	Introspect:       {roles: []Role{Viewer, Issuer, Responder, Commander, Auditor}},
+	RevokeSubject:    {roles: []Role{Issuer, Responder, Commander}},
 	Propose:          {roles: []Role{Commander}},
 	ListProposals:    {roles: []Role{Responder, Commander, Auditor}},
 	Approve:          {roles: []Role{Commander}},
@@ -147,6 +156,9 @@ var endpoints = map[string]Operation{
 	"GET /v1/bus-config":                          ReadBus,
 	"GET /v1/keyset":                              ReadKeySet,
 	"POST /v1/keyset":                             PublishKeySet,
+	"POST /v1/oauth/revoke":                       RevokeToken,
+	"POST /v1/oauth/introspect":                   Introspect,
+	"POST /v1/oauth/global-token-revocation":      RevokeSubject,
 	"POST /v1/proposals":                          Propose,
 	"GET /v1/proposals":                           ListProposals,
 	"POST /v1/proposals/{id}/approve":             Approve,
@@ -183,6 +195,7 @@ const (
 	MeansBootstrap Means = "bootstrap" // the bootstrap token
 	MeansToken     Means = "token"     // a token of an issuer
 	MeansCert      Means = "cert"      // a client certificate
+	MeansClient    Means = "client"    // an OAuth client's secret
 )
 
 // Everywhere is all tenants, those to come included, as a tenant of a Grant.
@@ -197,8 +210,9 @@ type Grant struct {
 // Principal is who sends a request. The zero value, like a nil one, may do
 // nothing. It is immutable.
 type Principal struct {
-	// Name is unique: SUBJECT@ISSUER, a name of a certificate with its kind, or
-	// what stands for a user of this machine.
+	// Name is unique: SUBJECT@ISSUER, a name of a certificate with its kind,
+	// client: and the id of a client with a secret, or what stands for a user of
+	// this machine.
 	Name  string
 	Means Means
 	// Agent is set when the credential is an agent's. Such a principal holds no

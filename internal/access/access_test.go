@@ -97,7 +97,7 @@ func TestConfigurationIsCheckedWhole(t *testing.T) {
 	for name, c := range map[string]struct{ text, says string }{
 		"an unknown key":          {issuer + "audiance: x\n", `unknown key "audiance"`},
 		"an unknown key, deeper":  {strings.Replace(issuer, "clients", "client", 1), `unknown key "client"`},
-		"nothing":                 {"", "issuers and client_ca"},
+		"nothing":                 {"", "issuers, client_ca and clients"},
 		"two documents":           {issuer + "---\n" + issuer, "follows the first"},
 		"no audience":             {strings.Replace(issuer, "audience: https://a\n", "", 1), "audience: required"},
 		"no clients":              {strings.Replace(issuer, "clients: [c]", "clients: []", 1), "issuers[0]: clients"},
@@ -109,6 +109,10 @@ func TestConfigurationIsCheckedWhole(t *testing.T) {
 		"no value":                {strings.Replace(issuer, "value: r", "value: ''", 1), "grants[0]: want a claim"},
 		"certificates without CA": {issuer + "certificates:\n- {name: 'dns:a', role: viewer, tenants: [a]}\n", "go together"},
 		"a nameless certificate":  {"client_ca: f\ncertificates:\n- {name: 'a', role: viewer, tenants: [a]}\n", "certificates[0].name"},
+		"a client's role":         {issuer + "clients: [{id: x, secret_file: f, role: responder, tenants: [a]}]\n", "clients[0].role"},
+		"a client twice":          {issuer + "clients: [{id: x, secret_file: f, role: viewer, tenants: [a]}, {id: x, secret_file: g, role: issuer, tenants: [a]}]\n", "clients[1].id"},
+		"a client with no secret": {issuer + "clients: [{id: x, role: viewer, tenants: [a]}]\n", "clients[0].secret_file"},
+		"a client in no tenant":   {issuer + "clients: [{id: x, secret_file: f, role: viewer}]\n", "clients[0].tenants"},
 		"a switch in between":     {issuer + "two_person: sometimes\n", "two_person"},
 		"an endless proposal":     {issuer + "proposal_for: 1000h\n", "proposal_for"},
 		"no wide decisions":       {issuer + "wide_per_minute: 0\n", "wide_per_minute"},
@@ -393,5 +397,70 @@ func TestCertificates(t *testing.T) {
 	}
 	if _, err := a.Socket(bearer(""), os.Geteuid(), true); problem(t, err).Status != 401 {
 		t.Error("the socket is not switched off")
+	}
+}
+
+// A client is who has its secret, form-encoded or not needing to be, and who else
+// speaks of it is told nothing of it.
+func TestClientsHaveSecrets(t *testing.T) {
+	dir := t.TempDir()
+	secret := strings.Repeat("s3cr%+ t", 5)
+	write := func(mode os.FileMode, name, text string) {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(filepath.Join(dir, name), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(0o600, "secret", secret+"\n")
+	write(0o600, "short", "0123456789")
+	write(0o644, "open", secret)
+	config := func(file string) *Config {
+		write(0o600, "access.yaml", "clients: [{id: 'a:b c', secret_file: "+file+", role: issuer, tenants: [acme]}]")
+		c, err := Load(filepath.Join(dir, "access.yaml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	for _, file := range []string{"short", "open", "absent"} {
+		if _, err := New(Options{Config: config(file)}); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "clients[0].secret_file") {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+	a, err := New(Options{Config: config("secret")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(a.Close)
+	try := func(change func(*http.Request)) (*Principal, *http.Request, error) {
+		r := httptest.NewRequest(http.MethodPost, "/v1/oauth/revoke", nil)
+		change(r)
+		p, err := a.Request(r)
+		return p, r, err
+	}
+	p, _, err := try(func(r *http.Request) { r.SetBasicAuth(url.QueryEscape("a:b c"), url.QueryEscape(secret)) })
+	if err != nil || p.Name != "client:a:b c" || p.Means != MeansClient || !p.Scope(DenyOne).Has("acme") || p.Scope(DenyOne).Has("beta") || !p.Scope(DecideWide).Empty() {
+		t.Errorf("%+v, %v", p, err)
+	}
+	for what, change := range map[string]func(*http.Request){
+		"another secret": func(r *http.Request) { r.SetBasicAuth(url.QueryEscape("a:b c"), "x") },
+		"none":           func(r *http.Request) { r.SetBasicAuth(url.QueryEscape("a:b c"), "") },
+		"another client": func(r *http.Request) { r.SetBasicAuth("nobody", url.QueryEscape(secret)) },
+		"not encoded":    func(r *http.Request) { r.SetBasicAuth("a%zz", "%zz") },
+		"not base64":     func(r *http.Request) { r.Header.Set("Authorization", "Basic !") },
+		"said twice": func(r *http.Request) {
+			r.SetBasicAuth(url.QueryEscape("a:b c"), url.QueryEscape(secret))
+			r.Header.Add("Authorization", "Bearer x")
+		},
+		"as a token": func(r *http.Request) { r.Header.Set("Authorization", "Bearer "+secret) },
+		"nobody":     func(*http.Request) {},
+	} {
+		p, r, err := try(change)
+		basic := strings.HasPrefix(r.Header.Get("Authorization"), "Basic")
+		if x := problem(t, err); p != nil || x.Status != 401 || strings.Contains(x.Error(), secret) || strings.HasPrefix(a.Challenge(r), "Basic ") != basic {
+			t.Errorf("%s: %+v, %v, %s", what, p, err, a.Challenge(r))
+		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/credential"
 	"github.com/interlock-fabric/interlock/pkg/credential/discovery"
@@ -48,9 +50,22 @@ type Authenticator struct {
 	clock     func() time.Time
 	verifier  *credential.Verifier // nil without issuers
 	issuers   map[string]*IssuerConfig
-	clients   *x509.CertPool // nil without a client CA
+	cas       *x509.CertPool // nil without a client CA
+	clients   map[string]client
 	uid       int
 }
+
+// client is an OAuth client with a secret.
+type client struct {
+	secret [sha256.Size]byte // of it
+	grant  Grant
+}
+
+// Bounds of a client's secret, in bytes: one that is shorter can be guessed.
+const (
+	minSecret = 32
+	maxSecret = 4096
+)
 
 // New makes an Authenticator. It reads the files that the configuration names, and
 // fetches nothing yet. Errors wrap ErrInvalid.
@@ -70,10 +85,13 @@ func New(o Options) (*Authenticator, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: client_ca: %w", ErrInvalid, err)
 		}
-		a.clients = x509.NewCertPool()
-		if !a.clients.AppendCertsFromPEM(pem) {
+		a.cas = x509.NewCertPool()
+		if !a.cas.AppendCertsFromPEM(pem) {
 			return nil, fmt.Errorf("%w: client_ca: %s has no certificate: give PEM", ErrInvalid, path)
 		}
+	}
+	if err := a.readClients(); err != nil {
+		return nil, err
 	}
 	if len(o.Config.Issuers) == 0 {
 		return a, nil
@@ -113,6 +131,22 @@ func New(o Options) (*Authenticator, error) {
 	return a, nil
 }
 
+func (a *Authenticator) readClients() error {
+	a.clients = make(map[string]client, len(a.config.Clients))
+	for n := range a.config.Clients {
+		c := &a.config.Clients[n]
+		b, err := issuers.Secret(c.SecretFile)
+		if err != nil {
+			return fmt.Errorf("%w: clients[%d].secret_file: %w", ErrInvalid, n, err)
+		}
+		if len(b) < minSecret || len(b) > maxSecret {
+			return fmt.Errorf("%w: clients[%d].secret_file: a secret has %d to %d bytes", ErrInvalid, n, minSecret, maxSecret)
+		}
+		a.clients[c.ID] = client{sha256.Sum256(b), Grant{c.Role, c.Tenants}}
+	}
+	return nil
+}
+
 // Close ends fetches that are under way. It is idempotent.
 func (a *Authenticator) Close() {
 	if a.verifier != nil {
@@ -121,7 +155,7 @@ func (a *Authenticator) Close() {
 }
 
 // ClientCAs verify client certificates; nil asks for none.
-func (a *Authenticator) ClientCAs() *x509.CertPool { return a.clients }
+func (a *Authenticator) ClientCAs() *x509.CertPool { return a.cas }
 
 // Configured reports whether principals are configured, so that the bootstrap token
 // is refused.
@@ -163,18 +197,23 @@ func (a *Authenticator) Request(r *http.Request) (*Principal, error) {
 		return operator("bootstrap", MeansBootstrap), nil
 	case a.config == nil:
 		return nil, authority.NewProblem(authority.ProblemUnauthorised, "no valid bearer token", "send the token from the authority's token file")
+	case len(a.clients) > 0 && basic(r):
+		return a.client(r)
 	case len(values) > 0 && a.verifier != nil:
 		return a.token(r)
 	case len(values) > 0:
-		return nil, authority.NewProblem(authority.ProblemUnauthorised, "no issuer of tokens is configured", "present a client certificate")
-	case a.clients != nil && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
+		return nil, authority.NewProblem(authority.ProblemUnauthorised, "no issuer of tokens is configured", "present a client certificate, or a client's id and secret, whichever is")
+	case a.cas != nil && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
 		return a.certificate(r.TLS.VerifiedChains[0][0])
 	}
 	var ways []string
+	if len(a.clients) > 0 {
+		ways = append(ways, "send a client's id and secret")
+	}
 	if a.verifier != nil {
 		ways = append(ways, "send a token of a configured issuer")
 	}
-	if a.clients != nil {
+	if a.cas != nil {
 		ways = append(ways, "present a client certificate")
 	}
 	return nil, authority.NewProblem(authority.ProblemUnauthorised, "nobody is signed in", strings.Join(ways, ", or "))
@@ -219,6 +258,32 @@ func (a *Authenticator) token(r *http.Request) (*Principal, error) {
 		}
 	}
 	return p, nil
+}
+
+func basic(r *http.Request) bool {
+	scheme, _, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	return strings.EqualFold(scheme, "Basic")
+}
+
+// client is the OAuth client whose secret the request has. That there is no such
+// client takes as long to find out as that the secret is another.
+func (a *Authenticator) client(r *http.Request) (*Principal, error) {
+	wrong := authority.NewProblem(authority.ProblemUnauthorised, "no such client, or the secret is not its own", "send the client's id and secret, each form-encoded (RFC 6749 section 2.3.1)")
+	id, secret, ok := r.BasicAuth()
+	if !ok || len(r.Header.Values("Authorization")) > 1 {
+		return nil, wrong
+	}
+	id, err1 := url.QueryUnescape(id)
+	secret, err2 := url.QueryUnescape(secret)
+	if err1 != nil || err2 != nil || len(secret) > maxSecret {
+		return nil, wrong
+	}
+	c, known := a.clients[id]
+	got := sha256.Sum256([]byte(secret))
+	if subtle.ConstantTimeCompare(got[:], c.secret[:]) != 1 || !known {
+		return nil, wrong
+	}
+	return NewPrincipal("client:"+id, MeansClient, c.grant), nil
 }
 
 // payload reads the claims of a token that was verified.
@@ -303,6 +368,9 @@ func printable(s string) bool {
 
 // Challenge is the WWW-Authenticate of a request that was refused (RFC 6750 §3).
 func (a *Authenticator) Challenge(r *http.Request) string {
+	if basic(r) && len(a.clients) > 0 {
+		return `Basic realm="session-authority", charset="UTF-8"`
+	}
 	s := `Bearer realm="session-authority"`
 	if r.Header.Get("Authorization") != "" {
 		s += `, error="invalid_token"`

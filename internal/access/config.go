@@ -38,6 +38,8 @@ type Config struct {
 	// ClientCA, in PEM, verifies client certificates.
 	ClientCA     string       `yaml:"client_ca"`
 	Certificates []CertConfig `yaml:"certificates"`
+	// Clients are services that authenticate with a secret, as OAuth clients do.
+	Clients []ClientConfig `yaml:"clients"`
 	// Local says whether a user of this machine may do everything on the unix
 	// socket.
 	Local Switch `yaml:"local_operator"`
@@ -107,6 +109,18 @@ type CertConfig struct {
 	Tenants []string `yaml:"tenants"`
 }
 
+// ClientConfig grants a role to an OAuth client that authenticates with a secret
+// (client_secret_basic, RFC 6749 §2.3.1). A secret is a service's, and is sent with
+// each request: it holds the role viewer or issuer, and no other.
+type ClientConfig struct {
+	ID string `yaml:"id"`
+	// SecretFile holds the secret, of 32 bytes at least, and is readable by its
+	// owner alone.
+	SecretFile string   `yaml:"secret_file"`
+	Role       Role     `yaml:"role"`
+	Tenants    []string `yaml:"tenants"`
+}
+
 // Load reads a file. Relative paths in it are taken from its directory. Errors wrap
 // ErrInvalid, or are of the file system.
 func Load(path string) (*Config, error) {
@@ -125,6 +139,9 @@ func Load(path string) (*Config, error) {
 	paths := []*string{&c.ClientCA}
 	for i := range c.Issuers {
 		paths = append(paths, &c.Issuers[i].JWKSFile)
+	}
+	for i := range c.Clients {
+		paths = append(paths, &c.Clients[i].SecretFile)
 	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
@@ -157,6 +174,9 @@ func (c *Config) Tenants() []string {
 	for _, g := range c.Certificates {
 		out = append(out, g.Tenants...)
 	}
+	for _, g := range c.Clients {
+		out = append(out, g.Tenants...)
+	}
 	slices.Sort(out)
 	return slices.DeleteFunc(slices.Compact(out), func(t string) bool { return t == Everywhere })
 }
@@ -170,8 +190,8 @@ func (c *Config) origin() string {
 
 func (c *Config) validate() error {
 	switch {
-	case len(c.Issuers) == 0 && c.ClientCA == "":
-		return errors.New("issuers and client_ca: give one of them, or leave the file out")
+	case len(c.Issuers) == 0 && c.ClientCA == "" && len(c.Clients) == 0:
+		return errors.New("issuers, client_ca and clients: give one of them, or leave the file out")
 	case len(c.Issuers) > maxIssuers:
 		return fmt.Errorf("issuers: more than %d", maxIssuers)
 	case len(c.Issuers) > 0 && c.Audience == "":
@@ -182,6 +202,8 @@ func (c *Config) validate() error {
 		return errors.New("client_ca and certificates go together")
 	case len(c.Certificates) > maxGrants:
 		return fmt.Errorf("certificates: more than %d", maxGrants)
+	case len(c.Clients) > maxGrants:
+		return fmt.Errorf("clients: more than %d", maxGrants)
 	case c.Local != On && c.Local != Off:
 		return errors.New("local_operator: on or off")
 	case c.TwoPerson != On && c.TwoPerson != Off:
@@ -204,6 +226,24 @@ func (c *Config) validate() error {
 		}
 		if err := validGrant(g.Role, g.Tenants); err != nil {
 			return fmt.Errorf("certificates[%d].%w", i, err)
+		}
+	}
+	seen := map[string]bool{}
+	for i := range c.Clients {
+		g := &c.Clients[i]
+		switch {
+		case g.ID == "" || len(g.ID) > maxText || !printable(g.ID):
+			return fmt.Errorf("clients[%d].id: want printable characters", i)
+		case seen[g.ID]:
+			return fmt.Errorf("clients[%d].id: %s is there twice", i, g.ID)
+		case g.SecretFile == "":
+			return fmt.Errorf("clients[%d].secret_file is missing", i)
+		case g.Role != Viewer && g.Role != Issuer:
+			return fmt.Errorf("clients[%d].role %.64q: a secret holds the role %s or %s: use a certificate, or a token of an issuer", i, g.Role, Viewer, Issuer)
+		}
+		seen[g.ID] = true
+		if err := validGrant(g.Role, g.Tenants); err != nil {
+			return fmt.Errorf("clients[%d].%w", i, err)
 		}
 	}
 	return nil

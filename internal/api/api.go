@@ -111,6 +111,13 @@ type Service interface {
 	// ctx ends or one of them fails. It returns soon after, and calls nothing
 	// concurrently.
 	Watch(ctx context.Context, began func() error, fn func(authority.Event) error) error
+	// RevokeToken revokes a token that is good and in a tenant of the principal's,
+	// and does nothing with any other. Introspect says whether one is good and
+	// nothing denies it. RevokeSubject revokes what a user holds. The first two may
+	// fail with an *OAuthError.
+	RevokeToken(ctx context.Context, token string) error
+	Introspect(ctx context.Context, token string) (*Introspection, error)
+	RevokeSubject(ctx context.Context, sub SubjectID) error
 }
 
 // Options says where to listen. Socket or Listen is required.
@@ -412,6 +419,9 @@ func (s *Server) endpoints() map[string]endpoint {
 		"GET /v1/bus-config":                          {s.busConfig, nothing},
 		"GET /v1/keyset":                              {s.keySet, nothing},
 		"POST /v1/keyset":                             {s.publishKeySet, body},
+		"POST /v1/oauth/revoke":                       {s.revokeToken, body},
+		"POST /v1/oauth/introspect":                   {s.introspect, body},
+		"POST /v1/oauth/global-token-revocation":      {s.revokeSubject, body},
 		"POST /v1/proposals":                          {s.propose, body},
 		"GET /v1/proposals":                           {s.proposals, nothing},
 		"POST /v1/proposals/{id}/approve":             {s.approve, nothing},
@@ -439,7 +449,7 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			select {
 			case s.reserve <- struct{}{}:
 			default:
-				writeProblem(w, overloaded("too many requests at once"))
+				fail(w, r, overloaded("too many requests at once"))
 				return
 			}
 		}
@@ -451,7 +461,7 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			return
 		}
 		if places == s.reserve && (!urgent(r) || p.Scope(access.DecideAll).Empty()) {
-			writeProblem(w, overloaded("too many requests at once"))
+			fail(w, r, overloaded("too many requests at once"))
 			return
 		}
 		ctx, cancel := p.Deadline(access.With(r.Context(), p))
@@ -503,13 +513,18 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if p.Status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", s.access.Challenge(r))
 	}
-	writeProblem(w, p)
+	fail(w, r, p)
 }
 
 func (s *Server) handle(h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		err := h(w, r)
 		if err == nil {
+			return
+		}
+		var o *OAuthError
+		if errors.As(err, &o) {
+			writeOAuthError(w, o)
 			return
 		}
 		var p *authority.Problem
@@ -524,7 +539,7 @@ func (s *Server) handle(h handler) http.Handler {
 			s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
 			p = authority.NewProblem(authority.ProblemInternal, "the authority failed", "see its log")
 		}
-		writeProblem(w, p)
+		fail(w, r, p)
 	})
 }
 

@@ -152,10 +152,14 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 }
 
 func writeProblem(w http.ResponseWriter, p *authority.Problem) {
-	if p.RetryAfter > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(p.RetryAfter))
-	}
+	retryAfter(w, p.RetryAfter)
 	writeAs(w, p.Status, "application/problem+json", p)
+}
+
+func retryAfter(w http.ResponseWriter, seconds int) {
+	if seconds > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(seconds))
+	}
 }
 
 func writeAs(w http.ResponseWriter, status int, contentType string, v any) {

@@ -36,6 +36,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/broker"
 	"github.com/interlock-fabric/interlock/internal/flock"
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/internal/proposal"
 	"github.com/interlock-fabric/interlock/internal/registry"
 	"github.com/interlock-fabric/interlock/internal/report"
@@ -112,6 +113,10 @@ type Options struct {
 	// the token in TokenFile.
 	Access *access.Config
 
+	// Tokens is how callers' tokens are verified that are to be revoked or
+	// introspected; nil verifies none.
+	Tokens *issuers.Tokens
+
 	// MetricsListen is a host:port that serves Prometheus /metrics to whoever can
 	// reach it; empty is none.
 	MetricsListen string
@@ -184,6 +189,7 @@ type Authority struct {
 	orders    orders
 	proposals *proposal.Store
 	wide      limits
+	tokens    tokens
 
 	once422 dedupe
 	claims  claims
@@ -319,6 +325,13 @@ func (a *Authority) open(ctx context.Context) error {
 		a.done.Go(func() { a.tendStore(run) })
 	}
 	a.done.Go(func() { a.tendOrders(run) })
+	if o.Tokens != nil {
+		t, err := a.newTokens(o.Tokens)
+		if err != nil {
+			return err
+		}
+		_ = a.tokens.set(t) // there was none
+	}
 	a.server, err = api.Serve(a, api.Options{
 		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS, Access: o.Access,
 		TokenFile: filepath.Join(o.DataDir, TokenFile), Refused: a.refused, Logger: a.log,
@@ -343,6 +356,7 @@ func (a *Authority) Close() error {
 		if a.server != nil {
 			errs = append(errs, a.server.Close())
 		}
+		errs = append(errs, a.tokens.set(nil))
 		if a.cancel != nil {
 			a.cancel()
 		}

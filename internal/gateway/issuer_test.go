@@ -1,11 +1,14 @@
 package gateway
 
 import (
+	"context"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -13,6 +16,9 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/interlock-fabric/interlock/internal/access"
+	service "github.com/interlock-fabric/interlock/internal/authority"
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
@@ -413,6 +419,51 @@ func TestIntrospection(t *testing.T) {
 	wantStatus(t, "with the issuer away", g, eve, http.StatusServiceUnavailable, "the issuer cannot be asked")
 	i.back()
 	wantStatus(t, "with the issuer back", g, eve, http.StatusOK, "")
+}
+
+// A gateway can ask an authority, which asks the issuer: what is denied there is
+// not active here. The gateway follows the log of another authority, so that it
+// can have heard of the decision in no other way.
+func TestAnAuthorityIsAsked(t *testing.T) {
+	w := newWorld(t)
+	w.write("introspection.secret", clientSecret)
+	i := newIssuer(w, `introspection: {url: "@/introspect", client_id: gateway, client_secret_file: introspection.secret}`)
+	secret := rand.Text() + rand.Text()
+	w.write("client.secret", secret)
+	tokens, err := issuers.LoadTokens(w.write("tokens.yaml", fmt.Sprintf("audiences: [%q]\nissuers: [%s]\n", resource, w.issuers)))
+	must(t, err)
+	who, err := access.Load(w.write("access.yaml", "clients: [{id: eu, secret_file: client.secret, role: viewer, tenants: [default]}]"))
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	asked, err := service.Open(ctx, service.Options{
+		DataDir: filepath.Join(w.dir, "b"), RelaxedSync: true, APIListen: "127.0.0.1:0", Access: who, Tokens: tokens,
+	})
+	must(t, err)
+	t.Cleanup(func() { must(t, asked.Close()) })
+	operator, err := authority.New(authority.Options{Socket: asked.Socket()})
+	must(t, err)
+	t.Cleanup(operator.Close)
+
+	w.issuers = fmt.Sprintf(`{url: %q, tenant: default, introspection: {url: "http://%s/v1/oauth/introspect", client_id: eu, client_secret_file: client.secret, max_age: 10ms}}`, i.url, asked.APIAddr())
+	up, _ := plainUpstream(t)
+	g := w.start(w.load(routeTo("mcp", "/mcp", up.URL, "")), Proxy)
+	for _, user := range []string{"ann", "bob"} {
+		c := w.claims(user, "s-"+user)
+		c["active"] = true
+		i.set(func() { i.opaque["opaque-"+user] = c })
+	}
+	eventually(t, "let in", func() bool { status, _, _ := ask(t, g, "opaque-ann"); return status == http.StatusOK })
+	wantStatus(t, "unknown to the issuer", g, "never-issued", http.StatusUnauthorized, "not active")
+	_, err = operator.Decide(ctx, authority.Request{
+		Operation: authority.Revoke, Targets: []authority.Target{authority.One("", "session", i.url, "s-ann")}, Reason: "stolen-token", Incident: "INC-7", Commit: true,
+	})
+	must(t, err)
+	eventually(t, "denied", func() bool {
+		status, body, _ := ask(t, g, "opaque-ann")
+		return status == http.StatusUnauthorized && strings.Contains(body, "not active")
+	})
+	wantStatus(t, "the other", g, "opaque-bob", http.StatusOK, "")
 }
 
 // A call under an opaque token that has no end is cut once the issuer has revoked

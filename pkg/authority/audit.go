@@ -119,8 +119,8 @@ type AuditRecord struct {
 }
 
 // AuditPrincipal is who asked: a name, as far as it is known, and by what means
-// it was established: "socket", "bootstrap", "token", "cert", "authority" for the
-// authority itself, "enforcer", or "unknown".
+// it was established: "socket", "bootstrap", "token", "cert", "client", "authority"
+// for the authority itself, "enforcer", or "unknown".
 type AuditPrincipal struct {
 	Name  string `json:"name"`
 	Means string `json:"means"`

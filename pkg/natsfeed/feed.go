@@ -30,9 +30,10 @@ var (
 // Feed follows the bus for one enforcer. It implements enforce.Feed. Make it with
 // Dial or New. Its methods may be called concurrently.
 type Feed struct {
-	nc    *nats.Conn
-	name  string
-	owned bool // nc is closed with the feed
+	nc     *nats.Conn
+	name   string
+	prefix string // of the inboxes
+	owned  bool   // nc is closed with the feed
 
 	done chan struct{} // closed first of all by Close
 	end  sync.Once
@@ -64,7 +65,16 @@ var (
 // interval and reconnect wait decide how soon a dead server is noticed: see Dial
 // for good ones. Errors of the name show in Start.
 func New(nc *nats.Conn, enforcer string) *Feed {
-	return &Feed{nc: nc, name: enforcer, done: make(chan struct{})}
+	return &Feed{nc: nc, name: enforcer, prefix: InboxPrefix(enforcer), done: make(chan struct{})}
+}
+
+// NewAuthority is New for an enforcer inside an authority, over the authority's own
+// connection. Its name need not be in the roster, and is not to be: it is by what
+// the writer tells those apart who ask for its clock.
+func NewAuthority(nc *nats.Conn, name string) *Feed {
+	f := New(nc, name)
+	f.prefix = nats.InboxPrefix + name // the only inboxes that an authority hears
+	return f
 }
 
 // Stats are totals since the feed was made.
@@ -199,7 +209,7 @@ func (f *Feed) subscribe(ctx context.Context, sink enforce.Sink) error {
 		}
 	}
 	// The inbox is subscribed to when it is needed; whether it may be shows now.
-	probe, err := f.nc.SubscribeSync(InboxPrefix(f.name) + ".start")
+	probe, err := f.nc.SubscribeSync(f.prefix + ".start")
 	if err != nil {
 		return fmt.Errorf("natsfeed: subscribe: %w", err)
 	}

@@ -218,7 +218,7 @@ func (f *Feed) inbox(size int) (*inbox, error) {
 	if !session.ValidEnforcerName(f.name) {
 		return nil, fmt.Errorf("%w: enforcer name", session.ErrInvalid)
 	}
-	in := &inbox{f: f, ch: make(chan *nats.Msg, size), prefix: InboxPrefix(f.name) + "." + rand.Text() + "."}
+	in := &inbox{f: f, ch: make(chan *nats.Msg, size), prefix: f.prefix + "." + rand.Text() + "."}
 	var err error
 	if in.sub, err = f.nc.ChanSubscribe(in.prefix+"*", in.ch); err != nil {
 		if errors.Is(err, nats.ErrConnectionClosed) {
