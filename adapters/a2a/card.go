@@ -136,7 +136,7 @@ func NewCards(enforcer Enforcer, o CardOptions) (*Cards, error) {
 // Discoverable returns nil while the agent may be shown, and else a denial.
 func (c *Cards) Discoverable() error {
 	err := c.enforcer.Check(c.agent, session.Call{LowRisk: true})
-	if errors.Is(err, session.ErrStepUp) || errors.Is(err, session.ErrReduced) {
+	if errors.Is(err, session.ErrStepUp) || errors.Is(err, session.ErrReduced) || errors.Is(err, session.ErrDigest) {
 		return nil // it may still act, once it has done what is asked of it
 	}
 	return err

@@ -194,6 +194,34 @@ func TestRevokedAgentIsNotDiscovered(t *testing.T) {
 	check(http.StatusOK)
 }
 
+// saying is an enforcer that says the same of everybody.
+type saying struct {
+	a2aguard.Enforcer
+	err error
+}
+
+func (s saying) Check(*session.Prepared, session.Call) error { return s.err }
+
+// The card shows nothing of what the agent runs, which is judged when it calls: an
+// agent that the registry has with digests is discovered all the same, and one that
+// it does not have is not.
+func TestCardOfARegisteredAgent(t *testing.T) {
+	f := guardtest.Open(t, 0)
+	for err, shown := range map[error]bool{session.ErrDigest: true, session.ErrUnregistered: false} {
+		cards, nerr := a2aguard.NewCards(saying{f.Enforcer, &session.DeniedError{Err: err}}, a2aguard.CardOptions{
+			Upstream:   "https://upstream.example/card",
+			Interfaces: map[a2a.TransportProtocol]string{a2a.TransportProtocolJSONRPC: "https://gateway.example/billing"},
+			Agent:      session.Identity{Tenant: guardtest.Tenant, Issuer: guardtest.Issuer, Actors: []session.Actor{{ID: agentID}}},
+		})
+		if nerr != nil {
+			t.Fatal(nerr)
+		}
+		if got := cards.Discoverable(); (got == nil) != shown {
+			t.Errorf("%v: %v", err, got)
+		}
+	}
+}
+
 func TestCardWaitsForAFreshState(t *testing.T) {
 	f, s := guardtest.Open(t, 2*time.Second), newSource(t)
 	_, url := gateway(t, f, s, nil)

@@ -192,6 +192,13 @@ func statusText(s *gateway.Status) string {
 	}
 	fmt.Fprintf(&b, "epoch %d, seq %d, confirmed %d; %s in force\n", e.Epoch, e.Applied, e.Confirmed, entries(e.Entries+e.Inherited))
 	fmt.Fprintf(&b, "running %d, MCP sessions %d; denied %d, cut %d\n", e.Running, s.Sessions, e.Denied, e.Cut)
+	if a := e.Agents; a != nil {
+		fmt.Fprintf(&b, "registry: %d agents (table %d), %s old of %s; denied %d unregistered, %d altered\n",
+			a.Agents, a.Version, a.Age.Round(time.Millisecond), a.MaxAge, e.Unregistered, e.Altered)
+		if a.Why != "" {
+			fmt.Fprintf(&b, "REGISTRY: denying whoever is held against it: %s\n", cli.OneLine(a.Why))
+		}
+	}
 	fmt.Fprintf(&b, "routes: %s\n", strings.Join(s.Routes, ", "))
 	for _, o := range e.Orders {
 		fmt.Fprintf(&b, "EMERGENCY ORDER %s/%d: %s is killed until the authority has adopted it (%s, signed %s)\n",

@@ -209,7 +209,7 @@ func (g *Gateway) openEnforcer(c *config.Config) error {
 	g.registry.known.Store(known)
 	g.enforcer, err = enforce.Start(lasting{feed}, &enforce.Options{
 		Enrollment: e, Mode: mode, MaxStale: c.MaxStale, MaxStaleRunning: c.MaxStaleRunning, StateDir: c.StateDir, OrdersDir: c.OrdersDir,
-		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Registry: &g.registry, Logger: g.log,
+		MaxEntries: c.MaxEntries, MaxBound: c.MaxBound, Registry: &g.registry, Agents: c.Agents(), Logger: g.log,
 	})
 	if err != nil || c.Trail.Disabled {
 		return err
@@ -654,7 +654,7 @@ func fixed(a, b *config.Config) error {
 	}{
 		{"enrollment", a.Enrollment, b.Enrollment}, {"nats_urls", a.NATSURLs, b.NATSURLs}, {"state_dir", a.StateDir, b.StateDir}, {"orders_dir", a.OrdersDir, b.OrdersDir},
 		{"mode", a.Mode, b.Mode}, {"max_stale", a.MaxStale, b.MaxStale}, {"max_stale_running", a.MaxStaleRunning, b.MaxStaleRunning},
-		{"max_entries", a.MaxEntries, b.MaxEntries}, {"max_bound", a.MaxBound, b.MaxBound}, {"log", a.Log, b.Log}, {"admin", a.Admin, b.Admin}, {"trail", a.Trail, b.Trail}, {"proof", a.Proof, b.Proof},
+		{"what unregistered, digests and max_stale_registry ask of the authority's registry", a.Agents(), b.Agents()}, {"max_entries", a.MaxEntries, b.MaxEntries}, {"max_bound", a.MaxBound, b.MaxBound}, {"log", a.Log, b.Log}, {"admin", a.Admin, b.Admin}, {"trail", a.Trail, b.Trail}, {"proof", a.Proof, b.Proof},
 		{"proxy.read_header_timeout", a.Proxy.ReadHeaderTimeout, b.Proxy.ReadHeaderTimeout}, {"proxy.idle_timeout", a.Proxy.IdleTimeout, b.Proxy.IdleTimeout},
 		{"proxy.write_stall_timeout", a.Proxy.WriteStallTimeout, b.Proxy.WriteStallTimeout},
 		{"proxy.max_header_bytes", a.Proxy.MaxHeaderBytes, b.Proxy.MaxHeaderBytes}, {"proxy.max_connections", a.Proxy.MaxConnections, b.Proxy.MaxConnections},

@@ -27,7 +27,7 @@ type registered struct {
 
 // readRegistry reads the file, if there is one; nil is everybody.
 func readRegistry(c *config.Config, tenants []*session.TenantSecret) (*map[session.Key]struct{}, error) {
-	if c.Unregistered != config.Deny {
+	if c.RegisteredFile == "" {
 		return nil, nil
 	}
 	b, err := yamlfile.Read(c.RegisteredFile)

@@ -110,7 +110,8 @@ func TestUnregisteredCallersAreDenied(t *testing.T) {
 		t.Errorf("when everybody is welcome: %d", got)
 	}
 	for text, key := range map[string]string{
-		"unregistered: deny\n": "unregistered", "unregistered: report\n": "unregistered", "registered_file: f\n": "registered_file",
+		"unregistered: report\n": "unregistered", "registered_file: f\n": "registered_file", "digests: demanded\n": "digests",
+		"max_stale_registry: 10s\n": "max_stale_registry", "digests: required\nmax_stale_registry: 1s\n": "max_stale_registry",
 	} {
 		if _, err := config.Parse([]byte("enrollment: e\n"+text), nil, nil); !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), key+":") {
 			t.Errorf("%s: %v", text, err)

@@ -73,6 +73,8 @@ type Publisher struct {
 	// ref is what heartbeats are to name: nil while that is nothing.
 	ref   atomic.Pointer[session.AgentsRef]
 	state atomic.Pointer[PublisherStatus]
+	// behindLimit and publishRest, but for tests.
+	behind, rest time.Duration
 }
 
 // PublisherStatus says what is published.
@@ -91,7 +93,7 @@ func NewPublisher(o PublisherOptions) (*Publisher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("registry: %w", err)
 	}
-	p := &Publisher{o: o, log: o.Logger, js: js}
+	p := &Publisher{o: o, log: o.Logger, js: js, behind: behindLimit, rest: publishRest}
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
 	}
@@ -157,7 +159,7 @@ func (p *Publisher) Run(ctx context.Context) {
 			have, err = p.publish(ctx, have, mark)
 			took := time.Since(now)
 			now = time.Now()
-			rest, look = now.Add(max(publishRest, min(publishDuty*took, putLimit))), now.Add(lookAgain)
+			rest, look = now.Add(max(p.rest, min(publishDuty*took, putLimit))), now.Add(lookAgain)
 		}
 		if ctx.Err() != nil {
 			return
@@ -179,7 +181,7 @@ func (p *Publisher) Run(ctx context.Context) {
 			failing = true
 			fallthrough
 		default: // not due again yet
-			if now.Sub(good) > behindLimit {
+			if now.Sub(good) > p.behind {
 				p.ref.Store(nil)
 			}
 		}

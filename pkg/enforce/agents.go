@@ -142,11 +142,14 @@ func (e *Enforcer) judgeAgents(v *view, p *session.Prepared, call *session.Call,
 		case altered:
 			return &session.DeniedError{Err: session.ErrDigest}, exposed
 		case missing && pol.Digests == DigestsRequired:
-			return &session.DeniedError{Err: session.ErrDigest, Detail: "none was presented of a sort that it has"}, exposed
+			return &session.DeniedError{Err: session.ErrDigest, Detail: notShown}, exposed
 		}
 	}
 	return nil, exposed
 }
+
+// notShown is the detail of a denial of a caller who may run what it should.
+const notShown = "none was presented of a sort that it has"
 
 // agentsStatus is nil where nothing is held against the registry.
 func (e *Enforcer) agentsStatus(v *view, now reading) *AgentsStatus {

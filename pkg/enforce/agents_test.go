@@ -156,7 +156,7 @@ func TestAlteredCodeIsDenied(t *testing.T) {
 		for _, p := range []*session.Prepared{stranger, prepare(t, e, below), prepare(t, e, elsewhere), prepare(t, e, session.Identity{Tenant: "acme", Issuer: iss, User: "alice"})} {
 			mustDeny(t, e, p, session.Call{}, session.ErrUnregistered)
 		}
-		if s := e.Status(); s.Altered != 4 || s.Unregistered != 4 || s.Denied != 8 || s.Agents.Version != 1 || s.Agents.Agents != 2 || !s.Agents.Fresh || s.Agents.Bytes == 0 {
+		if s := e.Status(); s.Altered != 2 || s.Unregistered != 4 || s.Denied != 8 || s.Agents.Version != 1 || s.Agents.Agents != 2 || !s.Agents.Fresh || s.Agents.Bytes == 0 {
 			t.Errorf("%+v, %+v", s, s.Agents)
 		}
 		work, done, err := e.Bind(context.Background(), good, session.Call{Tool: "read"})

@@ -402,7 +402,7 @@ func (e *Enforcer) denied(d *session.DeniedError) error {
 	switch {
 	case errors.Is(d, session.ErrUnregistered):
 		e.count.unregistered.Add(1)
-	case errors.Is(d, session.ErrDigest):
+	case errors.Is(d, session.ErrDigest) && d.Detail != notShown:
 		e.count.altered.Add(1)
 	}
 	return d
@@ -521,7 +521,7 @@ type Status struct {
 
 	Denied uint64 `json:"denied"`
 	// Unregistered and Altered are those of Denied whose agent is not registered,
-	// or not with the digests of what it runs.
+	// or not with a digest that was presented.
 	Unregistered uint64 `json:"unregistered"`
 	Altered      uint64 `json:"altered"`
 	WouldDeny    uint64 `json:"would_deny"` // in shadow mode

@@ -13,6 +13,7 @@ import (
 
 	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/internal/yamlfile"
+	"github.com/interlock-fabric/interlock/pkg/enforce"
 )
 
 // ErrInvalid is the parent of every refusal of a configuration. The text names
@@ -43,11 +44,16 @@ type Config struct {
 	MaxStaleRunning time.Duration `yaml:"max_stale_running"`
 	MaxEntries      int           `yaml:"max_entries"`
 	MaxBound        int           `yaml:"max_bound"`
-	// Unregistered is what becomes of callers that RegisteredFile does not name:
-	// Allow or Deny.
+	// Unregistered is what becomes of callers that nobody knows: Allow or Deny.
 	Unregistered string `yaml:"unregistered"`
-	// RegisteredFile says who is known.
+	// RegisteredFile says who is known; empty is the authority's registry.
 	RegisteredFile string `yaml:"registered_file"`
+	// Digests is what is asked of the digests that a caller shows, by the
+	// authority's registry: Ignored, Presented or Required.
+	Digests string `yaml:"digests"`
+	// MaxStaleRegistry is how old what is known of the registry may be; 0 is
+	// MaxStale.
+	MaxStaleRegistry time.Duration `yaml:"max_stale_registry"`
 	// DrainTimeout bounds how long requests may go on after SIGTERM.
 	DrainTimeout time.Duration    `yaml:"drain_timeout"`
 	Log          Log              `yaml:"log"`
@@ -65,6 +71,26 @@ const (
 	Allow = "allow"
 	Deny  = "deny"
 )
+
+// What is asked of digests; see enforce.DigestRule.
+const (
+	Ignored   = "ignored"
+	Presented = "presented"
+	Required  = "required"
+)
+
+// Agents is what is asked of the authority's registry; nil is nothing.
+func (c *Config) Agents() *enforce.AgentPolicy {
+	p := &enforce.AgentPolicy{
+		AllowUnregistered: c.Unregistered != Deny || c.RegisteredFile != "",
+		Digests:           map[string]enforce.DigestRule{Ignored: enforce.DigestsIgnored, Presented: enforce.DigestsPresented}[c.Digests],
+		MaxAge:            c.MaxStaleRegistry,
+	}
+	if p.AllowUnregistered && p.Digests == enforce.DigestsIgnored {
+		return nil
+	}
+	return p
+}
 
 // Log says what is written to stderr.
 type Log struct {
@@ -244,7 +270,7 @@ type Authz struct {
 // Defaults returns the configuration of an empty file.
 func Defaults() *Config {
 	return &Config{
-		Mode: "strict", Unregistered: Allow, DrainTimeout: 20 * time.Second,
+		Mode: "strict", Unregistered: Allow, Digests: Ignored, DrainTimeout: 20 * time.Second,
 		Log: Log{Level: "info", Format: "text"},
 		Proxy: Proxy{
 			ReadHeaderTimeout: 10 * time.Second, BodyTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,

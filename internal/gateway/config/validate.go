@@ -37,6 +37,7 @@ func (c *Config) validate() error {
 	}{
 		{"max_stale", c.MaxStale, enforce.MinMaxStale, time.Hour},
 		{"max_stale_running", c.MaxStaleRunning, enforce.MinMaxStale, time.Hour},
+		{"max_stale_registry", c.MaxStaleRegistry, enforce.MinMaxStale, 24 * time.Hour},
 		{"drain_timeout", c.DrainTimeout, 0, time.Hour},
 		{"trail.interval", c.Trail.Interval, 0, time.Hour},
 		{"proxy.read_header_timeout", c.Proxy.ReadHeaderTimeout, 100 * time.Millisecond, 5 * time.Minute},
@@ -81,10 +82,12 @@ func (c *Config) validate() error {
 	switch {
 	case c.Unregistered != Allow && c.Unregistered != Deny:
 		return bad("unregistered", "%q: use allow or deny", c.Unregistered)
-	case c.Unregistered == Deny && c.RegisteredFile == "":
-		return bad("unregistered", "deny needs to know who is registered: name a file in registered_file, there is no other source")
 	case c.Unregistered != Deny && c.RegisteredFile != "":
 		return bad("registered_file", "is for unregistered: deny")
+	case c.Digests != Ignored && c.Digests != Presented && c.Digests != Required:
+		return bad("digests", "%q: use ignored, presented or required", c.Digests)
+	case c.MaxStaleRegistry != 0 && c.Agents() == nil:
+		return bad("max_stale_registry", "nothing is asked of the registry: set unregistered or digests, or leave it out")
 	}
 	if c.Log.Format != "text" && c.Log.Format != "json" {
 		return bad("log.format", "%q: use text or json", c.Log.Format)
