@@ -628,7 +628,7 @@ func TestAnswersOnTheWire(t *testing.T) {
 		{"garbage", "garbage", 401, `Bearer error="invalid_token", error_description="token refused: malformed: not canonical base64url", ` + meta, "", "no_identity"},
 		{"revoked", token("s-revoke"), 401, `Bearer error="invalid_token", error_description="denied: revoked: stolen-token (seq `, "", "revoked"},
 		{"suspended", token("s-suspend"), 403, "", "30", "suspended"},
-		{"step-up", token("s-step_up"), 401, `Bearer error="insufficient_user_authentication", error_description="denied: step-up authentication required: unspecified (seq `, "", "step_up"},
+		{"step-up", token("s-step_up"), 401, `Bearer error="insufficient_user_authentication", error_description="denied: step-up authentication required: risk-level (seq `, "", "step_up"},
 		{"scope", w.Token(t, "ann", "s"), 403, `Bearer error="insufficient_scope", error_description="denied: insufficient scope", ` + meta, "", "insufficient_scope"},
 	} {
 		for _, tr := range transports[:2] {
