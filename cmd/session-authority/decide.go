@@ -56,7 +56,8 @@ share, that part of its sessions is set free, and the rest later.`,
 	{authority.Kill, "kill global | kill tenant NAME", "Suspend everything", "killed", `Suspends everything, in one tenant or in all, and ends what is running, until it
 is restored. With --credentials, what was issued before the restoring stays dead.`,
 		`  session-authority kill global --reason compromised --incident INC-143 --commit
-  session-authority kill tenant acme --except user:break-glass --reason anomaly --incident INC-143 --commit`, "except credentials"},
+  session-authority kill tenant acme --except user:break-glass --reason anomaly --incident INC-143 --commit
+  session-authority kill global --offline --key emergency.json --reason "agents run wild" --incident INC-143 --commit`, "except credentials"},
 	{authority.Restore, "restore TARGET", "Lift a kill, or a revocation", "restored", `Lifts a kill, in stages if wanted; or the revocation of what can be restored,
 which leaves everything issued before now dead. A session, token, credential or
 key that was revoked never comes back.`,
@@ -75,9 +76,14 @@ func newDecisionCommands(g *globals) []*cobra.Command {
 
 func newDecisionCommand(g *globals, v verb) *cobra.Command {
 	d := &decisionFlags{}
+	off := &offlineFlags{}
+	long := v.long
+	if v.op == authority.Kill {
+		long += helpOffline
+	}
 	cmd := &cobra.Command{
 		Use: v.use, Short: v.short, Example: v.other,
-		Long: v.long + `
+		Long: long + `
 
 One session, token or key is acted on at once. Anything wider is previewed: the
 command prints what it would do, and does it with --commit. A decision says why:
@@ -86,7 +92,18 @@ what is missing. What a target is: session-authority help targets.
 
 ` + helpExitCodes,
 		Args: func(*cobra.Command, []string) error { return nil }, // read below, for a better answer
-		RunE: func(cmd *cobra.Command, args []string) error { return decide(cmd, g, v, d, args) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := off.check(cmd); err != nil {
+				return err
+			}
+			if off.offline {
+				return off.run(cmd, g, d, args)
+			}
+			return decide(cmd, g, v, d, args)
+		},
+	}
+	if v.op == authority.Kill {
+		off.add(cmd)
 	}
 	f := cmd.Flags()
 	f.StringVar(&d.issuer, "issuer", cli.Env("INTERLOCK_ISSUER", ""), "who minted the target's ids (INTERLOCK_ISSUER)")

@@ -6,7 +6,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"github.com/interlock-fabric/interlock/internal/cli"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -78,6 +81,10 @@ type keyInfo struct {
 	// LastEpoch and LastNumber are the last that is trusted of a withdrawn key.
 	LastEpoch  uint64 `json:"last_epoch,omitempty"`
 	LastNumber uint64 `json:"last_number,omitempty"`
+	// Orders is how many an emergency key may sign, of Tenants alone if there are
+	// any.
+	Orders  uint16   `json:"orders,omitempty"`
+	Tenants []string `json:"tenants,omitempty"`
 }
 
 func keySetOf(s *trust.Store) keySet {
@@ -97,15 +104,21 @@ func keySetOf(s *trust.Store) keySet {
 	}
 	sealing, _ := ks.AuditKey()
 	for _, k := range ks.Keys {
-		use := map[session.KeyUse]string{session.UseWriter: "writer", session.UseEmergency: "emergency", session.UseAudit: "audit"}[k.Use]
+		use := map[session.KeyUse]string{session.UseWriter: "writer", session.UseEmergency: useEmergency, session.UseAudit: "audit"}[k.Use]
 		id := session.KeyIDOf(k.Public)
-		out.Keys = append(out.Keys, keyInfo{
+		info := keyInfo{
 			ID: id.String(), Use: use, Current: id == current || bytes.Equal(k.Public, sealing),
-			Withdrawn: k.Withdrawn, LastEpoch: k.LastEpoch, LastNumber: k.LastNumber,
-		})
+			Withdrawn: k.Withdrawn, LastEpoch: k.LastEpoch, LastNumber: k.LastNumber, Orders: k.Orders,
+		}
+		for _, t := range k.Tenants {
+			info.Tenants = append(info.Tenants, ks.TenantName(t))
+		}
+		out.Keys = append(out.Keys, info)
 	}
 	return out
 }
+
+const useEmergency = "emergency"
 
 // rootChange is a change that the root key signs.
 type rootChange func(cmd *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error)
@@ -159,7 +172,7 @@ func change(cmd *cobra.Command, g *globals, rootPath string, do rootChange) erro
 func newKeysCommand(g *globals) *cobra.Command {
 	var root string
 	cmd := &cobra.Command{
-		Use: "keys", Short: "Show, renew, rotate and withdraw keys", RunE: cli.Subcommands,
+		Use: "keys", Short: "Show, renew, rotate and withdraw keys, and make emergency keys", RunE: cli.Subcommands,
 		Long: `Works on the data directory, with the root key. A running authority publishes the
 new key set at once; enforcers take it without a restart.`,
 	}
@@ -184,7 +197,14 @@ new key set at once; enforcers take it without a restart.`,
 				if key.Current {
 					state = "current"
 				}
-				if key.Withdrawn {
+				switch {
+				case key.Withdrawn && key.Use == useEmergency:
+					state = "withdrawn"
+				case key.Use == useEmergency && len(key.Tenants) > 0:
+					state = fmt.Sprintf("%d orders, for tenant %s", key.Orders, strings.Join(key.Tenants, ", "))
+				case key.Use == useEmergency:
+					state = fmt.Sprintf("%d orders, for everything", key.Orders)
+				case key.Withdrawn:
 					state = fmt.Sprintf("withdrawn after seq %d of epoch %d", key.LastNumber, key.LastEpoch)
 				}
 				_, _ = fmt.Fprintf(w, "%s\t%s\t%s\n", key.ID, key.Use, state)
@@ -234,10 +254,13 @@ need a copy of keys/audit-*.key to read them.`,
 
 	var epoch, last uint64
 	withdraw := &cobra.Command{
-		Use: "withdraw KEY-ID", Short: "End the trust in a signing key", Args: cli.OneArg("the key's id, from keys show"),
+		Use: "withdraw KEY-ID", Short: "End the trust in a signing or emergency key", Args: cli.OneArg("the key's id, from keys show"),
 		Long: `Ends the trust in a signing key. What it signed up to --last stays in force; without
 it, that is all that the running authority knows. If the key may have been used by
-others, give the last number that is known to be good.`,
+others, give the last number that is known to be good.
+
+The orders of an emergency key lose their force at once, but for those that the
+authority has adopted: these are decisions, which restore lifts.`,
 		Example: "  session-authority keys rotate\n  session-authority keys withdraw 3f2a91c04be7d855",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var id session.KeyID
@@ -246,6 +269,16 @@ others, give the last number that is known to be good.`,
 				return cli.Usagef("%.64q is not a key's id: give 16 hex digits, from session-authority keys show", args[0])
 			}
 			copy(id[:], b)
+			if emergency, err := isEmergency(g, id); err != nil {
+				return err
+			} else if emergency {
+				if cmd.Flags().Changed("last") || cmd.Flags().Changed("epoch") {
+					return cli.Usagef("%s is an emergency key: all of its orders lose their force; leave --epoch and --last out", id)
+				}
+				return change(cmd, g, root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
+					return fmt.Sprintf("withdrawn %s: its orders have no force of their own any more", id), s.Withdraw(r, id, s.KeySet().Epoch, 0, now)
+				})
+			}
 			if !cmd.Flags().Changed("last") {
 				if cmd.Flags().Changed("epoch") {
 					return cli.Usagef("--epoch without --last: give both, or neither for all that is known here")
@@ -283,7 +316,7 @@ others, give the last number that is known to be good.`,
 			})
 		},
 	}
-	cmd.AddCommand(show, rotate, renew, withdraw, addTenant)
+	cmd.AddCommand(show, rotate, renew, withdraw, addTenant, newEmergencyCommand(g, &root))
 	return cmd
 }
 
@@ -313,5 +346,64 @@ until it is lifted by name.`,
 	open.Flags().StringVar(&root, "root", "", "the root key; default is in the data directory")
 	open.Flags().BoolVar(&commit, "commit", false, "do it")
 	cmd.AddCommand(open)
+	return cmd
+}
+
+// isEmergency reports whether the key set has an emergency key of that id.
+func isEmergency(g *globals, id session.KeyID) (bool, error) {
+	s, err := trust.Open(filepath.Join(g.dataDir, service.KeysDir))
+	if err != nil {
+		return false, fmt.Errorf("%w: give --data-dir, or run session-authority init", err)
+	}
+	return slices.ContainsFunc(s.KeySet().Keys, func(k session.SigningKey) bool {
+		return k.Use == session.UseEmergency && session.KeyIDOf(k.Public) == id
+	}), nil
+}
+
+func newEmergencyCommand(g *globals, root *string) *cobra.Command {
+	var o trust.EmergencyOptions
+	var ca string
+	cmd := &cobra.Command{
+		Use: "emergency", Short: "Make a key that kills when no authority answers", Args: cli.NoArgs,
+		Long: `Makes an emergency key and writes it to a new file, with which kill --offline signs.
+What it may kill, and how many orders it may sign, stands until it is withdrawn. Give
+the servers of the bus, so that orders reach enforcers without an authority; without
+them it signs files alone. Keep the file as you keep the root key, and where those
+are who will need it at night.`,
+		Example: `  session-authority keys emergency --tenant acme --orders 3 --out acme.emergency.json --bus tls://bus-1.example:4222 --bus tls://bus-2.example:4222 --bus-ca ca.pem
+  session-authority keys emergency --global --orders 2 --out all.emergency.json --bus tls://bus.example:4222`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Path == "" {
+				return cli.Usagef("no --out: give a new file for the key")
+			}
+			if _, err := os.Lstat(o.Path); err == nil {
+				return cli.Usagef("--out %s is there already: give a new file", o.Path)
+			}
+			if ca != "" {
+				pem, err := os.ReadFile(ca)
+				if err != nil {
+					return cli.Usagef("--bus-ca: %w", err)
+				}
+				o.CAs = string(pem)
+			}
+			if err := natsfeed.CheckAccess(session.NATSAccess{URLs: o.URLs, CAs: o.CAs}); len(o.URLs) > 0 && err != nil {
+				return cli.Usagef("--bus: %w", err)
+			}
+			return change(cmd, g, *root, func(_ *cobra.Command, s *trust.Store, r *trust.Root, now session.Instant) (string, error) {
+				e, err := s.AddEmergency(r, o, now)
+				if err != nil {
+					return "", err
+				}
+				return fmt.Sprintf("made emergency key %s for %d orders: %s", e.ID(), e.Orders, o.Path), nil
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Path, "out", "", "the new file for the key, mode 0600")
+	f.StringArrayVar(&o.Tenants, "tenant", nil, "a tenant that it may kill; may be repeated")
+	f.BoolVar(&o.Global, "global", false, "it may kill everything, and any tenant")
+	f.IntVar(&o.Orders, "orders", 3, fmt.Sprintf("how many orders it may sign, 1 to %d", session.MaxOrders))
+	f.StringArrayVar(&o.URLs, "bus", nil, "a server of the bus, tls://host:port or, on loopback, nats://host:port; may be repeated")
+	f.StringVar(&ca, "bus-ca", "", "PEM that verifies the servers; default is the system's")
 	return cmd
 }

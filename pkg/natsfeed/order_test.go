@@ -1,6 +1,8 @@
 package natsfeed_test
 
 import (
+	"bytes"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"testing"
@@ -52,6 +54,31 @@ func TestOrdersOverTheBus(t *testing.T) {
 		must(t, ctx.Err())
 		all = ""
 		must(t, f.Orders(ctx, func(frame []byte) error { all += string(frame); return nil }))
+	}
+	n := session.NATSAccess{URLs: []string{b.url, "nats://127.0.0.1:1"}, NKeySeed: seed}
+	root, own := ed25519.NewKeyFromSeed(make([]byte, 32)), ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32))
+	frame, err := session.SealOrder(&session.Order{Fabric: session.FabricOf(root.Public().(ed25519.PublicKey)), Number: 1, Time: 1, Incident: "i", Reason: "r"}, own)
+	must(t, err)
+	// The NKey is not that of the order's key: the bus refuses it.
+	if reached, err := natsfeed.PublishOrder(ctx, n, frame); reached != 0 || !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("%d, %v", reached, err)
+	}
+	must(t, b.b.SetEmergency([]broker.Emergency{{Key: session.KeyIDOf(own.Public().(ed25519.PublicKey)), PublicNKey: pub}}))
+	if reached, err := natsfeed.PublishOrder(ctx, n, frame); reached != 1 || err != nil {
+		t.Errorf("%d, %v", reached, err)
+	}
+	select {
+	case got := <-sink.heard:
+		if got != string(frame) {
+			t.Errorf("heard %q", got)
+		}
+	case <-ctx.Done():
+		t.Fatal("not heard")
+	}
+	for _, bad := range []session.NATSAccess{{URLs: n.URLs}, {NKeySeed: seed}, {URLs: []string{"http://x"}, NKeySeed: seed}} {
+		if _, err := natsfeed.PublishOrder(ctx, bad, frame); !errors.Is(err, session.ErrInvalid) {
+			t.Errorf("%v: %v", bad, err)
+		}
 	}
 	enough := errors.New("enough")
 	if err := f.Orders(ctx, func([]byte) error { return enough }); !errors.Is(err, enough) {
