@@ -448,6 +448,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"POST /v1/decisions", "", decision("kill", "", `{"kind":"global"}`), 200, roles{c}, true},
 		{"POST /v1/decisions", "", decision("revoke", "", `{"kind":"global"}`), 200, roles{c}, true},
 		{"POST /v1/decisions", "", decision("restore", "", `{"kind":"global"}`), 200, roles{c}, true},
+		{"GET /v1/decisions", "/v1/decisions?tenant=acme", "", 200, roles{v, r, c, a}, false},
 		{"GET /v1/decisions/{epoch}/{number}/coverage", fmt.Sprintf("/v1/decisions/%d/%d/coverage", d.Epoch, d.Number), "", 200, roles{v, i, r, c, a}, false},
 		{"GET /v1/status", "", "", 200, roles{v, i, r, c, a}, false},
 		{"GET /v1/openapi.yaml", "", "", 200, roles{v, i, r, c, a}, false},

@@ -58,6 +58,7 @@ const (
 	ReadKeySet    Operation = "read the key set"
 	PublishKeySet Operation = "publish a key set"
 	Decide        Operation = "decide"
+	ListDecisions Operation = "list decisions"
 	ReadRegistry  Operation = "list agents and sessions"
 	// RegisterAgents and RegisterSessions enter what is not there.
 	RegisterAgents   Operation = "register agents"
@@ -116,6 +117,7 @@ var table = map[Operation]rule{
 	ChangeAgents:     {roles: []Role{Responder, Commander}},
 	ReadAudit:        {roles: []Role{Responder, Commander, Auditor}, everywhere: true},
 	Decide:           {roles: []Role{Issuer, Responder, Commander}},
+	ListDecisions:    {roles: []Role{Viewer, Responder, Commander, Auditor}},
 	DenyOne:          {roles: []Role{Issuer, Responder, Commander}},
 	LiftOne:          {roles: []Role{Responder, Commander}},
 	DecideWide:       {roles: []Role{Responder, Commander}},
@@ -135,6 +137,7 @@ var table = map[Operation]rule{
 // endpoints are the operations of the API's endpoints, by their patterns.
 var endpoints = map[string]Operation{
 	"POST /v1/decisions":                          Decide,
+	"GET /v1/decisions":                           ListDecisions,
 	"GET /v1/decisions/{epoch}/{number}/coverage": ReadCoverage,
 	"GET /v1/status":                              ReadStatus,
 	"GET /v1/openapi.yaml":                        ReadAPI,

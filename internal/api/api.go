@@ -74,6 +74,8 @@ var ErrNoTLS = errors.New("api: TLS is required outside loopback: give a certifi
 // other is logged and answered as an internal one, without its text.
 type Service interface {
 	Decide(ctx context.Context, idempotencyKey string, r authority.Request) (*authority.Decision, error)
+	// Decisions lists what is in the log.
+	Decisions(ctx context.Context, q authority.DecisionsQuery) (*authority.DecisionsPage, error)
 	Coverage(ctx context.Context, epoch, number uint64, wait time.Duration) (*authority.Coverage, error)
 	Status(ctx context.Context) (*authority.Status, error)
 	Explain(ctx context.Context, r authority.ExplainRequest) (*authority.Explanation, error)
@@ -398,6 +400,7 @@ func (e endpoint) check(r *http.Request) error {
 func (s *Server) endpoints() map[string]endpoint {
 	return map[string]endpoint{
 		"POST /v1/decisions":                          {s.decide, body},
+		"GET /v1/decisions":                           {s.decisions, query},
 		"GET /v1/decisions/{epoch}/{number}/coverage": {s.coverage, query},
 		"GET /v1/status":                              {s.status, nothing},
 		"GET /v1/openapi.yaml":                        {s.description, nothing},
@@ -565,6 +568,19 @@ func (s *Server) decide(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	writeDecision(w, d)
+	return nil
+}
+
+func (s *Server) decisions(w http.ResponseWriter, r *http.Request) error {
+	q, err := authority.ParseDecisionsQuery(r.URL.Query())
+	if err != nil {
+		return err
+	}
+	p, err := s.svc.Decisions(r.Context(), q)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, p)
 	return nil
 }
 

@@ -4,17 +4,14 @@ import (
 	"cmp"
 	"context"
 	"encoding/hex"
-	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
-
-	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/pkg/authority"
-	"github.com/interlock-fabric/interlock/pkg/natsfeed"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
@@ -119,57 +116,25 @@ func (a *Authority) recordMissing(ctx context.Context, list []logged) error {
 }
 
 // walk returns the decisions between a place and a batch that is in the chain,
-// oldest first. It goes back from that batch, each naming the one before by its
-// hash, so that what else is in the stream is passed over. Canaries are nobody's
-// decisions.
+// oldest first.
 func (a *Authority) walk(ctx context.Context, head placed, from audit.Place) ([]logged, error) {
-	js, err := jetstream.New(a.nc)
-	if err != nil {
-		return nil, fmt.Errorf("authority: %w", err)
-	}
-	ask := func(f func(context.Context) error) error {
-		ctx, cancel := context.WithTimeout(ctx, getTimeout)
-		defer cancel()
-		return f(ctx)
-	}
-	var s jetstream.Stream
-	if err := ask(func(ctx context.Context) (err error) { s, err = js.Stream(ctx, natsfeed.LogStream); return err }); err != nil {
-		return nil, fmt.Errorf("authority: %w", err)
-	}
-	state := s.CachedInfo().State
 	var out []logged
-	next := head.hash
-	for seq, n := state.LastSeq, 0; seq >= max(state.FirstSeq, 1) && n < maxWalk; seq, n = seq-1, n+1 {
-		var m *jetstream.RawStreamMsg
-		err := ask(func(ctx context.Context) (err error) { m, err = s.GetMsg(ctx, seq); return err })
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			continue // trimmed, or a hole
-		}
-		if err != nil {
-			return nil, fmt.Errorf("authority: %w", err)
-		}
-		f, err := session.ParseFrame(m.Data)
-		if err != nil || f.Hash() != next {
-			continue
-		}
-		b, err := session.UnmarshalBatch(f.Body)
-		if err != nil {
-			return nil, fmt.Errorf("authority: %w", err)
-		}
+	_, err := a.back(ctx, mark{math.MaxUint64, head.hash}, maxWalk, func(_ mark, f *session.Frame, b *session.Batch) bool {
 		if (audit.Place{Epoch: b.Epoch, Number: b.Number + 1}).Compare(from) <= 0 {
-			break
+			return false
 		}
 		out = append(out, decisionsOf(b, f.Key, from)...)
-		if next = b.Prev; b.Number == 1 {
-			break
-		}
+		return true
+	})
+	if err != nil {
+		return nil, err
 	}
 	slices.Reverse(out)
 	return out, nil
 }
 
 // decisionsOf returns the decisions of a batch that are not before a place, newest
-// first.
+// first. Canaries are nobody's decisions.
 func decisionsOf(b *session.Batch, key session.KeyID, from audit.Place) (out []logged) {
 	entries := b.Entries
 	for i, d := range b.Decisions {

@@ -130,25 +130,7 @@ func (h *hub) heard(b *session.Batch) {
 	if len(h.watchers) == 0 || len(b.Entries) == 0 || b.IsCanary() {
 		return // canaries would be all that a watcher sees
 	}
-	e := authority.DecisionEvent{Epoch: b.Epoch, Number: b.Number, At: b.Time.Time()}
-	index := map[authority.EntryLine]int{}
-	for i := range b.Entries {
-		x := &b.Entries[i]
-		l := authority.EntryLine{
-			Operation: "set", Effect: x.Effect.String(), On: x.Key.Shape.String(), Tenant: h.tenant(x.Key.Tenant),
-			Reason: x.Reason.String(), Incident: x.Incident, Drill: x.Drill,
-		}
-		if x.Op == session.OpLift {
-			l.Operation = "lift"
-		}
-		at, ok := index[l]
-		if !ok {
-			at = len(e.Lines)
-			index[l] = at
-			e.Lines = append(e.Lines, l)
-		}
-		e.Lines[at].Count++
-	}
+	e := authority.DecisionEvent{Epoch: b.Epoch, Number: b.Number, At: b.Time.Time(), Lines: linesOf(b.Entries, h.tenant)}
 	h.tell(authority.Event{Type: authority.EventDecision, At: time.Now().UTC(), Decision: &e})
 	if len(h.open) >= maxOpen {
 		h.open = append(h.open[:0], h.open[1:]...)
