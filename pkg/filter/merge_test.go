@@ -64,8 +64,11 @@ func TestAMergeBesideChecksRests(t *testing.T) {
 // TestTheLimitOfRestIsBeforeApplyMerges: a merge that rests must be done before
 // Apply makes one itself.
 func TestTheLimitOfRestIsBeforeApplyMerges(t *testing.T) {
+	t.Parallel()
+	var set *Set
+	few := 0
 	for _, n := range []int{1, 1000, mergeFloor, mergeLast - 3000} {
-		set := filled(n)
+		set, few = grown(set, few, n), n
 		if p := newPacer(t.Context(), set); int(p.limit) < set.Delta() || int(p.limit) >= mergeAt(nil) {
 			t.Errorf("%d changes: rest until %d, Apply merges at %d", set.Delta(), p.limit, mergeAt(nil))
 		}
@@ -75,20 +78,25 @@ func TestTheLimitOfRestIsBeforeApplyMerges(t *testing.T) {
 // TestAMergeIsDue: beyond a floor, and beyond a higher one in a burst; both of them
 // an eighth of a segment that is larger.
 func TestAMergeIsDue(t *testing.T) {
+	t.Parallel()
+	beforeFloor := filled(mergeFloor - 1000)
+	floor := grown(beforeFloor, mergeFloor-1000, mergeFloor+1)
+	burst := grown(floor, mergeFloor+1, mergeBurst-1000)
+	beyond := grown(burst, mergeBurst-1000, mergeBurst+1)
 	within := func(rows int) *Set {
-		s := filled(mergeBurst + 1)
+		s := *beyond
 		s.seg = &Segment{rows: rows}
-		return s
+		return &s
 	}
 	for name, x := range map[string]struct {
 		set          *Set
 		due, overdue bool
 	}{
 		"nothing":          {nil, false, false},
-		"the floor":        {filled(mergeFloor - 1000), false, false},
-		"beyond the floor": {filled(mergeFloor + 1), true, false},
-		"a burst":          {filled(mergeBurst - 1000), true, false},
-		"beyond a burst":   {filled(mergeBurst + 1), true, true},
+		"the floor":        {beforeFloor, false, false},
+		"beyond the floor": {floor, true, false},
+		"a burst":          {burst, true, false},
+		"beyond a burst":   {beyond, true, true},
 		"an eighth":        {within(4 * mergeBurst), true, true},
 		"a large segment":  {within(16 * mergeBurst), false, false},
 	} {

@@ -298,6 +298,7 @@ var operations atomic.Int64
 //
 //	go test ./pkg/filter -run 'TestStates$' -rapid.checks=7000 -timeout 2h -v
 func TestStates(t *testing.T) {
+	t.Parallel()
 	w := newPeople(t)
 	dir := t.TempDir()
 	rapid.Check(t, func(rt *rapid.T) {

@@ -12,6 +12,7 @@ import (
 // TestOverlayDeniesWhatASetDoes: of batches that set and nothing else, and of
 // others it takes no notice of the rest.
 func TestOverlayDeniesWhatASetDoes(t *testing.T) {
+	t.Parallel()
 	w := newPeople(t)
 	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 1))

@@ -152,6 +152,7 @@ func isDenied(s *Set, p *session.Prepared) bool {
 // TestDamageIsNeverNotFound damages the file under a running reader: what can
 // not be confirmed is denied, and said.
 func TestDamageIsNeverNotFound(t *testing.T) {
+	t.Parallel()
 	for name, damage := range map[string]func(f *os.File, g *Segment, k session.Key) error{
 		"truncated": func(f *os.File, _ *Segment, _ session.Key) error { return f.Truncate(blockSize) },
 		"empty":     func(f *os.File, _ *Segment, _ session.Key) error { return f.Truncate(0) },

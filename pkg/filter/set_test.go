@@ -426,10 +426,12 @@ func TestARevokedCallerCostsTheRecord(t *testing.T) {
 	}
 }
 
-func filled(n int) *Set {
-	var s *Set
-	for i := 0; i < n; i += session.MaxBatchEntries {
-		b := batch(uint64(i/session.MaxBatchEntries + 1))
+func filled(n int) *Set { return grown(nil, 0, n) }
+
+// grown returns a set of n entries of which s has the first few.
+func grown(s *Set, few, n int) *Set {
+	for i := few; i < n; i += session.MaxBatchEntries {
+		b := batch(uint64(i + 1))
 		for j := i; j < min(n, i+session.MaxBatchEntries); j++ {
 			b.Entries = append(b.Entries, put(session.EffectRevoked, sessionKey(j)))
 		}
