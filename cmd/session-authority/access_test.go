@@ -205,6 +205,7 @@ type served struct {
 	op       *authority.Client // the operator's, on the socket
 	log      *syncBuffer
 	stop     func()
+	hup      func() // has it read its files again
 }
 
 // syncBuffer is a buffer that a process writes and a test reads.
@@ -310,6 +311,11 @@ func (s *served) start(accessFile string) {
 		}
 		close(up)
 	}()
+	s.hup = func() {
+		if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			s.Fatal(err)
+		}
+	}
 	s.stop = sync.OnceFunc(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
 		<-read

@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,7 +24,10 @@ import (
 	"github.com/interlock-fabric/interlock/internal/sequencer"
 )
 
-const startTimeout = 60 * time.Second
+const (
+	startTimeout  = 60 * time.Second
+	reloadTimeout = 10 * time.Second
+)
 
 type serveFlags struct {
 	o                                service.Options
@@ -46,7 +51,10 @@ says so; otherwise run session-authority init first. Outside loopback, TLS is
 required. The API is on a unix socket that only this user can open, and on TCP, if
 --api-listen is given. Who may use it there, by a token of an issuer or by a client
 certificate, is in the file that --access names; without one it is whoever has the
-bootstrap token in api.token.`,
+bootstrap token in api.token.
+
+SIGHUP reads the files of --access, --tokens and --api-tls-cert again, and those that
+they name. What cannot be read leaves everything as it was.`,
 		Example: `  session-authority serve
   session-authority serve --data-dir /var/lib/interlock --nats-listen 10.0.0.5:4222 \
     --nats-tls-cert bus.pem --nats-tls-key bus.key --enforcer-ca ca.pem`,
@@ -95,7 +103,29 @@ func issuersInUse() []string {
 	return nil
 }
 
+// load reads the files that can be read again.
+func (s *serveFlags) load() (r service.Reloaded, err error) {
+	if r.APITLS, err = certificate("api-tls", s.apiCert, s.apiKey); err != nil {
+		return r, err
+	}
+	if s.access != "" {
+		if r.Access, err = access.Load(s.access); err != nil {
+			return r, cli.Usagef("--access: %w", err)
+		}
+	}
+	if s.tokens != "" {
+		if r.Tokens, err = issuers.LoadTokens(s.tokens); err != nil {
+			return r, cli.Usagef("--tokens: %w", err)
+		}
+	}
+	return r, nil
+}
+
 func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
+	// From here on a SIGHUP is for us, however early it comes.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	log, err := cli.Logger(cmd.ErrOrStderr(), s.level, s.format)
 	if err != nil {
 		return err
@@ -120,19 +150,11 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	if o.NATSTLS, err = certificate("nats-tls", s.natsCert, s.natsKey); err != nil {
 		return err
 	}
-	if o.APITLS, err = certificate("api-tls", s.apiCert, s.apiKey); err != nil {
+	files, err := s.load()
+	if err != nil {
 		return err
 	}
-	if s.access != "" {
-		if o.Access, err = access.Load(s.access); err != nil {
-			return cli.Usagef("--access: %w", err)
-		}
-	}
-	if s.tokens != "" {
-		if o.Tokens, err = issuers.LoadTokens(s.tokens); err != nil {
-			return cli.Usagef("--tokens: %w", err)
-		}
-	}
+	o.Access, o.Tokens, o.APITLS = files.Access, files.Tokens, files.APITLS
 	if s.natsCA != "" && o.NATSURL != "" {
 		if o.NATSClientTLS, err = verifyBy("nats-ca", s.natsCA); err != nil {
 			return err
@@ -159,9 +181,27 @@ func serve(cmd *cobra.Command, g *globals, s *serveFlags) error {
 	if err != nil {
 		return err
 	}
-	<-cmd.Context().Done()
-	log.Info("stopping")
-	return a.Close()
+	for {
+		select {
+		case <-hup:
+			files, err := s.load()
+			if err != nil {
+				a.ReloadFailed(err)
+			} else {
+				again, cancel := context.WithTimeout(cmd.Context(), reloadTimeout)
+				err = a.Reload(again, files)
+				cancel()
+			}
+			if err != nil {
+				log.Error("the files are not read again; what was in force still is", "error", err)
+			} else {
+				log.Info("the files are in force")
+			}
+		case <-cmd.Context().Done():
+			log.Info("stopping")
+			return a.Close()
+		}
+	}
 }
 
 func certificate(flag, cert, key string) (*tls.Config, error) {

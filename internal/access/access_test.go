@@ -23,6 +23,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/interlock-fabric/interlock/pkg/authority"
+	"github.com/interlock-fabric/interlock/pkg/session"
 )
 
 func problem(t *testing.T, err error) *authority.Problem {
@@ -346,6 +347,13 @@ func TestCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if ca, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	_, another, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
 		t.Fatal(err)
@@ -358,14 +366,25 @@ func TestCertificates(t *testing.T) {
 		t.Fatal(err)
 	}
 	alice, agent := &url.URL{Scheme: "spiffe", Host: "corp", Path: "/ops/alice"}, &url.URL{Scheme: "spiffe", Host: "corp", Path: "/agent/bot"}
-	with := func(c x509.Certificate, verified bool) *http.Request {
+	with := func(c x509.Certificate, verified bool, by ed25519.PrivateKey) *http.Request {
 		if c.NotAfter.IsZero() {
 			c.NotAfter = time.Now().Add(time.Hour)
 		}
+		c.SerialNumber, c.ExtKeyUsage = big.NewInt(2), []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+		parent := *ca
+		parent.PublicKey = by.Public()
+		der, err := x509.CreateCertificate(rand.Reader, &c, &parent, key.Public(), by)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
 		r := bearer("")
-		r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{&c}}
+		r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}
 		if verified {
-			r.TLS.VerifiedChains = [][]*x509.Certificate{{&c}}
+			r.TLS.VerifiedChains = [][]*x509.Certificate{{leaf}}
 		}
 		return r
 	}
@@ -381,7 +400,7 @@ func TestCertificates(t *testing.T) {
 		"a subject":   {x509.Certificate{Subject: pkix.Name{CommonName: "spiffe://corp/ops/alice"}}, 401, "", false},
 		"ended":       {x509.Certificate{URIs: []*url.URL{alice}, NotAfter: time.Now().Add(-time.Minute)}, 401, "", false},
 	} {
-		p, err := a.Request(with(c.cert, true))
+		p, err := a.Request(with(c.cert, true, key))
 		if c.status != 0 {
 			if problem(t, err).Status != c.status {
 				t.Errorf("%s: %v", name, err)
@@ -392,8 +411,12 @@ func TestCertificates(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, p, err)
 		}
 	}
-	if _, err := a.Request(with(x509.Certificate{URIs: []*url.URL{alice}}, false)); problem(t, err).Status != 401 {
+	if _, err := a.Request(with(x509.Certificate{URIs: []*url.URL{alice}}, false, key)); problem(t, err).Status != 401 {
 		t.Error("a certificate that nobody verified is believed")
+	}
+	// The connection may be from before the CA was taken out.
+	if _, err := a.Request(with(x509.Certificate{URIs: []*url.URL{alice}}, true, another)); problem(t, err).Status != 401 {
+		t.Error("a certificate of a CA that is not configured any more is believed")
 	}
 	if _, err := a.Socket(bearer(""), os.Geteuid(), true); problem(t, err).Status != 401 {
 		t.Error("the socket is not switched off")
@@ -462,5 +485,67 @@ func TestClientsHaveSecrets(t *testing.T) {
 		if x := problem(t, err); p != nil || x.Status != 401 || strings.Contains(x.Error(), secret) || strings.HasPrefix(a.Challenge(r), "Basic ") != basic {
 			t.Errorf("%s: %+v, %v, %s", what, p, err, a.Challenge(r))
 		}
+	}
+}
+
+// What the verifier knows of an issuer's keys is kept where the issuer is the same,
+// and nowhere else; it lasts until the last that has it is closed.
+func TestKeysAreKeptOverAChange(t *testing.T) {
+	srv := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(srv.Close)
+	config := func(change string) *Config {
+		text := "audience: https://a\nissuers:\n- url: https://i\n  jwks: " + srv.URL + "/k\n  clients: [c]\n  grants:\n  - {claim: roles, value: r, role: viewer, tenants: ['*']}\n"
+		old, with, _ := strings.Cut(change, ">")
+		c, err := Parse([]byte(strings.Replace(text, old, with, 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	first, err := New(Options{Config: config("")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for change, kept := range map[string]bool{"viewer>auditor": true, "[c]>[c, d]": true, "https://a>https://b": false, "https://i>https://j": false, "/k>/l": false} {
+		next, err := New(Options{Config: config(change), Before: first})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if (next.verifier == first.verifier) != kept || next.issuers[next.config.Issuers[0].URL] != &next.config.Issuers[0] {
+			t.Errorf("%s: kept %v", change, next.verifier == first.verifier)
+		}
+		next.Close()
+		next.Close()
+	}
+	if n := first.verifier.users.Load(); n != 1 {
+		t.Errorf("%d users", n)
+	}
+	if _, err := first.verifier.Verify(t.Context(), "a.b.c"); errors.Is(err, session.ErrStale) {
+		t.Error("it was closed while it was used")
+	}
+	first.Close()
+	if _, err := first.verifier.Verify(t.Context(), "a.b.c"); !errors.Is(err, session.ErrStale) {
+		t.Errorf("it was not closed: %v", err)
+	}
+}
+
+func TestChangesAreNamed(t *testing.T) {
+	parse := func(text string) *Config {
+		c, err := Parse([]byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	before := parse("audience: https://a\nissuers:\n- url: https://i\n  discovery: true\n  clients: [c, d]\n  grants:\n  - {claim: roles, value: r, role: viewer, tenants: ['*']}\nclient_ca: f\ncertificates:\n- {name: 'dns:a', role: issuer, tenants: [a]}\n")
+	after := parse("audience: https://a\nissuers:\n- url: https://i\n  jwks: https://i/k\n  clients: [c]\n  grants:\n  - {claim: roles, value: r, role: commander, tenants: ['*']}\nclients: [{id: x, secret_file: f, role: viewer, tenants: [a, b]}]\ntwo_person: off\n")
+	want := []string{"granted: commander in * to roles r at https://i", "granted: viewer in a, b to client x",
+		"withdrawn: issuer in a to certificate dns:a", "withdrawn: people of https://i who sign in by d", "withdrawn: viewer in * to roles r at https://i",
+		"changed: issuers", "changed: client_ca", "changed: two_person"}
+	if got := before.Changes(after); !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+	if got := before.Changes(before); got != nil {
+		t.Errorf("nothing changed: %q", got)
 	}
 }

@@ -12,9 +12,11 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -40,6 +42,9 @@ type Options struct {
 	Bootstrap string
 	// Clock is the local clock; nil is time.Now.
 	Clock func() time.Time
+	// Before is the Authenticator that this one takes the place of; nil is none.
+	// Where the issuers are the same, what it knows of their keys is kept.
+	Before *Authenticator
 }
 
 // Authenticator finds out who sends a request. It is safe for concurrent use.
@@ -48,11 +53,20 @@ type Authenticator struct {
 	bootstrap [sha256.Size]byte // of the token
 	hasToken  bool
 	clock     func() time.Time
-	verifier  *credential.Verifier // nil without issuers
+	verifier  *verifier // nil without issuers
 	issuers   map[string]*IssuerConfig
 	cas       *x509.CertPool // nil without a client CA
 	clients   map[string]client
 	uid       int
+	closed    atomic.Bool
+}
+
+// verifier may be that of several Authenticators, of which each is the other's
+// Before.
+type verifier struct {
+	*credential.Verifier
+	options Config // those that it depends on
+	users   atomic.Int64
 }
 
 // client is an OAuth client with a secret.
@@ -96,6 +110,14 @@ func New(o Options) (*Authenticator, error) {
 	if len(o.Config.Issuers) == 0 {
 		return a, nil
 	}
+	if b := o.Before; b != nil && b.verifier != nil && b.verifier.serves(o.Config) {
+		a.verifier, a.issuers = b.verifier, map[string]*IssuerConfig{}
+		for n := range o.Config.Issuers {
+			a.issuers[o.Config.Issuers[n].URL] = &o.Config.Issuers[n]
+		}
+		a.verifier.users.Add(1)
+		return a, nil
+	}
 	proof, err := credential.NewProofChecker(credential.ProofOptions{Origin: o.Config.origin(), Clock: a.clock})
 	if err != nil {
 		return nil, fmt.Errorf("%w: origin: %w", ErrInvalid, err)
@@ -125,10 +147,28 @@ func New(o Options) (*Authenticator, error) {
 		co.Issuers = append(co.Issuers, iss)
 		a.issuers[i.URL] = i
 	}
-	if a.verifier, err = credential.New(co); err != nil {
+	v, err := credential.New(co)
+	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
+	a.verifier = &verifier{Verifier: v, options: verified(o.Config)}
+	a.verifier.users.Store(1)
 	return a, nil
+}
+
+// verified is what of a configuration its verifier depends on.
+func verified(c *Config) Config {
+	out := Config{Audience: c.Audience, Origin: c.Origin, Issuers: slices.Clone(c.Issuers)}
+	for n := range out.Issuers {
+		out.Issuers[n].Clients, out.Issuers[n].Grants = nil, nil
+	}
+	return out
+}
+
+// serves reports whether tokens are verified for c alike. Keys in a file may have
+// changed.
+func (v *verifier) serves(c *Config) bool {
+	return reflect.DeepEqual(v.options, verified(c)) && !slices.ContainsFunc(c.Issuers, func(i IssuerConfig) bool { return i.JWKSFile != "" })
 }
 
 func (a *Authenticator) readClients() error {
@@ -149,7 +189,7 @@ func (a *Authenticator) readClients() error {
 
 // Close ends fetches that are under way. It is idempotent.
 func (a *Authenticator) Close() {
-	if a.verifier != nil {
+	if a.verifier != nil && !a.closed.Swap(true) && a.verifier.users.Add(-1) == 0 {
 		a.verifier.Close()
 	}
 }
@@ -204,7 +244,7 @@ func (a *Authenticator) Request(r *http.Request) (*Principal, error) {
 	case len(values) > 0:
 		return nil, authority.NewProblem(authority.ProblemUnauthorised, "no issuer of tokens is configured", "present a client certificate, or a client's id and secret, whichever is")
 	case a.cas != nil && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
-		return a.certificate(r.TLS.VerifiedChains[0][0])
+		return a.certificate(r.TLS.PeerCertificates)
 	}
 	var ways []string
 	if len(a.clients) > 0 {
@@ -326,12 +366,22 @@ func (g *ClaimsGrant) matches(claims map[string]any) bool {
 	return false
 }
 
-// certificate is whoever a verified certificate names. The first of its names that
-// the configuration knows is the principal's.
-func (a *Authenticator) certificate(c *x509.Certificate) (*Principal, error) {
-	// The chain was verified when the connection was made, which may be long ago.
-	if now := a.clock(); now.After(c.NotAfter) || now.Before(c.NotBefore) {
+// certificate is whoever a certificate names, which comes first of those that the
+// client has shown. The first of its names that the configuration knows is the
+// principal's.
+func (a *Authenticator) certificate(shown []*x509.Certificate) (*Principal, error) {
+	// The chain was verified when the connection was made, which may be long ago:
+	// before this configuration was.
+	c, now := shown[0], a.clock()
+	if now.After(c.NotAfter) || now.Before(c.NotBefore) {
 		return nil, authority.NewProblem(authority.ProblemUnauthorised, "the client certificate has ended", "present a new one")
+	}
+	between := x509.NewCertPool()
+	for _, x := range shown[1:] {
+		between.AddCert(x)
+	}
+	if _, err := c.Verify(x509.VerifyOptions{Roots: a.cas, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+		return nil, authority.NewProblem(authority.ProblemUnauthorised, "the client certificate is of no CA that is configured", "present a new one, on a new connection")
 	}
 	var names []string
 	for _, u := range c.URIs {

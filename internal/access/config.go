@@ -3,8 +3,10 @@ package access
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -179,6 +181,58 @@ func (c *Config) Tenants() []string {
 	}
 	slices.Sort(out)
 	return slices.DeleteFunc(slices.Compact(out), func(t string) bool { return t == Everywhere })
+}
+
+// Changes says in what another configuration differs: the grants that come and go,
+// and the names of the settings that change.
+func (c *Config) Changes(next *Config) (out []string) {
+	before, after := c.grants(), next.grants()
+	for _, g := range slices.Sorted(maps.Keys(after)) {
+		if !before[g] {
+			out = append(out, "granted: "+g)
+		}
+	}
+	for _, g := range slices.Sorted(maps.Keys(before)) {
+		if !after[g] {
+			out = append(out, "withdrawn: "+g)
+		}
+	}
+	settings := func(c *Config) Config {
+		s := *c
+		s.Certificates, s.Clients = nil, nil
+		s.Issuers = verified(c).Issuers
+		return s
+	}
+	a, b := reflect.ValueOf(settings(c)), reflect.ValueOf(settings(next))
+	for i := range a.NumField() {
+		if !reflect.DeepEqual(a.Field(i).Interface(), b.Field(i).Interface()) {
+			out = append(out, "changed: "+a.Type().Field(i).Tag.Get("yaml"))
+		}
+	}
+	return out
+}
+
+// grants says who holds which role, and by what.
+func (c *Config) grants() map[string]bool {
+	out := map[string]bool{}
+	add := func(role Role, tenants []string, to string) {
+		out[fmt.Sprintf("%s in %s to %s", role, strings.Join(tenants, ", "), to)] = true
+	}
+	for _, i := range c.Issuers {
+		for _, g := range i.Grants {
+			add(g.Role, g.Tenants, fmt.Sprintf("%s %s at %s", g.Claim, g.Value, i.URL))
+		}
+		for _, client := range i.Clients {
+			out[fmt.Sprintf("people of %s who sign in by %s", i.URL, client)] = true
+		}
+	}
+	for _, g := range c.Certificates {
+		add(g.Role, g.Tenants, "certificate "+g.Name)
+	}
+	for _, g := range c.Clients {
+		add(g.Role, g.Tenants, "client "+g.ID)
+	}
+	return out
 }
 
 func (c *Config) origin() string {

@@ -27,6 +27,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -149,9 +150,13 @@ type Options struct {
 
 // Server is a running API.
 type Server struct {
-	svc     Service
-	log     *slog.Logger
-	access  *access.Authenticator
+	svc Service
+	log *slog.Logger
+	// gates guards now, who may come in, and changed, which is closed when that is
+	// another.
+	gates   sync.RWMutex
+	now     *gate
+	changed chan struct{}
 	servers []*http.Server
 	addr    string
 	socket  string
@@ -165,8 +170,65 @@ type Server struct {
 	all    chan struct{}
 	// reserve is for what must get through when all is taken.
 	reserve chan struct{}
+	// reloading is held by Reload.
+	reloading sync.Mutex
+	bootstrap string
 	// refused is never nil.
 	refused func(*http.Request, error)
+}
+
+// gate is who may come in, and by what certificates, as one configuration has it.
+type gate struct {
+	*access.Authenticator
+	tls   *tls.Config // nil without
+	users sync.WaitGroup
+}
+
+// gate returns the one in force. It stays usable until leave is called.
+func (s *Server) gate() (g *gate, leave func()) {
+	s.gates.RLock()
+	defer s.gates.RUnlock()
+	g = s.now
+	g.users.Add(1)
+	return g, g.users.Done
+}
+
+// change is closed when the gate is another than now.
+func (s *Server) change() <-chan struct{} {
+	s.gates.RLock()
+	defer s.gates.RUnlock()
+	return s.changed
+}
+
+// Reload puts another configuration of who may in force, and other certificates of
+// the server: for requests that come, and for streams that are open, which end
+// where they would not be let in again just as they were. It cannot begin or cease
+// to configure principals, or TLS. After an error everything is as it was.
+func (s *Server) Reload(config *access.Config, secure *tls.Config) error {
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
+	old := s.now
+	if (config != nil) != old.Configured() || (secure != nil) != (old.tls != nil) {
+		return errors.New("api: to configure principals, or TLS, for the first time or no more takes a restart")
+	}
+	a, err := access.New(access.Options{Config: config, Bootstrap: s.bootstrap, Before: old.Authenticator})
+	if err != nil {
+		return err
+	}
+	g := &gate{Authenticator: a, tls: serverTLS(secure, a)}
+	if a.ClientCAs() != nil && s.addr != "" && secure == nil {
+		a.Close()
+		return errNoClientTLS
+	}
+	s.gates.Lock()
+	s.now = g
+	changed := s.changed
+	s.changed = make(chan struct{})
+	s.gates.Unlock()
+	close(changed)
+	old.users.Wait()
+	old.Close()
+	return nil
 }
 
 // Serve listens and returns when it does. Errors wrap ErrNoTLS where that is the
@@ -190,9 +252,11 @@ func Serve(svc Service, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.access, err = access.New(access.Options{Config: o.Access, Bootstrap: token}); err != nil {
+	a, err := access.New(access.Options{Config: o.Access, Bootstrap: token})
+	if err != nil {
 		return nil, err
 	}
+	s.bootstrap, s.now, s.changed = token, &gate{Authenticator: a, tls: serverTLS(o.TLS, a)}, make(chan struct{})
 	if o.Listen != "" {
 		err = s.serveTCP(o)
 	}
@@ -218,7 +282,9 @@ func (s *Server) serveSocket(path string) error {
 	s.serve(l, s.routes(func(r *http.Request) (*access.Principal, error) {
 		c, _ := r.Context().Value(connKey{}).(net.Conn)
 		uid, known := socket.Peer(c)
-		return s.access.Socket(r, uid, known)
+		g, leave := s.gate()
+		defer leave()
+		return g.Socket(r, uid, known)
 	}))
 	return nil
 }
@@ -244,24 +310,39 @@ func (s *Server) serveTCP(o Options) error {
 	if o.TLS == nil && !loopback(host) {
 		return fmt.Errorf("%w (address %s)", ErrNoTLS, o.Listen)
 	}
-	config := o.TLS.Clone() // of nil, nil
-	if cas := s.access.ClientCAs(); cas != nil {
-		if config == nil {
-			return errors.New("api: client certificates need TLS: give the API a certificate")
-		}
-		// Whoever has none is told so by an answer.
-		config.ClientCAs, config.ClientAuth = cas, tls.VerifyClientCertIfGiven
+	if o.TLS == nil && s.now.ClientCAs() != nil {
+		return errNoClientTLS
 	}
 	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", o.Listen)
 	if err != nil {
 		return fmt.Errorf("api: %w", err)
 	}
 	s.addr = l.Addr().String()
-	if config != nil {
-		l = tls.NewListener(l, config)
+	if o.TLS != nil {
+		l = tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			g, leave := s.gate()
+			defer leave()
+			return g.tls, nil
+		}})
 	}
-	s.serve(l, s.routes(s.access.Request))
+	s.serve(l, s.routes(func(r *http.Request) (*access.Principal, error) {
+		g, leave := s.gate()
+		defer leave()
+		return g.Request(r)
+	}))
 	return nil
+}
+
+var errNoClientTLS = errors.New("api: client certificates need TLS: give the API a certificate")
+
+// serverTLS is config with what asks for client certificates; nil where that is.
+func serverTLS(config *tls.Config, a *access.Authenticator) *tls.Config {
+	config = config.Clone() // of nil, nil
+	if cas := a.ClientCAs(); cas != nil && config != nil {
+		// Whoever has none is told so by an answer.
+		config.ClientCAs, config.ClientAuth = cas, tls.VerifyClientCertIfGiven
+	}
+	return config
 }
 
 func loopback(host string) bool {
@@ -304,8 +385,8 @@ func (s *Server) Close() error {
 			}
 		}
 		s.done.Wait()
-		if s.access != nil {
-			s.access.Close()
+		if s.now != nil {
+			s.now.Close()
 		}
 		if s.socket != "" {
 			_ = os.Remove(s.socket) // Shutdown has removed it on most systems
@@ -457,7 +538,8 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			}
 		}
 		defer func() { <-places }()
-		p, err := who(r)
+		asked, changed := r, s.change()
+		p, err := who(asked)
 		if err != nil {
 			s.refused(r, err)
 			s.refuse(w, r, err)
@@ -472,7 +554,10 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 		if t := session.ParseTraceparent(r.Header.Get("Traceparent")); t.TraceID != [16]byte{} {
 			ctx = audit.WithTrace(ctx, t)
 		}
-		r = r.WithContext(ctx)
+		r = r.WithContext(context.WithValue(ctx, standingKey{}, standing{changed, func() bool {
+			q, err := who(asked)
+			return err == nil && reflect.DeepEqual(p, q)
+		}}))
 		if _, pattern := mux.Handler(r); pattern == "" || r.Method == http.MethodHead || r.URL.Path != path.Clean(r.URL.Path) {
 			// The mux's own answers, 404, 405 and redirects, are text.
 			p := authority.NewProblem(authority.ProblemNotFound, "there is nothing at "+clip(r.Method+" "+r.URL.Path), "the API is under /v1")
@@ -482,6 +567,15 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 		mux.ServeHTTP(w, r)
 	})
 }
+
+// standing is, in the context of a request, whether who sent it would be let in
+// again just as they were: to be asked when changed is closed.
+type standing struct {
+	changed <-chan struct{}
+	again   func() bool
+}
+
+type standingKey struct{}
 
 // urgent reports whether a request may be a kill, or the approval of one.
 func urgent(r *http.Request) bool {
@@ -514,7 +608,9 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		p = authority.NewProblem(authority.ProblemUnauthorised, "nobody is signed in", "")
 	}
 	if p.Status == http.StatusUnauthorized {
-		w.Header().Set("WWW-Authenticate", s.access.Challenge(r))
+		g, leave := s.gate()
+		defer leave()
+		w.Header().Set("WWW-Authenticate", g.Challenge(r))
 	}
 	fail(w, r, p)
 }
@@ -844,6 +940,7 @@ func (s *Server) publishKeySet(w http.ResponseWriter, r *http.Request) error {
 // watchEvents is a stream of server-sent events, with a comment now and then so
 // that a reader can tell a quiet link from a dead one.
 func (s *Server) watchEvents(w http.ResponseWriter, r *http.Request) error {
+	who := r.Context().Value(standingKey{}).(standing)
 	leave, err := s.stay(s.watch, w, 0)
 	if err != nil {
 		return err
@@ -880,6 +977,12 @@ func (s *Server) watchEvents(w http.ResponseWriter, r *http.Request) error {
 			select {
 			case <-ctx.Done():
 				return
+			case <-who.changed:
+				who.changed = s.change()
+				if !who.again() {
+					cancel()
+					return
+				}
 			case <-tick.C:
 				if send([]byte(": alive\n\n")) != nil {
 					cancel()

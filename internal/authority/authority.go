@@ -190,6 +190,8 @@ type Authority struct {
 	proposals *proposal.Store
 	wide      limits
 	tokens    tokens
+	access    atomic.Pointer[access.Config]
+	reloading sync.Mutex
 
 	once422 dedupe
 	claims  claims
@@ -244,13 +246,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if err := a.openKeys(); err != nil {
 		return err
 	}
-	if o.Access != nil {
-		for _, t := range o.Access.Tenants() {
-			if _, ok := a.store.KeySet().Tenant(t); !ok {
-				a.log.Warn("a role is granted in a tenant that there is not", "tenant", t)
-			}
-		}
-	}
+	a.warnOfTenants(o.Access)
 	if err := a.openBus(ctx); err != nil {
 		return err
 	}
@@ -286,8 +282,9 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	if o.Access != nil {
-		a.wide.perMinute = o.Access.WidePerMinute
+		a.wide.set(o.Access.WidePerMinute)
 	}
+	a.access.Store(o.Access)
 	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err
 	}
@@ -346,6 +343,18 @@ func (a *Authority) open(ctx context.Context) error {
 	}
 	a.log.Info("the authority is up", "socket", o.Socket, "api", a.server.Addr(), "bus", a.NATSAddr())
 	return nil
+}
+
+// warnOfTenants logs what was most likely misspelt.
+func (a *Authority) warnOfTenants(c *access.Config) {
+	if c == nil {
+		return
+	}
+	for _, t := range c.Tenants() {
+		if _, ok := a.store.KeySet().Tenant(t); !ok {
+			a.log.Warn("a role is granted in a tenant that there is not", "tenant", t)
+		}
+	}
 }
 
 // Close stops the API, then the sequencer, then the bus, and joins every

@@ -230,7 +230,8 @@ func mayExempt(p *access.Principal, tenant string, global bool) error {
 
 // alone reports whether p decides alone what takes two commanders of others.
 func (a *Authority) alone(p *access.Principal) bool {
-	return a.o.Access == nil || a.o.Access.TwoPerson == access.Off || p.Local()
+	c := a.access.Load()
+	return c == nil || c.TwoPerson == access.Off || p.Local()
 }
 
 func (a *Authority) declareExemption(ctx context.Context, r *authority.ExemptionRequest) (*authority.Exemption, error) {

@@ -19,18 +19,27 @@ const maxLimited = 4096
 // stolen credential, must not deny half the fleet before anybody looks. Users of
 // this machine are not limited, and kills never are. The zero value does not limit.
 type limits struct {
+	mu        sync.Mutex
 	perMinute int
+	of        map[string]*rate.Limiter
+}
 
-	mu sync.Mutex
-	of map[string]*rate.Limiter
+// set changes the rate. Everybody begins anew.
+func (l *limits) set(perMinute int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.perMinute != perMinute {
+		l.perMinute, l.of = perMinute, nil
+	}
 }
 
 // admit takes one from p's rate. The error is a *authority.Problem.
 func (l *limits) admit(p *access.Principal, now time.Time) error {
+	l.mu.Lock()
 	if l.perMinute == 0 || p.Local() {
+		l.mu.Unlock()
 		return nil
 	}
-	l.mu.Lock()
 	name := p.Name
 	if l.of[name] == nil && len(l.of) >= maxLimited {
 		name = ""

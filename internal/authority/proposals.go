@@ -106,10 +106,11 @@ func (a *Authority) propose(ctx context.Context, r *authority.Request) (*authori
 }
 
 func (a *Authority) proposalFor() time.Duration {
-	if a.o.Access == nil {
+	c := a.access.Load()
+	if c == nil {
 		return access.DefaultProposalFor
 	}
-	return cmp.Or(a.o.Access.ProposalFor, access.DefaultProposalFor)
+	return cmp.Or(c.ProposalFor, access.DefaultProposalFor)
 }
 
 // tenants are the tenants that the plan is about; none are all.

@@ -215,7 +215,7 @@ func (a *Authority) Coverage(ctx context.Context, epoch, number uint64, wait tim
 func (a *Authority) Status(ctx context.Context) (*authority.Status, error) {
 	p := access.From(ctx)
 	s := a.status(p.Scope(access.ReadStatus))
-	if a.o.Access != nil {
+	if a.access.Load() != nil {
 		a.warnOfGlass(ctx, p.Scope(access.ReadStatus), func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) })
 	}
 	return s, nil

@@ -29,7 +29,7 @@ const (
 	AuditProposal  = "proposal"  // a proposal was made, withdrawn or not approved
 	AuditRoster    = "roster"    // an enforcer was enrolled or retired
 	AuditKeys      = "keys"      // a key set came into force: keys, tenants, epochs
-	AuditAuthority = "authority" // an authority was started or stopped
+	AuditAuthority = "authority" // an authority was started or stopped, or read its files again
 	AuditReport    = "report"    // what an enforcer reported of calls
 	AuditReceipts  = "receipts"  // what enforcers reported to have applied
 	AuditCoverage  = "coverage"  // where a decision was in force, a while after it
