@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -58,7 +59,7 @@ type fabric struct {
 	// some decisions take two.
 	commanders []string
 	apiAddr    string
-	busAddr    map[string]string // by the authority's host
+	busAddr    map[string]string // by the authority's host; there may be a "new" one
 	proxyAddr  map[string]string // by the enforcer's host
 	upstream   *httptest.Server
 	ca         *certAuthority
@@ -89,7 +90,7 @@ func newFabric(t *testing.T, bin string, p *page) *fabric {
 	ctx, cancel := context.WithCancel(t.Context())
 	f := &fabric{
 		t: t, dir: dir, ctx: ctx, enforcers: p.enforcers, commanders: p.commanders, units: map[string]*unit{}, ca: newCertAuthority(t),
-		apiAddr: freeAddr(t), busAddr: map[string]string{}, proxyAddr: map[string]string{},
+		apiAddr: freeAddr(t), busAddr: map[string]string{"": freeAddr(t), "new": freeAddr(t)}, proxyAddr: map[string]string{},
 	}
 	for _, kv := range os.Environ() {
 		if !strings.HasPrefix(kv, "INTERLOCK_") || strings.HasPrefix(kv, "INTERLOCK_CI_") {
@@ -115,8 +116,11 @@ func newFabric(t *testing.T, bin string, p *page) *fabric {
 	t.Cleanup(func() {
 		cancel()
 		f.calls.Wait()
+		f.mu.Lock()
+		names := slices.Collect(maps.Keys(f.units)) // nothing starts any more
+		f.mu.Unlock()
 		var stops sync.WaitGroup
-		for name := range f.units { // nothing starts any more
+		for _, name := range names {
 			stops.Go(func() {
 				if err := f.stop(name); err != nil {
 					t.Error(err)
@@ -213,10 +217,7 @@ func (f *fabric) start(name, host string) error {
 	switch {
 	case name == "enforcer" && slices.Contains(f.enforcers, host):
 		args = []string{"enforcer", "proxy"}
-	case name == "session-authority" && !slices.Contains(f.enforcers, host):
-		if f.busAddr[host] == "" {
-			f.busAddr[host] = freeAddr(f.t)
-		}
+	case name == "session-authority" && f.busAddr[host] != "":
 		cert, key := f.path("tls", "server.pem"), f.path("tls", "server.key")
 		args = []string{"session-authority", "serve", "--nats-listen", f.busAddr[host], "--nats-tls-cert", cert, "--nats-tls-key", key,
 			"--enforcer-ca", f.path("tls", "ca.pem"), "--canary-every", "1s"}
