@@ -111,7 +111,7 @@ func newFabric(t *testing.T, bin string, p *page) *fabric {
 	f.env = append(f.env,
 		"PATH="+f.path("bin")+":"+os.Getenv("PATH"), "HOME="+f.path("home"), "RUNBOOK="+f.path("manager.sock"),
 		"INTERLOCK_ISSUER="+issuer, "BACKUPS="+f.path("backups"), "BIN="+f.path("bin"), "RELEASE="+f.path("release"),
-		"TLS="+f.path("tls"), "API_URL=https://"+f.apiAddr)
+		"TLS="+f.path("tls"), "API_URL=https://"+f.apiAddr, "BUS_URL=tls://"+f.busAddr[""])
 	f.serve()
 	t.Cleanup(func() {
 		cancel()
@@ -168,7 +168,7 @@ func newFabric(t *testing.T, bin string, p *page) *fabric {
 	})
 	tokens := f.tokens()
 	for _, name := range f.enforcers {
-		must(t, os.Mkdir(f.path(name), 0o700))
+		must(t, os.MkdirAll(f.path(name, "orders"), 0o700))
 		raw, err := c.Enroll(ctx, authority.EnrollRequest{Name: name})
 		must(t, err)
 		f.proxyAddr[name] = freeAddr(t)
@@ -177,6 +177,7 @@ func newFabric(t *testing.T, bin string, p *page) *fabric {
 			"jwks.json":       tokens,
 			"enforcer.yaml": fmt.Appendf(nil, `enrollment: enrollment.json
 state_dir: state
+orders_dir: orders
 admin: {socket: e.sock}
 drain_timeout: 1s
 trail: {sample: 1, interval: 1s}
@@ -205,7 +206,7 @@ func (f *fabric) hostEnv(host string) []string {
 			"INTERLOCK_CLIENT_CERT=" + f.path("tls", host+".pem"), "INTERLOCK_CLIENT_KEY=" + f.path("tls", host+".key")}
 	}
 	if slices.Contains(f.enforcers, host) {
-		return []string{"HOST=" + host, "INTERLOCK_CONFIG=" + f.path(host, "enforcer.yaml"), "ENROLLMENT=" + f.path(host, "enrollment.json"), "STATE_DIR=" + f.path(host, "state")}
+		return []string{"HOST=" + host, "INTERLOCK_CONFIG=" + f.path(host, "enforcer.yaml"), "ENROLLMENT=" + f.path(host, "enrollment.json"), "STATE_DIR=" + f.path(host, "state"), "ORDERS_DIR=" + f.path(host, "orders")}
 	}
 	prefix := strings.TrimPrefix(host+"-", "-")
 	return []string{"HOST=" + host, "INTERLOCK_DATA_DIR=" + f.path(prefix+"authority"), "ROOT_KEY=" + f.path("usb", prefix+"root.key")}
@@ -374,11 +375,16 @@ func (f *fabric) laterRelease() error {
 // steal decides behind the authority's back, with its key: it suspends a user.
 func (f *fabric) steal(user string) error {
 	return f.write(func(b *session.Batch, store *trust.Store) ([]byte, error) {
+		var id session.DecisionID
 		secrets, _ := store.Secrets()
 		key, err := secrets[0].Key(session.Target{Tenant: secrets[0].Name(), Terms: []session.Term{{Kind: session.KindUser, Issuer: issuer, Value: user}}})
 		if err != nil {
 			return nil, err
 		}
+		if _, err := rand.Read(id[:]); err != nil {
+			return nil, err
+		}
+		b.Decisions = []session.DecisionRef{{ID: id, Count: 1}}
 		b.Entries = []session.Entry{{Op: session.OpSet, Effect: session.EffectSuspended, Key: key, Incident: "THIEF"}}
 		return b.MarshalBody()
 	})
