@@ -25,9 +25,10 @@ import (
 func newAuditCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "audit", Short: "Show, export and verify what was done, and by whom", RunE: cli.Subcommands,
-		Long: `Every decision, refusal, sign-in that failed, enrolment and key change, and the calls
-that enforcers reported, are kept in a chain that the authority signs. What was
-exported is verified offline, with the root key that is pinned here.`,
+		Long: `Every decision, refusal, sign-in, enrolment, registration, and change of keys and of
+who may, and the calls that enforcers reported, are kept in a chain that the
+authority signs. What was exported is verified offline, with the root key that is
+pinned here. Whoever may read it in some tenants sees what is about those.`,
 	}
 	cmd.AddCommand(newAuditListCommand(g), newAuditExportCommand(g), newAuditVerifyCommand(g))
 	return cmd
@@ -36,7 +37,7 @@ exported is verified offline, with the root key that is pinned here.`,
 // auditFlags are the filters of list and export.
 func auditFlags(cmd *cobra.Command, q *authority.AuditQuery, since *string) {
 	f := cmd.Flags()
-	f.StringVar(&q.Kind, "kind", "", "only decision, sign-in, access, roster, keys, authority, report, receipts, coverage or retention")
+	f.StringVar(&q.Kind, "kind", "", "only decision, proposal, sign-in, access, config, roster, registry, keys, authority, report, receipts, coverage or retention")
 	f.StringVar(&q.Tenant, "tenant", "", "about callers of this tenant")
 	f.StringVar(&q.Agent, "agent", "", "about this agent")
 	f.StringVar(&q.User, "user", "", "about this user")
@@ -183,8 +184,10 @@ func newAuditExportCommand(g *globals) *cobra.Command {
 		Use: "export", Short: "Write the records as JSON lines that can be verified", Args: cli.NoArgs,
 		Long: `Writes the chain, oldest first, as JSON lines: the key set, every record, and a
 signed statement of the whole. Of records that the filters leave out it has the
-digests, so that what is there can be verified all the same. The records name
-people: the file is made with mode 0600.`,
+digests, so that what is there can be verified all the same. Whoever may read the
+audit in some tenants gets an export of those, with the digests of all else and
+without the key set: to verify it takes --keyset. The records name people: the file
+is made with mode 0600.`,
 		Example: `  session-authority audit export --out audit.jsonl
   session-authority audit export --incident INC-142 --since 24h | jq -c 'select(.body) | .body'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -233,7 +236,7 @@ type pinned struct{ root, keySet string }
 
 func (p *pinned) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&p.root, "root", "", "the root's public key; default is keys/root.pub in the data directory")
-	cmd.Flags().StringVar(&p.keySet, "keyset", "", "a newer key set than the file's, which knows of withdrawn keys; as keys/keyset in a data directory")
+	cmd.Flags().StringVar(&p.keySet, "keyset", "", "the key set, as keys/keyset in a data directory: for an export of some tenants, or where keys have been withdrawn since")
 }
 
 // verify opens the file, "-" for the standard input, and verifies it with fn.
@@ -311,6 +314,12 @@ func verifyText(r *audit.Report) string {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "sound: records %d to %d, as key %s signed them at %s\n", r.First, r.Last, r.Key, r.Signed.Format(time.RFC3339))
+	if len(r.Tenants) > 0 {
+		fmt.Fprintf(&b, "a view of %s: what is about others as well, or about nobody in particular, is omitted\n", cli.OneLine(strings.Join(r.Tenants, ", ")))
+	}
+	if r.Filter != "" {
+		fmt.Fprintf(&b, "it was asked for %s\n", cli.OneLine(r.Filter))
+	}
 	if r.Omitted > 0 {
 		fmt.Fprintf(&b, "%d of them without their content\n", r.Omitted)
 	}

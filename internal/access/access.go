@@ -52,6 +52,7 @@ const (
 	ListEnforcers Operation = "list enforcers"
 	ReadTrail     Operation = "read the trail"
 	ReadAudit     Operation = "read the audit"
+	ReadReceipts  Operation = "export receipts"
 	Enroll        Operation = "enrol enforcers"
 	Retire        Operation = "retire enforcers"
 	ReadBus       Operation = "read the bus's configuration"
@@ -115,7 +116,8 @@ var table = map[Operation]rule{
 	RegisterAgents:   {roles: []Role{Issuer, Commander}},
 	RegisterSessions: {roles: []Role{Issuer, Commander}},
 	ChangeAgents:     {roles: []Role{Responder, Commander}},
-	ReadAudit:        {roles: []Role{Responder, Commander, Auditor}, everywhere: true},
+	ReadAudit:        {roles: []Role{Responder, Commander, Auditor}},
+	ReadReceipts:     {roles: []Role{Responder, Commander, Auditor}, everywhere: true},
 	Decide:           {roles: []Role{Issuer, Responder, Commander}},
 	ListDecisions:    {roles: []Role{Viewer, Responder, Commander, Auditor}},
 	DenyOne:          {roles: []Role{Issuer, Responder, Commander}},
@@ -155,7 +157,7 @@ var endpoints = map[string]Operation{
 	"GET /v1/seen":                                ReadTrail,
 	"GET /v1/audit":                               ReadAudit,
 	"GET /v1/audit/export":                        ReadAudit,
-	"GET /v1/receipts/export":                     ReadAudit,
+	"GET /v1/receipts/export":                     ReadReceipts,
 	"GET /v1/bus-config":                          ReadBus,
 	"GET /v1/keyset":                              ReadKeySet,
 	"POST /v1/keyset":                             PublishKeySet,
@@ -281,6 +283,14 @@ func Everything() Scope { return Scope{all: true} }
 // All reports whether the scope is all tenants, those to come included, and so
 // what belongs to none.
 func (s Scope) All() bool { return s.all }
+
+// Tenants returns the names of those in it, sorted; none where it is all.
+func (s Scope) Tenants() []string {
+	if s.all {
+		return nil
+	}
+	return slices.Compact(slices.Sorted(slices.Values(s.tenants)))
+}
 
 // Empty reports whether no tenant is in it.
 func (s Scope) Empty() bool { return !s.all && len(s.tenants) == 0 }

@@ -1,6 +1,8 @@
 package access
 
 import (
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -52,6 +54,15 @@ type Config struct {
 	// WidePerMinute bounds the decisions of one principal on more than single
 	// credentials; those that take two commanders are not counted.
 	WidePerMinute int `yaml:"wide_per_minute"`
+}
+
+// Digest is a hash of what is configured, but for what is in other files, in hex.
+func (c *Config) Digest() string {
+	b, err := json.Marshal(c)
+	if err != nil {
+		return "unknown" // it is made of plain values
+	}
+	return fmt.Sprintf("%x", sha256.Sum256(b))
 }
 
 // Switch is on or off.

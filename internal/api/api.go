@@ -144,6 +144,9 @@ type Options struct {
 	// before anything else is made of it: access.From its context is nil when that
 	// is not known. It must not wait.
 	Refused func(r *http.Request, err error)
+	// Admitted, if not nil, hears of each request whose sender is known, before it
+	// is known whether they may send it. It must not wait.
+	Admitted func(*access.Principal)
 	// Logger hears of failures; nil is silence.
 	Logger *slog.Logger
 }
@@ -173,8 +176,9 @@ type Server struct {
 	// reloading is held by Reload.
 	reloading sync.Mutex
 	bootstrap string
-	// refused is never nil.
-	refused func(*http.Request, error)
+	// refused and admitted are never nil.
+	refused  func(*http.Request, error)
+	admitted func(*access.Principal)
 }
 
 // gate is who may come in, and by what certificates, as one configuration has it.
@@ -243,6 +247,9 @@ func Serve(svc Service, o Options) (*Server, error) {
 	}
 	if s.refused = o.Refused; s.refused == nil {
 		s.refused = func(*http.Request, error) {}
+	}
+	if s.admitted = o.Admitted; s.admitted == nil {
+		s.admitted = func(*access.Principal) {}
 	}
 	if o.Socket == "" && o.Listen == "" {
 		return nil, errors.New("api: neither a socket nor an address to listen on")
@@ -549,6 +556,7 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			fail(w, r, overloaded("too many requests at once"))
 			return
 		}
+		s.admitted(p)
 		ctx, cancel := p.Deadline(access.With(r.Context(), p))
 		defer cancel()
 		if t := session.ParseTraceparent(r.Header.Get("Traceparent")); t.TraceID != [16]byte{} {

@@ -118,12 +118,22 @@ type Log struct {
 // item is a record that waits for the store.
 type item struct {
 	body     []byte
-	report   uint64 // its place in the stream of reports
-	recovers Place  // of the decision, if it is that of another run
-	decision string // that it is the record of
+	more     [][]byte // bodies that are stored together with it
+	report   uint64   // its place in the stream of reports
+	recovers Place    // of the decision, if it is that of another run
+	decision string   // that it is the record of
 	floor    *floor
 	done     chan struct{}
 	err      error
+}
+
+// size is what its bodies take in a batch.
+func (it *item) size() int {
+	n := len(it.body) + 1
+	for _, b := range it.more {
+		n += len(b) + 1
+	}
+	return n
 }
 
 // floor is where what is kept shall begin.
@@ -250,12 +260,21 @@ func (l *Log) Note(r authority.AuditRecord) {
 	_, _ = l.enqueueItem(r, &item{}) // counted
 }
 
-// NoteReport records what the stream of reports has at seq, unless another
-// authority has done so. Reports must be noted in their order.
-func (l *Log) NoteReport(seq uint64, r authority.AuditRecord) {
-	if !l.Reported(seq) {
-		_, _ = l.enqueueItem(r, &item{report: seq}) // counted
+// NoteReport records what the stream of reports has at seq, in one record or in
+// several that are stored together, unless another authority has done so. Reports
+// must be noted in their order.
+func (l *Log) NoteReport(seq uint64, r authority.AuditRecord, more ...authority.AuditRecord) {
+	if l.Reported(seq) {
+		return
 	}
+	it := &item{report: seq}
+	for _, r := range more {
+		r.Authority = l.o.Authority
+		if b, err := encode(r); err == nil { // else it is counted with the first
+			it.more = append(it.more, b)
+		}
+	}
+	_, _ = l.enqueueItem(r, it) // counted
 }
 
 // Reported says whether what the stream of reports has at seq is known to be in
@@ -294,11 +313,11 @@ func (l *Log) add(it *item) error {
 	switch {
 	case l.closing:
 		return ErrClosed
-	case len(l.queue) >= maxWaiting || l.bytes+len(it.body) > maxWaitingBytes:
+	case len(l.queue) >= maxWaiting || l.bytes+it.size() > maxWaitingBytes:
 		return ErrBusy
 	}
 	l.queue = append(l.queue, it)
-	l.bytes += len(it.body)
+	l.bytes += it.size()
 	l.nudge()
 	return nil
 }
@@ -368,10 +387,10 @@ func (l *Log) next() (batch []*item, closing bool) {
 	defer l.mu.Unlock()
 	size := 0
 	for _, it := range l.queue {
-		if len(batch) == maxBatch || len(batch) > 0 && size+len(it.body) > maxBatchBytes {
+		if len(batch) == maxBatch || len(batch) > 0 && size+it.size() > maxBatchBytes {
 			break
 		}
-		size += len(it.body) + 1
+		size += it.size()
 		batch = append(batch, it)
 	}
 	return batch, l.closing
@@ -383,7 +402,7 @@ func (l *Log) finish(items []*item) {
 	defer l.mu.Unlock()
 	l.queue = append(l.queue[:0:0], l.queue[len(items):]...)
 	for _, it := range items {
-		l.bytes -= len(it.body)
+		l.bytes -= it.size()
 		l.seen.add(it.decision)
 		close(it.done)
 	}
@@ -497,9 +516,11 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 			p.Part++
 			st.Walked = p
 		}
-		st.Number++
-		st.Hash = sum(link(st.Number, session.Hash(st.Hash), sha256.Sum256(it.body)))
-		bodies = append(bodies, it.body)
+		for _, body := range append([][]byte{it.body}, it.more...) {
+			st.Number++
+			st.Hash = sum(link(st.Number, session.Hash(st.Hash), sha256.Sum256(body)))
+			bodies = append(bodies, body)
+		}
 	}
 	if len(bodies) == 0 {
 		return nil, nil, nil

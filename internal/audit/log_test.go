@@ -135,7 +135,7 @@ func record(i int) authority.AuditRecord {
 func (s *store) export(l *Log, q authority.AuditQuery) []byte {
 	s.Helper()
 	var b bytes.Buffer
-	must(s, l.Export(s.ctx, q, &b))
+	must(s, l.Export(s.ctx, q, nil, &b))
 	return b.Bytes()
 }
 
@@ -261,7 +261,7 @@ func TestSealedAtRest(t *testing.T) {
 	must(t, err)
 	defer blind.Close()
 	must(t, blind.Append(s.ctx, record(2)))
-	if _, err := blind.Records(s.ctx, authority.AuditQuery{}); !errors.Is(err, ErrSealed) {
+	if _, err := blind.Records(s.ctx, authority.AuditQuery{}, nil); !errors.Is(err, ErrSealed) {
 		t.Errorf("without the key: %v", err)
 	}
 	if got := s.sound(s.export(l, authority.AuditQuery{})); len(got) != 2 {
@@ -558,7 +558,7 @@ func TestQueries(t *testing.T) {
 		{authority.AuditQuery{Since: time.Now().Add(time.Hour)}, "[]"},
 		{authority.AuditQuery{Until: time.Now().Add(time.Hour)}, "[3 2 1]"},
 	} {
-		p, err := l.Records(s.ctx, tt.q)
+		p, err := l.Records(s.ctx, tt.q, nil)
 		must(t, err)
 		var got []string
 		for _, r := range p.Records {
@@ -568,7 +568,7 @@ func TestQueries(t *testing.T) {
 			t.Errorf("%+v: %v of %+v, want %s", tt.q, got, p, tt.want)
 		}
 	}
-	p, err := l.Records(s.ctx, authority.AuditQuery{User: "carol"})
+	p, err := l.Records(s.ctx, authority.AuditQuery{User: "carol"}, nil)
 	must(t, err)
 	if len(p.Records[0].Trail) != 1 || p.Records[0].Trail[0].Tool != "tool of carol" {
 		t.Errorf("calls of others: %+v", p.Records[0].Trail)
@@ -581,7 +581,7 @@ func TestQueries(t *testing.T) {
 	var all []uint64
 	q := authority.AuditQuery{Limit: 7}
 	for {
-		p, err := l.Records(s.ctx, q)
+		p, err := l.Records(s.ctx, q, nil)
 		must(t, err)
 		for _, r := range p.Records {
 			all = append(all, r.Number)
@@ -599,7 +599,7 @@ func TestQueries(t *testing.T) {
 		t.Errorf("pages of %d records", len(all))
 	}
 	for _, bad := range []string{"x", "1", "1-", "-1", "1-2-3"} {
-		if _, err := l.Records(s.ctx, authority.AuditQuery{Before: bad}); !errors.Is(err, ErrCursor) {
+		if _, err := l.Records(s.ctx, authority.AuditQuery{Before: bad}, nil); !errors.Is(err, ErrCursor) {
 			t.Errorf("cursor %q: %v", bad, err)
 		}
 	}

@@ -99,8 +99,25 @@ func (r *reader) before(ctx context.Context, ok func(*batch) bool) (uint64, erro
 	return lo, nil
 }
 
-// Records returns the newest records that match q, newest first.
-func (l *Log) Records(ctx context.Context, q authority.AuditQuery) (*authority.AuditPage, error) {
+// View is what somebody may see: it takes out of a record what is not theirs, and
+// reports whether all of it is, and whether any of it is. Nil is a view of
+// everything.
+type View struct {
+	// Tenants are those that it is of, for the statement at an export's end.
+	Tenants []string
+	Show    func(*authority.AuditRecord) (whole, some bool)
+}
+
+func (v *View) show(r *authority.AuditRecord) (whole, some bool) {
+	if v == nil {
+		return true, true
+	}
+	return v.Show(r)
+}
+
+// Records returns the newest records that match q, newest first, as a view shows
+// them.
+func (l *Log) Records(ctx context.Context, q authority.AuditQuery, view *View) (*authority.AuditPage, error) {
 	r, err := l.reader(ctx)
 	if err != nil {
 		return nil, err
@@ -148,7 +165,8 @@ func (l *Log) Records(ctx context.Context, q authority.AuditQuery) (*authority.A
 			if err := json.Unmarshal(e.body, &rec); err != nil {
 				return false, fmt.Errorf("audit: record %d: %w", e.number, err)
 			}
-			if w.record(&rec) {
+			// What is not shown is not searched either.
+			if _, some := view.show(&rec); some && w.record(&rec) {
 				h := e.hash()
 				out.Records = append(out.Records, authority.AuditEntry{Number: e.number, Hash: hex.EncodeToString(h[:]), AuditRecord: rec})
 			}
@@ -251,6 +269,11 @@ type (
 	keySetLine struct {
 		KeySet []byte `json:"keyset"`
 	}
+	// versionLine stands for it where the key set, which names every tenant, is not
+	// for those who may see the export.
+	versionLine struct {
+		Version uint64 `json:"keyset_version"`
+	}
 	recordLine struct {
 		Number uint64          `json:"n"`
 		Prev   sum             `json:"prev"`
@@ -267,8 +290,10 @@ type (
 
 // Export writes the chain from q.Since on to its end as JSON lines: the key set,
 // each record, statements that were signed on the way, and a statement of the
-// whole, signed now. Of records that do not match q only the digest is written.
-func (l *Log) Export(ctx context.Context, q authority.AuditQuery, w io.Writer) error {
+// whole, signed now. Of records that do not match q, or that a view does not show
+// whole, only the digest is written. One for a view has the key set's version
+// alone.
+func (l *Log) Export(ctx context.Context, q authority.AuditQuery, view *View, w io.Writer) error {
 	r, err := l.reader(ctx)
 	if err != nil {
 		return err
@@ -284,13 +309,21 @@ func (l *Log) Export(ctx context.Context, q authority.AuditQuery, w io.Writer) e
 		}
 	}
 	out := newExport(w)
-	if err := out.line(keySetLine{l.o.Frame()}); err != nil {
+	var first any = keySetLine{l.o.Frame()}
+	if view != nil {
+		first = versionLine{r.ks.Version}
+	}
+	if err := out.line(first); err != nil {
 		return err
 	}
 	end := &statement{For: forExport, Partial: !q.Since.IsZero(), First: max(r.at.Floor, 1), Prev: r.at.Below, Time: session.InstantOf(time.Now()),
 		Floor: max(r.at.Floor, 1), Below: r.at.Below, Epoch: r.at.Epoch, Log: r.at.Log, KeySet: r.ks.Version}
 	want := newWanted(&q)
 	want.Since = time.Time{} // whole batches
+	q.Since = time.Time{}
+	if end.Filter = q.Encode(); view != nil {
+		end.Tenants = view.Tenants
+	}
 	since, begun := 0, false
 	var chain place
 	for seq := from; ; seq++ {
@@ -317,7 +350,7 @@ func (l *Log) Export(ctx context.Context, q authority.AuditQuery, w io.Writer) e
 		chain = chain.onto(seq, &b.statement, !b.key.Withdrawn)
 		end.Number, end.Hash = b.Number, b.Hash
 		for i := range entries {
-			if err := out.line(want.line(&entries[i])); err != nil {
+			if err := out.line(want.line(&entries[i], view)); err != nil {
 				return err
 			}
 		}
@@ -331,11 +364,12 @@ func (l *Log) Export(ctx context.Context, q authority.AuditQuery, w io.Writer) e
 	return out.end(end, signer)
 }
 
-func (w *wanted) line(e *entry) recordLine {
+func (w *wanted) line(e *entry, view *View) recordLine {
 	l := recordLine{Number: e.number, Prev: sum(e.prev), Body: e.body}
-	if w.any || w.Kind+w.Incident+w.Trace != "" {
+	if view != nil || w.any || w.Kind+w.Incident+w.Trace != "" {
 		var rec authority.AuditRecord
-		if json.Unmarshal(e.body, &rec) != nil || !w.record(&rec) {
+		err := json.Unmarshal(e.body, &rec)
+		if whole, _ := view.show(&rec); err != nil || !whole || !w.record(&rec) {
 			d := sum(e.digest)
 			l.Digest, l.Body = &d, nil
 		}

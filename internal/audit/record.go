@@ -63,6 +63,14 @@ func encode(r authority.AuditRecord) ([]byte, error) {
 		targets[i] = session.ReportText(s)
 	}
 	r.Targets = targets
+	tenants := make([]string, min(len(r.Tenants), maxTexts))
+	for i := range tenants {
+		tenants[i] = session.ReportText(r.Tenants[i])
+	}
+	if len(tenants) < len(r.Tenants) {
+		tenants = nil // more than can be said: for those who see all
+	}
+	r.Tenants = tenants
 	callers := make([]authority.AuditCaller, min(len(r.Callers), maxTexts))
 	for i, c := range r.Callers[:len(callers)] {
 		for _, s := range []*string{&c.Tenant, &c.Agent, &c.User, &c.Client, &c.Session} {
@@ -153,6 +161,10 @@ type statement struct {
 	// Walked is before which place of the log of decisions every decision is known
 	// to have its record, in a batch.
 	Walked Place `json:"walked,omitzero"`
+	// Filter is what an export was asked for, and Tenants whose view it is, if not
+	// that of everything: the authority says that it has all that match there.
+	Filter  string   `json:"filter,omitempty"`
+	Tenants []string `json:"tenants,omitempty"`
 	// Sum is of the sealed part of a batch, or of all of an export that comes
 	// before the statement.
 	Sum sum `json:"sum"`

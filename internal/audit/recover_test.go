@@ -24,7 +24,7 @@ func recovered(i int) Recovered {
 // records returns how often each decision is on record.
 func (s *store) records(l *Log) map[string]int {
 	s.Helper()
-	p, err := l.Records(s.ctx, authority.AuditQuery{Kind: authority.AuditDecision, Limit: authority.MaxAuditPage})
+	p, err := l.Records(s.ctx, authority.AuditQuery{Kind: authority.AuditDecision, Limit: authority.MaxAuditPage}, nil)
 	must(s, err)
 	out := map[string]int{}
 	for i := range p.Records {

@@ -59,6 +59,11 @@ type Report struct {
 	// begin there.
 	Floor   uint64 `json:"floor"`
 	Partial bool   `json:"partial"`
+	// Filter is what the export was asked for, as the authority signed it, and
+	// Tenants those whose view it is; empty is everything. What is omitted did not
+	// match, or was not theirs.
+	Filter  string   `json:"filter,omitempty"`
+	Tenants []string `json:"tenants,omitempty"`
 	// Signed is when the authority signed the export, and Key the id of the key
 	// that it did so with; KeySet the version of the key set by which that is
 	// trusted.
@@ -140,6 +145,17 @@ func (l *lines) keySet(root ed25519.PublicKey, newer []byte) (*session.KeySet, e
 	ok, err := l.next()
 	if err != nil {
 		return nil, err
+	}
+	var named versionLine
+	if ok && bytes.HasPrefix(l.line, []byte(`{"keyset_version":`)) && l.decode(&named) == nil {
+		if newer == nil {
+			return nil, fmt.Errorf("%w: it is a view of some tenants, and has no key set: give that of the authority", ErrNotExport)
+		}
+		over, err := trusted(root, newer)
+		if err == nil && over.Version < named.Version {
+			err = fmt.Errorf("%w: the key set given is older than the export's", ErrNotExport)
+		}
+		return over, err
 	}
 	var in keySetLine
 	if !ok || l.decode(&in) != nil {
@@ -298,6 +314,7 @@ func (v *verification) end(in *lines) {
 		return
 	}
 	v.rep.Floor, v.rep.Partial, v.rep.Signed, v.rep.Key = st.Floor, st.Partial, st.Time.Time(), session.KeyIDOf(key.Public).String()
+	v.rep.Filter, v.rep.Tenants = st.Filter, st.Tenants
 	if key.Withdrawn {
 		v.rep.fault(in.n, 0, "the end is signed by key %s, which has been withdrawn", v.rep.Key)
 	}

@@ -45,8 +45,14 @@ const (
 	// how many at once, are kept with their calls.
 	reportsPerDay = 64 << 20
 	reportBurst   = 8 << 20
-	// trailLen bounds the calls of a report in a record.
+	// trailLen bounds the calls of a report in its records, and maxSplit those that
+	// it is split into.
 	trailLen = 192 << 10
+	maxSplit = 64
+	// signInEvery is how long somebody who came is not mentioned again, and
+	// maxSignedIn how many are told apart.
+	signInEvery = time.Hour
+	maxSignedIn = 4096
 )
 
 func (a *Authority) openAudit(ctx context.Context) error {
@@ -69,8 +75,32 @@ func (a *Authority) openAudit(ctx context.Context) error {
 	}
 	ks := a.store.KeySet()
 	a.note(authority.AuditRecord{Kind: authority.AuditAuthority, Action: "start",
-		Detail: fmt.Sprintf("version %s; key set %d of epoch %d; run %s", cmp.Or(a.o.Version, "unknown"), ks.Version, ks.Epoch, run)})
+		Detail: fmt.Sprintf("version %s; key set %d of epoch %d; %d tenants; run %s", cmp.Or(a.o.Version, "unknown"), ks.Version, ks.Epoch, len(ks.Tenants), run)})
+	var keys []string
+	for _, k := range ks.Keys {
+		if !k.Withdrawn {
+			keys = append(keys, session.KeyIDOf(k.Public).String())
+		}
+	}
+	a.note(authority.AuditRecord{Kind: authority.AuditKeys, Action: "hold", Detail: "keys " + strings.Join(keys, ", ")})
+	a.noteAccess("start")
 	return nil
+}
+
+// noteAccess records who may use the API, as it is configured from now on.
+func (a *Authority) noteAccess(action string) {
+	detail := "users of this machine, and whoever has the bootstrap token"
+	if c := a.o.Access; c != nil {
+		var issuers []string
+		grants := 0
+		for i := range c.Issuers {
+			issuers = append(issuers, c.Issuers[i].URL)
+			grants += len(c.Issuers[i].Grants)
+		}
+		detail = fmt.Sprintf("%d grants of the issuers %s; %d of certificates; two_person %s; local_operator %s; wide_per_minute %d; proposal_for %s; SHA-256 %s",
+			grants, strings.Join(issuers, ", "), len(c.Certificates), c.TwoPerson, c.Local, c.WidePerMinute, c.ProposalFor, c.Digest())
+	}
+	a.note(authority.AuditRecord{Kind: authority.AuditConfig, Action: action, Detail: detail})
 }
 
 // note records what the authority did by itself, without waiting.
@@ -98,6 +128,9 @@ func asked(ctx context.Context, r authority.AuditRecord) authority.AuditRecord {
 	r.Principal.Means = "unknown"
 	if p := access.From(ctx); p != nil {
 		r.Principal = authority.AuditPrincipal{Name: p.Name, Means: string(p.Means)}
+		if home := p.Visible(); !home.HasEach(r.Tenants) {
+			r.Tenants = home.Tenants() // of what it does not see it says nothing there
+		}
 	}
 	if t := audit.TraceOf(ctx); t.TraceID != [16]byte{} {
 		r.TraceID, r.ParentID = hex.EncodeToString(t.TraceID[:]), hex.EncodeToString(t.Parent[:])
@@ -141,14 +174,22 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 	if t, _ := a.tenants(); len(t.list) == 1 {
 		tenant = t.list[0].Name()
 	}
+	of := func(t authority.Target) authority.AuditCaller {
+		c := callerOf(t, tenant)
+		if !slices.Contains(rec.Tenants, c.Tenant) {
+			rec.Tenants = append(rec.Tenants, c.Tenant)
+		}
+		return c
+	}
 	for _, t := range r.Targets {
 		rec.Targets = append(rec.Targets, t.String())
-		rec.Callers = append(rec.Callers, callerOf(t, tenant))
+		rec.Callers = append(rec.Callers, of(t))
 	}
 	var more []string
 	say := func(format string, v any) { more = append(more, fmt.Sprintf(format, v)) }
 	for _, t := range r.Except {
 		say("except %s", t)
+		of(t)
 	}
 	if r.NoExemptions {
 		more = append(more, "NO EXEMPTIONS")
@@ -261,22 +302,64 @@ func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash
 		rec.Report.Withheld = uint64(len(content.Records))
 		rec.Detail = "the enforcer reports more than the audit keeps of it"
 	default:
-		rec.Trail = report.Records(r, content)
-		for len(rec.Trail) > 0 {
-			if b, err := json.Marshal(rec.Trail); err == nil && len(b) <= trailLen {
-				break
-			}
-			rec.Trail = rec.Trail[:len(rec.Trail)*3/4]
-		}
-		rec.Report.Withheld = uint64(len(content.Records) - len(rec.Trail))
+		more := a.trailsOf(&rec, report.Records(r, content))
+		a.audit.NoteReport(seq, rec, more...)
+		return
 	}
 	a.audit.NoteReport(seq, rec)
+}
+
+// trailsOf puts calls into records, one for each tenant, so that whoever may see
+// one of them sees a whole record: the first in r itself. Those of tenants that the
+// enforcer does not serve, or beyond maxSplit, are nobody's in particular.
+func (a *Authority) trailsOf(r *authority.AuditRecord, all []authority.TrailRecord) (more []authority.AuditRecord) {
+	kept := all
+	for len(kept) > 0 {
+		if b, err := json.Marshal(kept); err == nil && len(b) <= trailLen {
+			break
+		}
+		kept = kept[:len(kept)*3/4]
+	}
+	var order []string
+	trails := map[string]*authority.AuditRecord{}
+	for i := range all {
+		t := all[i].Tenant
+		if trails[t] == nil && (len(order) >= maxSplit || !a.serves(r.Report.Enforcer, t)) {
+			t = ""
+		}
+		own := trails[t]
+		if own == nil {
+			own = r
+			if len(order) > 0 {
+				next, rep := *r, *r.Report
+				next.Trail, next.Tenants, next.Report = nil, nil, &rep
+				next.Report.Withheld = 0
+				own = &next
+			}
+			if t != "" {
+				own.Tenants = []string{t}
+			}
+			order, trails[t] = append(order, t), own
+		}
+		if i < len(kept) {
+			own.Trail = append(own.Trail, all[i])
+		} else {
+			own.Report.Withheld++
+		}
+	}
+	for _, t := range order[min(1, len(order)):] {
+		more = append(more, *trails[t])
+	}
+	return more
 }
 
 // watched is what goes into the audit by itself, gathered.
 type watched struct {
 	mu       sync.Mutex
-	denied   map[attempt]uint64
+	denied   map[attempt]denial
+	signedIn map[authority.AuditPrincipal]time.Time
+	unnamed  uint64 // who came, and could not be told apart
+	entered  map[registrant]uint64
 	receipts []evidence
 	size     int
 	lost     uint64
@@ -292,6 +375,12 @@ type attempt struct {
 	who   authority.AuditPrincipal
 	what  string // the endpoint, of whoever is known
 	where string // the host, of whoever is not
+}
+
+// denial is how often, and of which tenants whoever asked is.
+type denial struct {
+	count   uint64
+	tenants []string
 }
 
 // maxAttempts and maxNews bound the distinct attempts between two records, and
@@ -320,24 +409,83 @@ func (a *Authority) refused(r *http.Request, err error) {
 	var p *authority.Problem
 	switch who := access.From(r.Context()); {
 	case who != nil:
-		at.who = authority.AuditPrincipal{Name: who.Name, Means: string(who.Means)}
-		at.what = r.Pattern
+		a.watched.forbidden(who, r.Pattern)
+		return
 	case errors.As(err, &p) && p.Type == authority.ProblemUnauthorised:
 		at.who.Means = "unknown"
 		at.where, _, _ = net.SplitHostPort(r.RemoteAddr) // none on the socket
 	default:
 		return // an issuer that does not answer says nothing of anybody
 	}
-	w := &a.watched
+	a.watched.deny(at, nil)
+}
+
+// forbidden counts what p asked for, and may not do.
+func (w *watched) forbidden(p *access.Principal, what string) {
+	w.deny(attempt{who: authority.AuditPrincipal{Name: p.Name, Means: string(p.Means)}, what: what}, p.Visible().Tenants())
+}
+
+func (w *watched) deny(at attempt, tenants []string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if _, known := w.denied[at]; !known && len(w.denied) >= maxAttempts {
-		at = attempt{who: authority.AuditPrincipal{Means: "unknown"}, where: "more hosts than are told apart"}
+		at, tenants = attempt{who: authority.AuditPrincipal{Means: "unknown"}, where: "more hosts than are told apart"}, nil
 	}
 	if w.denied == nil {
-		w.denied = map[attempt]uint64{}
+		w.denied = map[attempt]denial{}
 	}
-	w.denied[at]++
+	w.denied[at] = denial{w.denied[at].count + 1, tenants}
+}
+
+// registrant is who registered sessions, and where.
+type registrant struct {
+	who    authority.AuditPrincipal
+	tenant string
+}
+
+// registered counts sessions that were registered. What each of them is, the
+// registry's own log has, to which the record points.
+func (w *watched) registered(p *access.Principal, tenant string, n int) {
+	by := registrant{tenant: tenant}
+	if p != nil {
+		by.who = authority.AuditPrincipal{Name: p.Name, Means: string(p.Means)}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, known := w.entered[by]; !known && len(w.entered) >= maxAttempts {
+		by = registrant{who: authority.AuditPrincipal{Means: "unknown"}}
+	}
+	if w.entered == nil {
+		w.entered = map[registrant]uint64{}
+	}
+	w.entered[by] += uint64(n)
+}
+
+// admitted notes who came; it is the API's.
+func (a *Authority) admitted(p *access.Principal) {
+	who, now := authority.AuditPrincipal{Name: p.Name, Means: string(p.Means)}, time.Now()
+	w := &a.watched
+	w.mu.Lock()
+	if at, known := w.signedIn[who]; known && now.Sub(at) < signInEvery {
+		w.mu.Unlock()
+		return
+	}
+	if len(w.signedIn) >= maxSignedIn {
+		maps.DeleteFunc(w.signedIn, func(_ authority.AuditPrincipal, at time.Time) bool { return now.Sub(at) >= signInEvery })
+	}
+	if len(w.signedIn) >= maxSignedIn { // an issuer mints more names than there are people
+		w.unnamed++
+		w.mu.Unlock()
+		return
+	}
+	if w.signedIn == nil {
+		w.signedIn = map[authority.AuditPrincipal]time.Time{}
+	}
+	w.signedIn[who] = now
+	w.mu.Unlock()
+	a.audit.Note(authority.AuditRecord{
+		Kind: authority.AuditSignIn, Action: "sign-in", Outcome: authority.OutcomeDone, Principal: who, Tenants: p.Visible().Tenants(),
+	})
 }
 
 // heard notes a batch with decisions.
@@ -431,7 +579,7 @@ func (a *Authority) tendAudit(ctx context.Context) {
 func (a *Authority) auditGathered(last bool) {
 	w := &a.watched
 	w.mu.Lock()
-	denied, lost, open := w.denied, w.lost, w.open
+	denied, lost, open, entered, unnamed := w.denied, w.lost, w.open, w.entered, w.unnamed
 	var receipts []authority.AuditedReceipt
 	for _, e := range w.receipts {
 		// The batches have been heard meanwhile.
@@ -439,10 +587,29 @@ func (a *Authority) auditGathered(last bool) {
 			receipts = append(receipts, e.AuditedReceipt)
 		}
 	}
-	w.denied, w.lost, w.receipts, w.size, w.open = nil, 0, nil, 0, nil
+	w.denied, w.lost, w.receipts, w.size, w.open, w.entered, w.unnamed = nil, 0, nil, 0, nil, nil, 0
 	w.mu.Unlock()
+	for by, n := range entered {
+		// Read behind the registrations: the hash covers them.
+		number, hash := a.registry.Head()
+		r := authority.AuditRecord{
+			Kind: authority.AuditRegistry, Action: "register-sessions", Outcome: authority.OutcomeDone, Principal: by.who, Count: n,
+			Callers: []authority.AuditCaller{{Tenant: by.tenant, Agent: authority.AuditAny, User: authority.AuditAny}},
+			Detail:  fmt.Sprintf("up to batch %d of the registry, which has the hash %x", number, hash),
+		}
+		if by.tenant != "" {
+			r.Tenants = []string{by.tenant}
+		}
+		a.audit.Note(r)
+	}
+	if unnamed > 0 {
+		a.audit.Note(authority.AuditRecord{
+			Kind: authority.AuditSignIn, Action: "sign-in", Outcome: authority.OutcomeDone, Principal: authority.AuditPrincipal{Means: "unknown"},
+			Count: unnamed, Detail: "requests of more principals than are told apart",
+		})
+	}
 	for at, n := range denied {
-		r := authority.AuditRecord{Kind: authority.AuditAccess, Action: at.what, Outcome: authority.OutcomeRefused, Count: n, Principal: at.who}
+		r := authority.AuditRecord{Kind: authority.AuditAccess, Action: at.what, Outcome: authority.OutcomeRefused, Count: n.count, Principal: at.who, Tenants: n.tenants}
 		if at.what == "" {
 			r.Kind, r.Action, r.Detail = authority.AuditSignIn, "sign-in", "from "+cmp.Or(at.where, "this machine")
 		}
@@ -471,6 +638,7 @@ func (a *Authority) auditGathered(last bool) {
 		c.Detail = notable(c.Detail)
 		a.note(authority.AuditRecord{
 			Kind: authority.AuditCoverage, Action: "measure", Incident: o.incident, Epoch: o.epoch, Sequence: o.number, Coverage: &c,
+			Tenants: a.hub.tenantsOf(o.place),
 		})
 	}
 	if len(keep) > 0 {
@@ -497,13 +665,13 @@ func notable(all []authority.EnforcerCoverage) []authority.EnforcerCoverage {
 
 // Audit returns records of the audit; it is the API's.
 func (a *Authority) Audit(ctx context.Context, q authority.AuditQuery) (*authority.AuditPage, error) {
-	p, err := a.audit.Records(ctx, q)
+	p, err := a.audit.Records(ctx, q, a.auditView(access.From(ctx).Scope(access.ReadAudit)))
 	return p, auditProblem(err)
 }
 
 // ExportAudit writes the audit as lines that can be verified; it is the API's.
 func (a *Authority) ExportAudit(ctx context.Context, q authority.AuditQuery, w io.Writer) error {
-	return auditProblem(a.audit.Export(ctx, q, w))
+	return auditProblem(a.audit.Export(ctx, q, a.auditView(access.From(ctx).Scope(access.ReadAudit)), w))
 }
 
 func auditProblem(err error) error {
@@ -612,7 +780,7 @@ func (a *Authority) proves(frame []byte, decisions []audit.Decision) bool {
 func (a *Authority) eachAudited(ctx context.Context, q authority.AuditQuery, fn func(*authority.AuditEntry) bool) error {
 	q.Limit = authority.MaxAuditPage
 	for {
-		p, err := a.audit.Records(ctx, q)
+		p, err := a.audit.Records(ctx, q, nil)
 		if err != nil {
 			return err
 		}

@@ -97,6 +97,9 @@ func TestAudit(t *testing.T) {
 	}
 	const want = `retention
 	start authority done/authority v1.2.3
+	hold keys done/authority keys
+	start config done/authority bootstrap token
+	sign-in sign-in done/socket
 	enroll roster done/socket enforcer tools
 	revoke decision done/socket user alice and agent billing-bot
 	kill decision previewed/socket global
@@ -122,13 +125,13 @@ func TestAudit(t *testing.T) {
 			t.Errorf("%q, want %q", got, lines[i])
 		}
 	}
-	dec := list[2]
+	dec := list[5]
 	if dec.Epoch != d.Epoch || dec.Sequence != d.Number || dec.Reason != "stolen-token" || dec.Incident != "INC-142" || dec.Pending ||
 		fmt.Sprint(dec.Callers) != "[{default billing-bot alice  }]" {
 		t.Errorf("%+v", dec)
 	}
-	if list[4].Error == "" || list[4].Callers[0].Agent != "*" || list[4].Callers[0].User != "*" || list[4].Callers[0].Session != "s" {
-		t.Errorf("%+v", list[4])
+	if r := list[7]; r.Error == "" || r.Callers[0].Agent != "*" || r.Callers[0].User != "*" || r.Callers[0].Session != "s" {
+		t.Errorf("%+v", r)
 	}
 	for _, q := range []authority.AuditQuery{{Agent: "billing-bot"}, {User: "alice"}, {User: "alice", Agent: "billing-bot", Incident: "INC-142"}} {
 		if l := f.audited(q); len(l) != 1 || l[0].Number != dec.Number {
@@ -181,6 +184,9 @@ func TestAuditOfRequests(t *testing.T) {
 	f.until(func() bool {
 		n := uint64(0)
 		for _, e := range f.audited(authority.AuditQuery{Kind: authority.AuditSignIn}) {
+			if e.Outcome == authority.OutcomeDone {
+				continue // of the test itself
+			}
 			if n += e.Count; e.Outcome != authority.OutcomeRefused || !strings.Contains(e.Detail, "127.0.0.1") || strings.Contains(fmt.Sprint(e), "wrong") {
 				t.Fatalf("%+v", e)
 			}
@@ -612,4 +618,198 @@ func TestCanariesDoNotFillTheAudit(t *testing.T) {
 	if l := f.audited(authority.AuditQuery{Kind: authority.AuditDecision}); len(l) != 1 {
 		t.Errorf("%d records of one decision", len(l))
 	}
+}
+
+// Sessions that are registered are counted, by who did it and in which tenant, and
+// not one by one; who comes is mentioned once in a while, and only so many.
+func TestAuditOfWhatComesInMasses(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}, Tenants: []string{"acme", "umbrella"}})
+	const n, each = 10, 500
+	for i := range n {
+		list := make([]authority.Session, each)
+		for k := range list {
+			list[k] = aSession(fmt.Sprintf("s-%d-%d", i, k), "alice", billing)
+			list[k].Tenant = []string{"acme", "umbrella"}[k%2]
+		}
+		f.register(list...)
+	}
+	f.until(func() bool {
+		total := map[string]uint64{}
+		l := f.audited(authority.AuditQuery{Kind: authority.AuditRegistry})
+		for _, e := range l {
+			if e.Action != "register-sessions" || e.Principal.Means != "socket" || len(e.Tenants) != 1 || e.Callers[0].Tenant != e.Tenants[0] ||
+				e.Callers[0].Agent != "*" || e.Callers[0].User != "*" || !strings.Contains(e.Detail, "hash ") {
+				t.Fatalf("%+v", e)
+			}
+			total[e.Tenants[0]] += e.Count
+		}
+		if len(l) > 2*n {
+			t.Fatalf("%d records", len(l))
+		}
+		return total["acme"] == n*each/2 && total["umbrella"] == n*each/2
+	})
+	number, hash := f.a.registry.Head()
+	if l := f.audited(authority.AuditQuery{Kind: authority.AuditRegistry}); !strings.Contains(l[0].Detail, fmt.Sprintf("batch %d of the registry, which has the hash %x", number, hash)) {
+		t.Errorf("%s, and it is %d", l[0].Detail, number)
+	}
+	forbidden := access.With(f.ctx, access.NewPrincipal("eve", access.MeansToken, access.Grant{Role: access.Viewer, Tenants: []string{"acme"}}))
+	for range 3 {
+		if _, err := f.a.RegisterSessions(forbidden, authority.SessionsRequest{Sessions: []authority.Session{{Tenant: "acme", ID: "x"}}}); problemOf(err) != "forbidden" {
+			t.Fatal(err)
+		}
+	}
+	f.until(func() bool {
+		l := f.audited(authority.AuditQuery{Kind: authority.AuditAccess})
+		return len(l) > 0 && l[0].Principal.Name == "eve" && fmt.Sprint(l[0].Tenants) == "[acme]"
+	})
+	for i := range 2 * maxSignedIn {
+		f.a.admitted(access.NewPrincipal(fmt.Sprint("user-", i/2), access.MeansToken, access.Grant{Role: access.Viewer, Tenants: []string{"acme"}}))
+	}
+	names, more := map[string]int{}, uint64(0)
+	f.until(func() bool {
+		clear(names)
+		more = 0
+		if err := f.a.eachAudited(f.ctx, authority.AuditQuery{Kind: authority.AuditSignIn}, func(e *authority.AuditEntry) bool {
+			if names[e.Principal.Name]++; e.Principal.Name == "" {
+				more += e.Count
+			}
+			return true
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return more > 0
+	})
+	delete(names, "")
+	for name, k := range names {
+		if k != 1 {
+			t.Errorf("%s is mentioned %d times", name, k)
+		}
+	}
+	if len(names) != maxSignedIn { // with the test's own
+		t.Errorf("%d names", len(names))
+	}
+}
+
+// Whoever may read the audit in one tenant sees what is about that one, in a list
+// and in an export, which can be verified, and nothing of any other: neither a
+// value, nor that it exists.
+func TestAuditOfOneTenant(t *testing.T) {
+	f := start(t, Options{Issuers: []string{issuer}, Tenants: []string{"acme", "umbrella"}, Version: "v9"})
+	auditor := func(tenants ...string) context.Context {
+		return access.With(f.ctx, access.NewPrincipal("auditor", access.MeansToken, access.Grant{Role: access.Auditor, Tenants: tenants}))
+	}
+	target := func(tenant, user string) authority.Target { return authority.One(tenant, "user", issuer, user) }
+	revoke := func(incident string, targets ...authority.Target) *authority.Decision {
+		return f.decide(authority.Request{Operation: authority.Revoke, Targets: targets, Reason: "anomaly", Incident: incident})
+	}
+	for name, tenants := range map[string][]string{"acme-1": {"acme"}, "umbrella-1": {"umbrella"}, "both-1": {"acme", "umbrella"}} {
+		if _, err := f.c.Enroll(f.ctx, authority.EnrollRequest{Name: name, Tenants: tenants}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	revoke("INC-A", target("acme", "alice"))
+	last := revoke("INC-U", target("umbrella", "uma"))
+	mixed := revoke("INC-B", target("acme", "anna"), target("umbrella", "ute"))
+	f.agent(authority.Agent{Tenant: "umbrella", ID: "spiffe://umbrella/agent"})
+	f.agent(authority.Agent{Tenant: "acme", ID: "spiffe://acme/agent"})
+	kill := authority.Request{Operation: authority.Kill, Targets: everything(), Incident: "INC-P", Except: []authority.Target{target("umbrella", "undine")}}
+	if _, err := f.c.Decide(f.ctx, kill); err != nil {
+		t.Fatal(err)
+	}
+	kill.Incident, kill.Reason = "INC-G", "compromised"
+	f.decide(kill)
+	// Somebody of acme names another tenant: that stays theirs.
+	mallory := access.With(f.ctx, access.NewPrincipal("mallory", access.MeansToken, access.Grant{Role: access.Responder, Tenants: []string{"acme"}}))
+	if _, err := f.a.Decide(mallory, "k", authority.Request{Operation: authority.Revoke, Reason: "anomaly", Incident: "INC-M", Targets: []authority.Target{target("umbrella", "ursula")}, Commit: true}); problemOf(err) != "tenant" {
+		t.Fatal(err)
+	}
+	f.a.trailed(1, "acme-1", "acme", "allan")
+	f.a.trailed(2, "both-1", "acme", "aki", "umbrella", "ulla", "acme", "amy")
+	f.a.trailed(3, "acme-1", "umbrella", "forged")
+	f.until(func() bool {
+		return len(f.audited(authority.AuditQuery{Kind: authority.AuditCoverage})) >= 3 && len(f.audited(authority.AuditQuery{Kind: authority.AuditReport})) == 4
+	})
+	for tenant, c := range map[string]struct{ sees, not []string }{
+		"acme":     {[]string{"alice", "anna", "acme/agent", "allan", "aki", "amy", "INC-A", "INC-B", "INC-G", "acme-1", "both-1", "mallory"}, []string{"umbrella-", "umbrella/", "uma", "ute", "undine", "ulla", "INC-U", "INC-P", "forged", "v9"}},
+		"umbrella": {[]string{"uma", "ute", "umbrella/agent", "ulla", "INC-U", "INC-B", "INC-G", "umbrella-1", "both-1"}, []string{"acme", "alice", "anna", "allan", "aki", "amy", "INC-A", "mallory", "ursula", "INC-P", "forged", "v9"}},
+	} {
+		ctx := auditor(tenant)
+		p, err := f.a.Audit(ctx, authority.AuditQuery{Limit: authority.MaxAuditPage})
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := json.Marshal(p.Records)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range c.sees {
+			if !bytes.Contains(list, []byte(s)) {
+				t.Errorf("%s: %s is not in the list", tenant, s)
+			}
+		}
+		// What one asks for finds nothing either.
+		for _, q := range []authority.AuditQuery{{Tenant: "umbrella", User: "uma"}, {Tenant: "acme", Agent: "spiffe://acme/agent"}, {Tenant: "acme", User: "aki"}, {Kind: authority.AuditReceipts}, {Kind: authority.AuditAuthority}} {
+			if p, err := f.a.Audit(ctx, q); err != nil || (len(p.Records) != 0) != (q.Tenant == tenant) {
+				t.Errorf("%s: %+v: %+v, %v", tenant, q, p, err)
+			}
+		}
+		if p, err := f.a.Audit(ctx, authority.AuditQuery{Incident: "INC-B", Kind: authority.AuditDecision}); err != nil || len(p.Records) != 1 ||
+			len(p.Records[0].Targets) != 1 || len(p.Records[0].Callers) != 1 || p.Records[0].Callers[0].Tenant != tenant || p.Records[0].Sequence != mixed.Number {
+			t.Errorf("%s: of both: %+v, %v", tenant, p, err)
+		}
+		var b bytes.Buffer
+		if err := f.a.ExportAudit(ctx, authority.AuditQuery{}, &b); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range c.not {
+			if bytes.Contains(list, []byte(s)) && (s != "umbrella-" && s != "ursula") {
+				t.Errorf("%s: %s is in the list", tenant, s)
+			}
+			if bytes.Contains(b.Bytes(), []byte(s)) {
+				t.Errorf("%s: %s is in the export", tenant, s)
+			}
+		}
+		if bytes.Contains(b.Bytes(), f.a.store.Frame()[:8]) || bytes.Contains(b.Bytes(), []byte(`{"keyset":`)) {
+			t.Errorf("%s: the key set, which names all tenants, is in the export", tenant)
+		}
+		if _, err := audit.Verify(bytes.NewReader(b.Bytes()), f.a.store.Root(), nil); !errors.Is(err, audit.ErrNotExport) {
+			t.Errorf("%s: without a key set: %v", tenant, err)
+		}
+		r, err := audit.Verify(bytes.NewReader(b.Bytes()), f.a.store.Root(), f.a.store.Frame())
+		if err != nil || !r.Sound || fmt.Sprint(r.Tenants) != "["+tenant+"]" || r.Records == 0 || r.Omitted == 0 || r.Last < last.Number {
+			t.Errorf("%s: %+v, %v", tenant, r, err)
+		}
+		// A record of another, put in from an export of all, is found out by the end
+		// that was signed for this view.
+		whole := f.exported(authority.AuditQuery{})
+		for i, line := range bytes.Split(whole, []byte("\n")) {
+			if bytes.Contains(line, []byte("INC-")) {
+				lines := bytes.Split(slices.Clone(b.Bytes()), []byte("\n"))
+				same := bytes.Equal(lines[i], line)
+				lines[i] = line
+				if r, err := audit.Verify(bytes.NewReader(bytes.Join(lines, []byte("\n"))), f.a.store.Root(), f.a.store.Frame()); err == nil && r.Sound && !same {
+					t.Errorf("%s: line %d was exchanged unnoticed", tenant, i)
+				}
+			}
+		}
+	}
+	if p, err := f.a.Audit(auditor(), authority.AuditQuery{}); err != nil || len(p.Records) != 0 {
+		t.Errorf("of no tenant: %+v, %v", p, err)
+	}
+	if p, err := f.a.Audit(auditor("acme", "umbrella"), authority.AuditQuery{Incident: "INC-B", Kind: authority.AuditDecision}); err != nil || len(p.Records) != 1 || len(p.Records[0].Targets) != 2 {
+		t.Errorf("of both tenants: %+v, %v", p, err)
+	}
+}
+
+// trailed takes a report of an enforcer in, of calls by users of tenants, as if it
+// had been read.
+func (a *Authority) trailed(seq uint64, enforcer string, calls ...string) {
+	rec := authority.AuditRecord{Kind: authority.AuditReport, Action: "report", Principal: authority.AuditPrincipal{Name: enforcer, Means: "enforcer"},
+		Report: &authority.AuditedReport{Enforcer: enforcer}}
+	var all []authority.TrailRecord
+	for i := 0; i < len(calls); i += 2 {
+		all = append(all, authority.TrailRecord{Enforcer: enforcer, TrailCaller: authority.TrailCaller{Tenant: calls[i], User: calls[i+1]}})
+	}
+	more := a.trailsOf(&rec, all)
+	a.audit.NoteReport(seq, rec, more...)
 }

@@ -331,7 +331,7 @@ func (a *Authority) open(ctx context.Context) error {
 	}
 	a.server, err = api.Serve(a, api.Options{
 		Socket: o.Socket, Listen: o.APIListen, TLS: o.APITLS, Access: o.Access,
-		TokenFile: filepath.Join(o.DataDir, TokenFile), Refused: a.refused, Logger: a.log,
+		TokenFile: filepath.Join(o.DataDir, TokenFile), Refused: a.refused, Admitted: a.admitted, Logger: a.log,
 	})
 	if err != nil {
 		return err

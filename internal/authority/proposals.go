@@ -244,7 +244,11 @@ func ended(rec *proposal.Record) error {
 // Withdraw ends a proposal; it is the API's.
 func (a *Authority) Withdraw(ctx context.Context, id string) (*authority.Proposal, error) {
 	p, err := a.withdraw(ctx, id)
-	a.recordOutcome(ctx, authority.AuditRecord{Kind: authority.AuditProposal, Action: "withdraw", Detail: "proposal " + clip(id)}, err)
+	rec := authority.AuditRecord{Kind: authority.AuditProposal, Action: "withdraw", Detail: "proposal " + clip(id)}
+	if p != nil {
+		rec.Tenants = p.Tenants
+	}
+	a.recordOutcome(ctx, rec, err)
 	return p, err
 }
 

@@ -166,6 +166,7 @@ func (a *Authority) recovered(d *logged) authority.AuditRecord {
 		}
 		if i == maxRecovered {
 			r.Left = len(d.entries) - i
+			r.Tenants = nil // there may be more
 			break
 		}
 		verb := "set"
@@ -179,6 +180,9 @@ func (a *Authority) recovered(d *logged) authority.AuditRecord {
 			what += fmt.Sprintf(" %x of tenant %s", e.Key.Digest, tenant)
 		}
 		r.Targets = append(r.Targets, what)
+		if !slices.Contains(r.Tenants, tenant) {
+			r.Tenants = append(r.Tenants, tenant)
+		}
 		c := authority.AuditCaller{Tenant: tenant, Agent: authority.AuditAny, User: authority.AuditAny}
 		for _, k := range e.Key.Shape.Kinds() {
 			switch k {

@@ -32,7 +32,10 @@ func (a *Authority) tenantFor(ctx context.Context, op access.Operation, name str
 	if err != nil {
 		return "", err
 	}
-	return secret.Name(), p.CheckIn(op, secret.Name())
+	if err = p.CheckIn(op, secret.Name()); err != nil && op != access.ChangeAgents { // which has a record of its own
+		a.watched.forbidden(p, string(op))
+	}
+	return secret.Name(), err
 }
 
 func (a *Authority) issuerOr(s string) string {
@@ -57,7 +60,7 @@ func (a *Authority) RegisterAgent(ctx context.Context, r authority.AgentRequest)
 	if err != nil {
 		err = registryProblem(err)
 	}
-	a.recordAgent(ctx, "register", r.Tenant, r.Agent.ID, "", "", err)
+	a.recordAgent(ctx, "register", tenant, r.Agent.ID, "", "", err)
 	if err != nil {
 		return nil, false, err
 	}
@@ -68,7 +71,7 @@ func (a *Authority) RegisterAgent(ctx context.Context, r authority.AgentRequest)
 func (a *Authority) recordAgent(ctx context.Context, action, tenant, id, reason, incident string, err error) {
 	a.recordOutcome(ctx, authority.AuditRecord{
 		Kind: authority.AuditRegistry, Action: action, Targets: []string{strings.TrimSpace("agent " + id + " " + tenant)}, Reason: reason, Incident: incident,
-		Callers: []authority.AuditCaller{{Tenant: tenant, Agent: id, User: authority.AuditAny}},
+		Callers: []authority.AuditCaller{{Tenant: tenant, Agent: id, User: authority.AuditAny}}, Tenants: []string{tenant},
 	}, err)
 }
 
@@ -105,7 +108,12 @@ func (a *Authority) RegisterSessions(ctx context.Context, r authority.SessionsRe
 	if err != nil {
 		return nil, registryProblem(err)
 	}
-	return &authority.SessionsAnswer{Registered: fresh, Known: len(list) - fresh}, nil
+	n := 0
+	for tenant, k := range fresh {
+		a.watched.registered(access.From(ctx), tenant, k)
+		n += k
+	}
+	return &authority.SessionsAnswer{Registered: n, Known: len(list) - n}, nil
 }
 
 // queryTerms brings the terms of a query to their canonical form.
@@ -312,7 +320,12 @@ func sessionOf(s *registry.Session) authority.Session {
 // and asking again completes it. Activating lifts what suspending it here set, and
 // no suspension of anybody else's.
 func (a *Authority) ChangeAgent(ctx context.Context, r authority.LifecycleRequest) (out *authority.LifecycleAnswer, err error) {
-	defer func() { a.recordAgent(ctx, string(r.Operation), r.Tenant, r.ID, r.Reason, r.Incident, err) }()
+	defer func() {
+		if out != nil {
+			r.Tenant = out.Agent.Tenant
+		}
+		a.recordAgent(ctx, string(r.Operation), r.Tenant, r.ID, r.Reason, r.Incident, err)
+	}()
 	return a.changeAgent(ctx, &r)
 }
 

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/interlock-fabric/interlock/internal/access"
+	"github.com/interlock-fabric/interlock/internal/audit"
 	"github.com/interlock-fabric/interlock/internal/roster"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
@@ -146,6 +147,72 @@ func (a *Authority) eventIn(e authority.Event, s access.Scope) (_ authority.Even
 		return e, false
 	}
 	return e, true
+}
+
+// auditView is the audit as a scope shows it: what is about its tenants, without
+// what the same record has of others; nil for all of it.
+func (a *Authority) auditView(s access.Scope) *audit.View {
+	if s.All() {
+		return nil
+	}
+	return &audit.View{Tenants: s.Tenants(), Show: func(r *authority.AuditRecord) (whole, some bool) {
+		// What is about all tenants is everybody's once it is done.
+		in := func(tenant string) bool { return s.Has(tenant) || tenant == authority.AuditAny && !s.Empty() }
+		if !slices.ContainsFunc(r.Tenants, in) || r.Outcome != authority.OutcomeDone && slices.Contains(r.Tenants, authority.AuditAny) {
+			return false, false
+		}
+		if r.Coverage != nil && !a.coverageIn(r.Coverage, s, &whole) {
+			return false, false
+		}
+		n := len(r.Tenants)
+		r.Tenants = slices.DeleteFunc(r.Tenants, func(t string) bool { return !in(t) })
+		if len(r.Tenants) == n {
+			return r.Coverage == nil || whole, true
+		}
+		// Whatever is not told apart by tenant goes.
+		r.Detail, r.Error, r.Left, r.Entries = "", "", 0, 0
+		if r.Kind == authority.AuditRoster {
+			return false, true // an enforcer that serves others, too
+		}
+		targets := r.Targets
+		r.Targets = nil
+		for i, c := range r.Callers {
+			if in(c.Tenant) && len(targets) == len(r.Callers) {
+				r.Targets = append(r.Targets, targets[i])
+			}
+		}
+		r.Callers = slices.DeleteFunc(r.Callers, func(c authority.AuditCaller) bool { return !in(c.Tenant) })
+		return false, true
+	}}
+}
+
+// coverageIn leaves of a coverage what a scope shows: the enforcers that serve it.
+// It reports whether that can be told, and whether it is all.
+func (a *Authority) coverageIn(c *authority.Coverage, s access.Scope, whole *bool) bool {
+	if len(c.Detail) != c.Enforcers {
+		return false // not all enforcers are named
+	}
+	view, all := a.view(s), true
+	d := *c
+	c.Enforcers, c.InEffect, c.Denying, c.Exposed, c.Pending, c.Absent, c.Silent, c.BestEffort, c.Shadow, c.Cut, c.SlowestMillis = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+	c.Detail = nil
+	for _, e := range d.Detail {
+		enrolled, _ := a.roster.Find(e.Name)
+		visible, own := view(enrolled.Tenants)
+		all = all && visible && own
+		if !visible {
+			continue
+		}
+		if !own {
+			e.Cut = 0
+		}
+		roster.Count(c, &e)
+		c.Detail = append(c.Detail, e)
+	}
+	if *whole = all; all {
+		*c = d
+	}
+	return true
 }
 
 // enrolIn says whether p may enrol an enforcer for tenants; none are all.

@@ -434,7 +434,7 @@ func reportProblem(err error) error {
 // API's.
 func (a *Authority) Enroll(ctx context.Context, r authority.EnrollRequest) (*session.Enrollment, error) {
 	e, err := a.enroll(ctx, r)
-	rec := authority.AuditRecord{Kind: authority.AuditRoster, Action: "enroll", Targets: []string{"enforcer " + r.Name}}
+	rec := authority.AuditRecord{Kind: authority.AuditRoster, Action: "enroll", Targets: []string{"enforcer " + r.Name}, Tenants: r.Tenants}
 	if len(r.Tenants) > 0 {
 		rec.Detail = "tenants " + strings.Join(r.Tenants, ", ")
 	}
@@ -498,6 +498,12 @@ func (a *Authority) busURLs() []string {
 // Retire takes an enforcer out of the roster and off the bus; it is the API's.
 func (a *Authority) Retire(ctx context.Context, name string) error {
 	p := access.From(ctx)
+	var of []string
+	if e, ok := a.roster.Find(name); ok {
+		for _, id := range e.Tenants {
+			of = append(of, a.store.KeySet().TenantName(id))
+		}
+	}
 	err := a.retireIn(p, name)
 	if err == nil {
 		err = a.roster.Retire(ctx, name, time.Now().UTC())
@@ -508,7 +514,7 @@ func (a *Authority) Retire(ctx context.Context, name string) error {
 	if err == nil {
 		a.log.Info("retired", "by", p.Name, "enforcer", name)
 	}
-	a.recordOutcome(ctx, authority.AuditRecord{Kind: authority.AuditRoster, Action: "retire", Targets: []string{"enforcer " + name}}, err)
+	a.recordOutcome(ctx, authority.AuditRecord{Kind: authority.AuditRoster, Action: "retire", Targets: []string{"enforcer " + name}, Tenants: of}, err)
 	return err
 }
 

@@ -113,6 +113,22 @@ func (h *hub) touches(epoch, number uint64, has func(tenant string) bool) bool {
 	return n.global || slices.ContainsFunc(n.tenants, func(id session.TenantID) bool { return has(h.tenant(id)) })
 }
 
+// tenantsOf returns the names of the tenants that a batch touches, authority.AuditAny
+// for a global entry; none of what is not known any more.
+func (h *hub) tenantsOf(p place) (names []string) {
+	h.mu.Lock()
+	n := h.times[p]
+	ids := slices.Clone(n.tenants)
+	h.mu.Unlock()
+	for _, id := range ids {
+		names = append(names, h.tenant(id))
+	}
+	if n.global {
+		names = append(names, authority.AuditAny)
+	}
+	return names
+}
+
 // timeAt returns when a batch was decided, if that is known.
 func (h *hub) timeAt(epoch, number uint64) (time.Time, bool) {
 	h.mu.Lock()

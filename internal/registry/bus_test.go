@@ -166,8 +166,13 @@ func bot(i int) Agent {
 
 func (w *world) register(r *Registry, list ...Session) {
 	w.Helper()
-	if n, err := r.RegisterSessions(w.ctx, list); err != nil || n != len(list) {
-		w.Fatalf("registered %d of %d: %v", n, len(list), err)
+	by, err := r.RegisterSessions(w.ctx, list)
+	n := 0
+	for _, k := range by {
+		n += k
+	}
+	if err != nil || n != len(list) {
+		w.Fatalf("registered %v of %d: %v", by, len(list), err)
 	}
 }
 

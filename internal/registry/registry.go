@@ -256,12 +256,12 @@ func (r *Registry) Status() Status {
 }
 
 // RegisterSessions registers up to MaxUnit sessions, all or none, and returns how
-// many of them are new when they are stored. Those that are registered already
+// many of them are new, by tenant, when they are stored. Those that are registered already
 // with the same content are no error. Errors wrap session.ErrInvalid, or one of
 // this package's.
-func (r *Registry) RegisterSessions(ctx context.Context, list []Session) (fresh int, err error) {
+func (r *Registry) RegisterSessions(ctx context.Context, list []Session) (fresh map[string]int, err error) {
 	if n := len(list); n == 0 || n > MaxUnit {
-		return 0, fmt.Errorf("%w: %d sessions, at most %d", session.ErrInvalid, n, MaxUnit)
+		return nil, fmt.Errorf("%w: %d sessions, at most %d", session.ErrInvalid, n, MaxUnit)
 	}
 	now := time.Now()
 	list = slices.Clone(list)
@@ -269,10 +269,10 @@ func (r *Registry) RegisterSessions(ctx context.Context, list []Session) (fresh 
 	for i := range list {
 		s := &list[i]
 		if err := s.canonical(now); err != nil {
-			return 0, fmt.Errorf("session %d: %w", i+1, err)
+			return nil, fmt.Errorf("session %d: %w", i+1, err)
 		}
 		if seen[s.Tenant][s.Ref] {
-			return 0, fmt.Errorf("%w: session %d is named twice", session.ErrInvalid, i+1)
+			return nil, fmt.Errorf("%w: session %d is named twice", session.ErrInvalid, i+1)
 		}
 		if seen[s.Tenant] == nil {
 			seen[s.Tenant] = make(map[Ref]bool, len(list))
@@ -281,11 +281,12 @@ func (r *Registry) RegisterSessions(ctx context.Context, list []Session) (fresh 
 	}
 	size, err := sizeOf(list)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	n := 0
+	by := map[string]int{}
 	u := &unit{size: size, judge: func(x *index) ([]op, error) {
 		ops := make([]op, 0, len(list))
+		clear(by) // it may be called again
 		for i := range list {
 			known, err := x.judgeSession(&list[i], len(ops))
 			if err != nil {
@@ -293,15 +294,15 @@ func (r *Registry) RegisterSessions(ctx context.Context, list []Session) (fresh 
 			}
 			if !known {
 				ops = append(ops, op{Session: &list[i]})
+				by[list[i].Tenant]++
 			}
 		}
-		n = len(ops)
 		return ops, nil
 	}}
 	if err := r.do(ctx, u); err != nil {
-		return 0, err
+		return nil, err
 	}
-	return n, nil
+	return by, nil
 }
 
 // judgeSession says whether the session is known already, or why it is refused.
@@ -529,6 +530,13 @@ func (r *Registry) Agent(tenant string, ref Ref) (rec AgentRecord, sessions int,
 		}
 	}
 	return AgentRecord{}, sessions, r.absent()
+}
+
+// Head returns the number and the hash of the newest batch that is known.
+func (r *Registry) Head() (number uint64, hash [32]byte) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.at.Number, r.at.Head
 }
 
 // absent says why something is not there. mu is held.

@@ -21,8 +21,8 @@ func TestTheSameIsNoErrorAndAnotherIsAConflict(t *testing.T) {
 	w := newWorld(t, true)
 	r := w.open(Options{})
 	w.register(r, ses(1), ses(2))
-	if n, err := r.RegisterSessions(w.ctx, []Session{ses(2), ses(3)}); err != nil || n != 1 {
-		t.Errorf("%d new, %v", n, err)
+	if n, err := r.RegisterSessions(w.ctx, []Session{ses(2), ses(3)}); err != nil || len(n) != 1 || n[ses(2).Tenant] != 1 {
+		t.Errorf("%v new, %v", n, err)
 	}
 	other := ses(1)
 	other.User = "mallory"

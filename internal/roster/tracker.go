@@ -346,7 +346,7 @@ func (t *Tracker) CoverageOf(epoch, number uint64, view View) authority.Coverage
 
 func (t *Tracker) coverage(epoch, number uint64, detail bool, view View) (c authority.Coverage, next time.Time) {
 	now := t.now()
-	c = authority.Coverage{Epoch: epoch, Number: number}
+	c = authority.Coverage{Epoch: epoch, Number: number, Complete: true, Effective: true}
 	decided, dated := t.log.TimeAt(epoch, number)
 	if dated {
 		c.At = decided.UTC()
@@ -361,18 +361,11 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool, view View) (c auth
 				continue
 			}
 		}
-		c.Enforcers++
 		e := authority.EnforcerCoverage{Name: name, State: authority.StateAbsent}
 		if m.last != nil {
 			e.Mode, e.LastHeard = m.last.Mode.String(), m.heard.UTC()
 			silent := m.silentAt()
 			e.Silent = !now.Before(silent)
-			switch m.last.Mode {
-			case session.ModeBestEffort:
-				c.BestEffort++
-			case session.ModeShadow:
-				c.Shadow++
-			}
 			// Whatever is heard, by this moment it has the decision or denies:
 			// its state cannot be younger than the decision without having it.
 			bound := silent
@@ -422,33 +415,45 @@ func (t *Tracker) coverage(epoch, number uint64, detail bool, view View) (c auth
 				next = until
 			}
 		}
-		if e.Silent {
-			c.Silent++
-		}
-		switch e.State {
-		case authority.StateApplied:
-			c.InEffect++
-		case authority.StatePending:
-			c.Pending++
-		case authority.StateDenying:
-			c.Denying++
-		case authority.StateExposed:
-			c.Exposed++
-		case authority.StateAbsent:
-			c.Absent++
-		}
 		if !whole {
 			e.Cut = 0
 		}
-		c.Cut += uint64(e.Cut)
-		c.SlowestMillis = max(c.SlowestMillis, e.LatencyMillis)
+		Count(&c, &e)
 		if detail {
 			c.Detail = append(c.Detail, e)
 		}
 	}
+	return c, next
+}
+
+// Count adds an enforcer to a coverage.
+func Count(c *authority.Coverage, e *authority.EnforcerCoverage) {
+	c.Enforcers++
+	switch e.Mode {
+	case session.ModeBestEffort.String():
+		c.BestEffort++
+	case session.ModeShadow.String():
+		c.Shadow++
+	}
+	if e.Silent {
+		c.Silent++
+	}
+	switch e.State {
+	case authority.StateApplied:
+		c.InEffect++
+	case authority.StatePending:
+		c.Pending++
+	case authority.StateDenying:
+		c.Denying++
+	case authority.StateExposed:
+		c.Exposed++
+	case authority.StateAbsent:
+		c.Absent++
+	}
+	c.Cut += uint64(e.Cut)
+	c.SlowestMillis = max(c.SlowestMillis, e.LatencyMillis)
 	c.Complete = c.Pending == 0
 	c.Effective = c.Complete && c.Exposed == 0
-	return c, next
 }
 
 // Wait returns the coverage of a batch when every live enforcer in the view has sent its

@@ -24,7 +24,7 @@ const (
 // The kinds of AuditRecord. They are stable, and there may be more.
 const (
 	AuditDecision  = "decision"  // a decision, taken or refused
-	AuditSignIn    = "sign-in"   // attempts without a valid credential
+	AuditSignIn    = "sign-in"   // somebody came, or attempted to without a valid credential
 	AuditAccess    = "access"    // what was asked for without the role for it
 	AuditProposal  = "proposal"  // a proposal was made, withdrawn or not approved
 	AuditRoster    = "roster"    // an enforcer was enrolled or retired
@@ -33,9 +33,10 @@ const (
 	AuditReport    = "report"    // what an enforcer reported of calls
 	AuditReceipts  = "receipts"  // what enforcers reported to have applied
 	AuditCoverage  = "coverage"  // where a decision was in force, a while after it
-	AuditRegistry  = "registry"  // an agent was registered, or its state changed
+	AuditRegistry  = "registry"  // an agent or sessions were registered, or an agent's state changed
 	AuditExemption = "exemption" // a caller that kills do not touch was declared, approved or removed
 	AuditRetention = "retention" // the oldest records were removed
+	AuditConfig    = "config"    // who may do what was configured
 )
 
 // The values of AuditRecord.Outcome.
@@ -66,6 +67,10 @@ type AuditRecord struct {
 	// Authority names the run of the authority that wrote the record.
 	Authority string         `json:"authority"`
 	Principal AuditPrincipal `json:"principal"`
+	// Tenants are those that it is about, AuditAny all of them: whoever may read
+	// the audit there sees it. Without any it is the deployment's, and seen by those
+	// who may everywhere.
+	Tenants []string `json:"tenants,omitempty"`
 	// Callers are whom it concerns: of each, the agent and the user on whose
 	// behalf that acts are both named.
 	Callers []AuditCaller `json:"callers,omitempty"`
@@ -189,6 +194,10 @@ func (q *AuditQuery) texts() map[string]*string {
 		"incident": &q.Incident, "trace": &q.Trace, "before": &q.Before,
 	}
 }
+
+// Encode returns the query as it is asked of the API, without a "?"; empty when it
+// asks for all.
+func (q AuditQuery) Encode() string { return q.values().Encode() }
 
 func (q *AuditQuery) values() url.Values {
 	v := url.Values{}
