@@ -176,7 +176,9 @@ type Server struct {
 	// reloading is held by Reload.
 	reloading sync.Mutex
 	bootstrap string
-	// refused and admitted are never nil.
+	// refused is never nil.
+	refused  func(*http.Request, error)
+	admitted func(*access.Principal)
 	refused  func(*http.Request, error)
 	admitted func(*access.Principal)
 }
@@ -248,9 +250,7 @@ func Serve(svc Service, o Options) (*Server, error) {
 	if s.refused = o.Refused; s.refused == nil {
 		s.refused = func(*http.Request, error) {}
 	}
-	if s.admitted = o.Admitted; s.admitted == nil {
-		s.admitted = func(*access.Principal) {}
-	}
+	s.admitted = o.Admitted
 	if o.Socket == "" && o.Listen == "" {
 		return nil, errors.New("api: neither a socket nor an address to listen on")
 	}
@@ -556,7 +556,9 @@ func (s *Server) routes(who func(*http.Request) (*access.Principal, error)) http
 			fail(w, r, overloaded("too many requests at once"))
 			return
 		}
-		s.admitted(p)
+		if s.admitted != nil {
+			s.admitted(p)
+		}
 		ctx, cancel := p.Deadline(access.With(r.Context(), p))
 		defer cancel()
 		if t := session.ParseTraceparent(r.Header.Get("Traceparent")); t.TraceID != [16]byte{} {

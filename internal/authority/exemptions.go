@@ -202,7 +202,7 @@ func (a *Authority) DeclareExemption(ctx context.Context, r authority.ExemptionR
 	x, err := a.declareExemption(ctx, &r)
 	rec := authority.AuditRecord{Kind: authority.AuditExemption, Action: "declare", Targets: []string{r.Target.String()}}
 	if x != nil {
-		rec.Targets = []string{x.Target.String()}
+		rec.Targets, rec.Tenants = []string{x.Target.String()}, []string{x.Target.Tenant}
 		rec.Detail = describeExemption(x)
 	}
 	a.recordOutcome(ctx, rec, err)
@@ -372,6 +372,7 @@ func (a *Authority) ApproveExemption(ctx context.Context, id string) (*authority
 	rec := authority.AuditRecord{Kind: authority.AuditExemption, Action: "approve", Detail: "exemption " + clip(id)}
 	if x != nil {
 		rec.Targets, rec.Detail = []string{x.Target.String()}, describeExemption(x)+"; declared by "+x.By
+		rec.Tenants = []string{x.Target.Tenant}
 	}
 	a.recordOutcome(ctx, rec, err)
 	return x, err
