@@ -179,8 +179,6 @@ type Server struct {
 	// refused is never nil.
 	refused  func(*http.Request, error)
 	admitted func(*access.Principal)
-	refused  func(*http.Request, error)
-	admitted func(*access.Principal)
 }
 
 // gate is who may come in, and by what certificates, as one configuration has it.

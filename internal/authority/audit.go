@@ -90,7 +90,7 @@ func (a *Authority) openAudit(ctx context.Context) error {
 // noteAccess records who may use the API, as it is configured from now on.
 func (a *Authority) noteAccess(action string) {
 	detail := "users of this machine, and whoever has the bootstrap token"
-	if c := a.o.Access; c != nil {
+	if c := a.access.Load(); c != nil {
 		var issuers []string
 		grants := 0
 		for i := range c.Issuers {

@@ -272,6 +272,7 @@ func (a *Authority) open(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("authority: %w", err)
 	}
+	a.access.Store(o.Access)
 	if err := a.patiently(ctx, a.openAudit); err != nil {
 		return err
 	}
@@ -284,7 +285,6 @@ func (a *Authority) open(ctx context.Context) error {
 	if o.Access != nil {
 		a.wide.set(o.Access.WidePerMinute)
 	}
-	a.access.Store(o.Access)
 	if err := a.patiently(ctx, a.openReceipts); err != nil {
 		return err
 	}
