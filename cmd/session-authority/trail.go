@@ -134,6 +134,7 @@ func trailNotes(w io.Writer, list []authority.TrailEnforcer, more bool) error {
 			what  string
 		}{
 			{e.Missing, "reports are missing"}, {e.Refused, "reports in its name were refused"}, {e.Unreadable, "reports cannot be opened with the keys that are here"},
+			{e.Foreign, "records are of callers of tenants for which it is not enrolled, and left out"},
 			{e.Dropped, "samples were dropped for want of room"}, {e.Folded, "denials have only their cause"},
 			{e.Untracked, "sightings gave way before they were reported"},
 		} {

@@ -293,10 +293,15 @@ func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash
 	if key, ok := a.store.Sealing(r.Key); ok {
 		content, _ = r.Unseal(key) // the reader counts those that it cannot open
 	}
+	foreign := 0
+	if content != nil {
+		content.Sightings = nil // they are not recorded
+		foreign = report.Own(r.Enforcer, content, a.serves)
+	}
 	switch {
 	case content == nil:
 		rec.Detail = "it cannot be opened with the keys that are here"
-	case len(content.Records) == 0:
+	case len(content.Records) == 0 && foreign == 0:
 		return // callers that were seen, and totals
 	case !a.watched.room(r.Enforcer, len(r.Sealed)):
 		rec.Report.Withheld = uint64(len(content.Records))
@@ -305,6 +310,9 @@ func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash
 		more := a.trailsOf(&rec, report.Records(r, content))
 		a.audit.NoteReport(seq, rec, more...)
 		return
+	}
+	if foreign > 0 {
+		rec.Detail = strings.Trim(fmt.Sprintf("%s; %d calls of tenants for which it is not enrolled are left out", rec.Detail, foreign), "; ")
 	}
 	a.audit.NoteReport(seq, rec)
 }

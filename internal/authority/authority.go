@@ -293,7 +293,7 @@ func (a *Authority) open(ctx context.Context) error {
 		return fmt.Errorf("authority: %w", err)
 	}
 	a.reports = report.NewReader(report.Options{
-		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Logger: a.log,
+		JetStream: js, ReceiptKey: a.receiptKey, Sealing: a.store.Sealing, Serves: a.serves, Logger: a.log,
 		Believed: func(seq uint64, r *session.Report, hash session.Hash) {
 			a.discovered.hear(r)
 			a.auditReport(seq, r, hash)

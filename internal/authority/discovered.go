@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/interlock-fabric/interlock/internal/registry"
+	"github.com/interlock-fabric/interlock/internal/report"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
@@ -29,6 +30,9 @@ type discovered struct {
 	all    map[string]map[string]*stranger // by tenant and strangerKey
 	count  int
 	missed uint64 // reports that gave way before they were opened
+	// foreign counts what enforcers said of callers of tenants for which they are
+	// not enrolled.
+	foreign map[string]uint64
 }
 
 type stranger struct {
@@ -86,16 +90,29 @@ func (d *discovered) read(ctx context.Context, sealing func(session.KeyID) (*ecd
 			if err != nil {
 				continue // the reader of the trail counts it
 			}
-			for i := range content.Sightings {
-				if s := &content.Sightings[i]; serves(r.Enforcer, s.Caller.Tenant) {
-					d.note(r.Enforcer, s)
+			if n := report.Own(r.Enforcer, content, serves); n > 0 {
+				d.mu.Lock()
+				if d.foreign == nil {
+					d.foreign = map[string]uint64{}
 				}
+				d.foreign[r.Enforcer] += uint64(n)
+				d.mu.Unlock()
+			}
+			for i := range content.Sightings {
+				d.note(r.Enforcer, &content.Sightings[i])
 			}
 			if ctx.Err() != nil {
 				return
 			}
 		}
 	}
+}
+
+// foreignOf is how much an enforcer said of callers that are none of its own.
+func (d *discovered) foreignOf(enforcer string) uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.foreign[enforcer]
 }
 
 func (d *discovered) note(enforcer string, s *session.Sighting) {

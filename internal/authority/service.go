@@ -278,6 +278,9 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 		if e.Missing > 0 {
 			warn("%d reports of %s are missing: its trail has gaps", e.Missing, e.Name)
 		}
+		if n := a.discovered.foreignOf(e.Name); n > 0 {
+			warn("%s reported %d times of callers of tenants for which it is not enrolled: that is left out", e.Name, n)
+		}
 	}
 	if strange > 0 && scope.All() {
 		warn("%d reports came in the name of enforcers that are not enrolled", strange)

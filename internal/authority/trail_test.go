@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/interlock-fabric/interlock/internal/registry"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
@@ -273,6 +275,66 @@ func TestSealingKeyIsRotated(t *testing.T) {
 	f.until(func() bool { return len(f.trail(authority.TrailQuery{Tool: "new"}).Records) == 1 })
 	if tr := f.trail(authority.TrailQuery{}); len(tr.Records) != 2 || tr.Enforcers[0].Unreadable != 0 {
 		t.Errorf("%+v", tr)
+	}
+}
+
+// TestAnEnforcerSpeaksOfItsOwnTenantsOnly: in the trail, among the agents that were
+// seen, in the audit and in the status.
+func TestAnEnforcerSpeaksOfItsOwnTenantsOnly(t *testing.T) {
+	f := start(t, Options{Tenants: []string{"acme", "beta"}})
+	raw, err := f.c.Enroll(f.ctx, authority.EnrollRequest{Name: "eu", Tenants: []string{"acme"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := session.ParseEnrollment(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	feed, err := natsfeed.Dial(e, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = feed.Close() })
+	key, ok := f.a.store.KeySet().AuditKey()
+	if !ok {
+		t.Fatal("no audit key")
+	}
+	now := session.InstantOf(time.Now())
+	content := &session.TrailContent{}
+	for _, tenant := range []string{"acme", "beta"} {
+		c := session.Caller{Tenant: tenant, Issuer: issuer, User: "ann", Actors: []session.Actor{{ID: "spiffe://corp/of-" + tenant}}}
+		content.Records = append(content.Records, session.TrailRecord{Decision: session.DecisionDenied, Cause: session.CauseRevoked, Count: 1, First: now, Last: now, Caller: c, Tool: "of-" + tenant})
+		content.Sightings = append(content.Sightings, session.Sighting{Caller: c, First: now, Last: now, Calls: 1})
+	}
+	r := session.Report{Enforcer: "eu", Boot: session.WriterID{1}, Count: 1, Time: now}
+	frame, _, err := r.Seal(content, key, e.ReceiptKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The bus may not have the enforcer's account yet.
+	f.until(func() bool { return feed.Report(f.ctx, frame) == nil })
+	f.until(func() bool { return len(f.trail(authority.TrailQuery{}).Records) > 0 })
+	tr := f.trail(authority.TrailQuery{})
+	if len(tr.Records) != 1 || tr.Records[0].Tool != "of-acme" || tr.Enforcers[0].Foreign != 2 {
+		t.Errorf("%+v", tr)
+	}
+	f.until(func() bool { return f.a.discovered.foreignOf("eu") == 2 })
+	if own, _ := f.a.discovered.list("acme", "", 10, func(registry.Ref) bool { return true }); len(own) != 1 {
+		t.Errorf("of its own tenant %+v", own)
+	}
+	if others, _ := f.a.discovered.list("beta", "", 10, func(registry.Ref) bool { return true }); len(others) != 0 {
+		t.Errorf("of another tenant %+v", others)
+	}
+	f.until(func() bool { return len(f.audited(authority.AuditQuery{Kind: authority.AuditReport})) == 1 })
+	if a := f.audited(authority.AuditQuery{Kind: authority.AuditReport})[0]; len(a.Trail) != 1 || a.Trail[0].Tool != "of-acme" || !strings.Contains(a.Detail, "1 calls of tenants") {
+		t.Errorf("%+v", a)
+	}
+	st, err := f.c.Status(f.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, "eu reported 2 times") }) {
+		t.Errorf("%q", st.Warnings)
 	}
 }
 

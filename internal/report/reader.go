@@ -56,13 +56,16 @@ var (
 	errAgain = fmt.Errorf("%w: heard already", ErrReport)
 )
 
-// Options configures a Reader. All but Logger and Believed are required.
+// Options configures a Reader. All but Logger, Serves and Believed are required.
 type Options struct {
 	JetStream jetstream.JetStream
 	// ReceiptKey finds the key of an enforcer that is, or was, in the roster.
 	ReceiptKey func(enforcer string) (ed25519.PublicKey, bool)
 	// Sealing finds the private half of a sealing key.
 	Sealing func(session.KeyID) (*ecdh.PrivateKey, bool)
+	// Serves reports whether an enforcer is, or was, enrolled for a tenant; nil is
+	// always. What it says of callers of other tenants is left out; see Own.
+	Serves func(enforcer, tenant string) bool
 	// Believed, if not nil, is called with each report that is believed, once
 	// per Reader and in the order of the stream, with its frame's hash. It must not
 	// call the Reader.
@@ -288,6 +291,18 @@ func (r *Reader) Enforcers() (list []authority.TrailEnforcer, strangers uint64) 
 	return list, r.strangers
 }
 
+// Own takes out of a report's content what an enforcer may not speak of: callers of
+// tenants for which it is not enrolled. It could have prepared none of them, and
+// could not be held to what it says of them by anybody there. Callers of whom no
+// tenant is known stay. It returns how many records and sightings it took out.
+func Own(enforcer string, c *session.TrailContent, serves func(enforcer, tenant string) bool) int {
+	n := len(c.Records) + len(c.Sightings)
+	foreign := func(x *session.Caller) bool { return x.Tenant != "" && !serves(enforcer, x.Tenant) }
+	c.Records = slices.DeleteFunc(c.Records, func(t session.TrailRecord) bool { return foreign(&t.Caller) })
+	c.Sightings = slices.DeleteFunc(c.Sightings, func(t session.Sighting) bool { return foreign(&t.Caller) })
+	return n - len(c.Records) - len(c.Sightings)
+}
+
 // opened is a believed report with its content.
 type opened struct {
 	*session.Report
@@ -349,6 +364,9 @@ func (r *Reader) contents(ctx context.Context, enforcer string, since time.Time,
 		if content == nil || err != nil {
 			st.Unreadable++
 			continue
+		}
+		if r.o.Serves != nil {
+			st.Foreign += uint64(Own(i.name, content, r.o.Serves))
 		}
 		if !newest[i.name] {
 			newest[i.name] = true

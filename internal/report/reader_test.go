@@ -363,6 +363,40 @@ func TestQueries(t *testing.T) {
 
 // TestSeenAreAddedUp: a caller's later report says more of the same; that of
 // another boot, of another enforcer, or from after it was forgotten, is added.
+// An enforcer is believed about the callers of its own tenants, and about those of
+// whom it knows no tenant.
+func TestWhatIsForeignIsLeftOut(t *testing.T) {
+	w := newWorld(t)
+	w.opts.Serves = func(enforcer, tenant string) bool { return enforcer == "b" || tenant == "acme" }
+	w.reader = NewReader(w.opts)
+	foreign, nobody := denied("carol", "foreign"), denied("", "nobody")
+	foreign.Caller.Tenant, nobody.Caller.Tenant = "beta", ""
+	sighting := func(tenant string) session.Sighting {
+		return session.Sighting{Caller: session.Caller{Tenant: tenant, User: "carol"}, First: 1, Last: 2, Calls: 1}
+	}
+	for _, name := range []string{"a", "b"} {
+		a := w.author(name, 1)
+		a.next.Count, a.next.Time = 1, session.InstantOf(time.Now())
+		frame, _, err := a.next.Seal(&session.TrailContent{
+			Records: []session.TrailRecord{denied("alice", "own"), foreign, nobody}, Sightings: []session.Sighting{sighting("acme"), sighting("beta")},
+		}, a.key.PublicKey().Bytes(), a.signer[name])
+		must(t, err)
+		w.send(name, frame)
+	}
+	w.stored(2)
+	for name, want := range map[string]string{"a": "[own nobody]", "b": "[own foreign nobody]"} {
+		tools, of := w.tools(authority.TrailQuery{Enforcer: name})
+		if fmt.Sprint(tools) != want || of[name].Foreign != map[string]uint64{"a": 2}[name] {
+			t.Errorf("%s: %v, %+v", name, tools, of)
+		}
+		seen, err := w.reader.Seen(w.ctx, authority.TrailQuery{Enforcer: name}, nil)
+		must(t, err)
+		if len(seen.Seen) != map[string]int{"a": 1, "b": 2}[name] || seen.Enforcers[0].Foreign != map[string]uint64{"a": 2}[name] {
+			t.Errorf("%s: %+v", name, seen)
+		}
+	}
+}
+
 func TestSeenAreAddedUp(t *testing.T) {
 	w := newWorld(t)
 	send := func(a *author, list ...session.Sighting) {

@@ -165,6 +165,9 @@ type TrailEnforcer struct {
 	// Unreadable counts, of those that were looked at, the ones that no key here
 	// opens.
 	Unreadable uint64 `json:"unreadable"`
+	// Foreign counts, of those that were looked at, the records and sightings of
+	// callers of tenants for which the enforcer is not enrolled. They are left out.
+	Foreign uint64 `json:"foreign"`
 	// The enforcer's own totals since its start, by its newest report, if that
 	// was looked at; see session.TrailTotals.
 	Calls     uint64 `json:"calls"`
