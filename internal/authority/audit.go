@@ -298,6 +298,9 @@ func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash
 		content.Sightings = nil // they are not recorded
 		foreign = report.Own(r.Enforcer, content, a.serves)
 	}
+	if foreign > 0 {
+		rec.Detail = fmt.Sprintf("%d calls of tenants for which it is not enrolled are left out", foreign)
+	}
 	switch {
 	case content == nil:
 		rec.Detail = "it cannot be opened with the keys that are here"
@@ -305,14 +308,11 @@ func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash
 		return // callers that were seen, and totals
 	case !a.watched.room(r.Enforcer, len(r.Sealed)):
 		rec.Report.Withheld = uint64(len(content.Records))
-		rec.Detail = "the enforcer reports more than the audit keeps of it"
+		rec.Detail = strings.TrimPrefix(rec.Detail+"; the enforcer reports more than the audit keeps of it", "; ")
 	default:
 		more := a.trailsOf(&rec, report.Records(r, content))
 		a.audit.NoteReport(seq, rec, more...)
 		return
-	}
-	if foreign > 0 {
-		rec.Detail = strings.Trim(fmt.Sprintf("%s; %d calls of tenants for which it is not enrolled are left out", rec.Detail, foreign), "; ")
 	}
 	a.audit.NoteReport(seq, rec)
 }
