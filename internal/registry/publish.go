@@ -122,9 +122,8 @@ type published struct {
 	index *session.AgentIndex
 	ref   session.AgentsRef
 	mark  agentMark // of the registry that it is made of
-	key   session.KeyID
-	set   uint64 // version of the key set
-	seq   uint64 // of the index in its stream; what the next must come after
+	set   uint64    // version of the key set
+	seq   uint64    // of the index in its stream; what the next must come after
 }
 
 // Run publishes until ctx ends.
@@ -222,8 +221,8 @@ func (p *Publisher) publish(ctx context.Context, have *published, mark agentMark
 			return nil, err
 		}
 	}
-	next := &published{mark: mark, key: session.KeyIDOf(key.Public().(ed25519.PublicKey)), set: ks.Version}
-	if have.index != nil && have.index.Parts == index.Parts && have.index.Epoch == ks.Epoch && have.key == next.key {
+	next := &published{mark: mark, set: ks.Version}
+	if have.index != nil && have.index.Parts == index.Parts && have.index.Epoch == ks.Epoch {
 		next.index, next.ref, next.seq = have.index, have.ref, have.seq
 		return next, nil
 	}
@@ -344,7 +343,7 @@ func (p *Publisher) stored(ctx context.Context) (*published, error) {
 		return out, nil
 	}
 	if out.index, err = session.UnmarshalAgentIndex(f.Body); err == nil {
-		out.ref, out.key = session.AgentsRef{Version: out.index.Version, Sum: f.Hash()}, f.Key
+		out.ref = session.AgentsRef{Version: out.index.Version, Sum: f.Hash()}
 	}
 	return out, nil
 }

@@ -320,6 +320,18 @@ func TestAgentsOnAHostileBus(t *testing.T) {
 			b.storeTable(index, parts)
 			b.name(index)
 		}, "cannot be read: frame refused: key not trusted"},
+		"another index under the version that is named": {func(b *bus) {
+			index, parts := b.table(6, b.signer, evil)
+			b.storeTable(index, parts)
+			index, _ = b.table(6, b.signer, good, registered{"acme", "spiffe://acme/agent/x", nil})
+			b.name(index)
+		}, "is not in the store"},
+		"the signature is nobody's": {func(b *bus) {
+			index, parts := b.table(6, b.signer, evil)
+			index[len(index)-1] ^= 1
+			b.storeTable(index, parts)
+			b.name(index)
+		}, "bad signature"},
 		"the index is withheld": {func(b *bus) {
 			index, _ := b.table(6, b.signer, evil)
 			b.name(index)

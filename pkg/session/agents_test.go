@@ -200,7 +200,7 @@ func TestActingAgents(t *testing.T) {
 		}
 		return k.Digest
 	}
-	code := "code:sha256:" + sha256Hex
+	code, model := "code:sha256:"+sha256Hex, "model:sha256:"+sha256Hex
 	for name, c := range map[string]struct {
 		id   Identity
 		want []Digest
@@ -211,12 +211,12 @@ func TestActingAgents(t *testing.T) {
 		"a client like nothing": {Identity{Client: "spiffe://a/"}, nil},
 		"a user":                {Identity{User: "u"}, nil},
 	} {
-		c.id.Tenant, c.id.Issuer, c.id.Digests = "acme", "i", []string{code}
+		c.id.Tenant, c.id.Issuer, c.id.Digests = "acme", "i", []string{code, model}
 		p, err := s.Prepare(c.id)
 		if err != nil {
 			t.Fatal(name, err)
 		}
-		want := []SortedDigest{{DigestCode, s.valueDigest(KindDigest, "", code)}}
+		want := []SortedDigest{{DigestCode, s.valueDigest(KindDigest, "", code)}, {DigestModel, s.valueDigest(KindDigest, "", model)}}
 		if d := cmp.Diff(c.want, p.Agents()); d != "" || cmp.Diff(want, p.Presented()) != "" {
 			t.Error(name, d, p.Presented())
 		}
