@@ -210,8 +210,11 @@ func subject(c *issuers.Tokens, visible access.Scope, sub api.SubjectID) (author
 	default:
 		return authority.Target{}, invalid("use iss_sub, opaque or email, with the members of that format and no others", "unsupported subject identifier %.64q", format)
 	}
-	if value == "" {
+	switch {
+	case value == "":
 		return authority.Target{}, invalid("name the user", "the subject identifier names nobody")
+	case len(asked) > session.MaxValueLen:
+		return authority.Target{}, invalid("name one of the configuration", "the issuer is longer than %d bytes", session.MaxValueLen)
 	}
 	var of []*issuers.Issuer
 	for i := range c.Issuers {

@@ -44,12 +44,12 @@ const (
 
 // minter mints the tokens of an issuer.
 type minter struct {
-	t   *testing.T
+	t   testing.TB
 	url string
 	key *ecdsa.PrivateKey
 }
 
-func newMinter(t *testing.T, url string) *minter {
+func newMinter(t testing.TB, url string) *minter {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)

@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +22,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"github.com/interlock-fabric/interlock/internal/api/apitest"
+	"github.com/interlock-fabric/interlock/internal/issuers"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/session"
 	"github.com/interlock-fabric/interlock/pkg/trail"
@@ -38,8 +41,19 @@ type described struct {
 
 func startDescribed(t testing.TB) *described {
 	t.Helper()
-	d := &described{fixture: start(t, Options{Issuers: []string{"https://login.example"}, Tenants: []string{"acme", longTenant}})}
-	var err error
+	const idp = "https://login.example"
+	dir := t.TempDir()
+	config := fmt.Sprintf("audiences: [https://tools.example/mcp]\nissuers:\n- {url: %q, tenant: acme, jwks_file: keys.json}\nemail_issuer: %q\n", idp, idp)
+	for name, b := range map[string][]byte{"keys.json": newMinter(t, idp).keys(), "tokens.yaml": []byte(config)} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tokens, err := issuers.LoadTokens(filepath.Join(dir, "tokens.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &described{fixture: start(t, Options{Issuers: []string{idp}, Tenants: []string{"acme", longTenant}, Tokens: tokens})}
 	if d.doc, err = apitest.Load(); err != nil {
 		t.Fatal(err)
 	}
