@@ -3,6 +3,8 @@ package authority
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -124,4 +126,16 @@ func TestAlteredCodeLosesItsIdentity(t *testing.T) {
 	replace(4)
 	everywhere("after a restart", nil, billing, codeDigest(4))
 	everywhere("after a restart, what was replaced", session.ErrDigest, billing, codeDigest(3))
+
+	// What cannot be published is said.
+	if js, err = jetstream.New(f.a.nc); err != nil {
+		t.Fatal(err)
+	}
+	if err := js.DeleteStream(f.ctx, natsfeed.AgentStream); err != nil {
+		t.Fatal(err)
+	}
+	f.until(func() bool {
+		st, err := f.c.Status(f.ctx)
+		return err == nil && slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, "registered agents are not published") })
+	})
 }

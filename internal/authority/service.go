@@ -360,6 +360,11 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 		if r.Refused > 0 {
 			warn("%d messages in the registry's log were written by no authority, or altered", r.Refused)
 		}
+		if p := a.agents.Load(); p != nil {
+			if err := p.Status().Err; err != nil {
+				warn("the registered agents are not published, and enforcers that hold callers against them will deny: %v", err)
+			}
+		}
 	}
 	s.KillsInForce = a.kills(scope)
 	for _, k := range s.KillsInForce {

@@ -143,7 +143,10 @@ func (p *Publisher) Run(ctx context.Context) {
 		now := time.Now()
 		if !p.o.Writer() {
 			p.ref.Store(nil) // another's heartbeats name it
-			have, good, failing = nil, now, false
+			if have, good = nil, now; failing {
+				failing = false
+				p.state.Store(&PublisherStatus{})
+			}
 			continue
 		}
 		mark, err := p.o.Registry.agentMark()
