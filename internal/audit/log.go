@@ -118,10 +118,11 @@ type Log struct {
 // item is a record that waits for the store.
 type item struct {
 	body     []byte
-	more     [][]byte // bodies that are stored together with it
-	report   uint64   // its place in the stream of reports
-	recovers Place    // of the decision, if it is that of another run
-	decision string   // that it is the record of
+	more     [][]byte              // bodies that are stored together with it
+	report   uint64                // its place in the stream of reports
+	recovers Place                 // of the decision, if it is that of another run
+	decision string                // that it is the record of
+	record   authority.AuditRecord // of it
 	floor    *floor
 	done     chan struct{}
 	err      error
@@ -289,7 +290,9 @@ func (l *Log) enqueueItem(r authority.AuditRecord, it *item) (*item, error) {
 	r.Authority = l.o.Authority
 	var err error
 	it.body, err = encode(r)
-	it.decision, it.done = decisionOf(&r), make(chan struct{})
+	if it.decision, it.done = decisionOf(&r), make(chan struct{}); it.decision != "" {
+		it.record = r
+	}
 	if err == nil {
 		err = l.add(it)
 	}
@@ -482,7 +485,22 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 	at, walked := l.at, l.walked
 	done := make([]bool, len(items))
 	for i, it := range items {
-		done[i] = it.recovers != Place{} && l.seen.has(it.decision)
+		switch {
+		case !l.seen.has(it.decision):
+		case it.recovers != Place{}:
+			done[i] = true
+		default:
+			// It was recovered from the log meanwhile: this one says who asked, and
+			// is not its record any more.
+			it.record.Duplicate, it.decision = true, ""
+			body, err := encode(it.record)
+			if err != nil {
+				l.mu.Unlock()
+				return nil, nil, err
+			}
+			l.bytes += len(body) - len(it.body)
+			it.body = body
+		}
 	}
 	l.mu.Unlock()
 	st := &statement{

@@ -97,6 +97,15 @@ func TestRecoveredTooLate(t *testing.T) {
 	if missing, _, err := l.Unrecorded(s.ctx, ids, time.Now()); err != nil || len(missing) != 0 {
 		t.Errorf("%v, %v", missing, err)
 	}
+	// One of an author who was not heard of for too long comes behind it, and says
+	// who asked.
+	must(t, l.Recover(s.ctx, []Recovered{recovered(5)}))
+	must(t, author.Append(s.ctx, decision(5)))
+	p, err := l.Records(s.ctx, authority.AuditQuery{Limit: 1}, nil)
+	must(t, err)
+	if e := p.Records[0]; s.records(l)[decision(5).Decision] != 1 || !e.Duplicate || e.Recovered || e.Principal.Name == "" || e.Decision != decision(5).Decision {
+		t.Errorf("%+v", e)
+	}
 	// Who does not get an answer is told so, and the record goes on waiting.
 	must(t, l.Close())
 	ctx, cancel := context.WithCancel(s.ctx)

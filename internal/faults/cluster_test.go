@@ -1,7 +1,9 @@
 package faults
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -15,6 +17,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/interlock-fabric/interlock/internal/audit"
 	service "github.com/interlock-fabric/interlock/internal/authority"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -234,6 +237,48 @@ func TestClusterLosesALeader(t *testing.T) {
 	t.Run("the writer", func(t *testing.T) { loseServer(t, true) })
 }
 
+// onRecord waits until each decision has exactly one record, in a chain that is
+// sound: of one that the authority could not say anything about, made from the log.
+func (c *cluster) onRecord(samples []*sample, at *authority.Client) {
+	c.t.Helper()
+	want := map[string]bool{}
+	for _, s := range samples {
+		want[s.v.denied.Load().id] = true
+	}
+	var have map[string]int
+	recovered := 0
+	complete := func() bool {
+		var b bytes.Buffer
+		if err := at.ExportAudit(c.t.Context(), authority.AuditQuery{}, &b); err != nil {
+			c.t.Log(err)
+			return false
+		}
+		r, err := audit.Verify(bytes.NewReader(b.Bytes()), c.keys.Root(), nil)
+		must(c.t, err)
+		if !r.Sound {
+			c.t.Fatalf("%+v", r.Faults)
+		}
+		have, recovered = map[string]int{}, 0
+		for line := range bytes.Lines(b.Bytes()) {
+			var l struct{ Body authority.AuditRecord }
+			must(c.t, json.Unmarshal(line, &l))
+			if e := &l.Body; e.Kind == authority.AuditDecision && e.Sequence > 0 && !e.Duplicate && want[e.Decision] {
+				if have[e.Decision]++; e.Recovered {
+					recovered++
+				}
+			}
+		}
+		return len(have) == len(want)
+	}
+	eventually(c.t, slack*patience, "every decision has its record", complete)
+	for id, n := range have {
+		if n != 1 {
+			c.t.Errorf("%s has %d records", id, n)
+		}
+	}
+	c.t.Logf("%d decisions on record, %d of them from the log", len(have), recovered)
+}
+
 func loseServer(t *testing.T, killWriter bool) {
 	c := newCluster(t)
 	writer := c.writer()
@@ -346,4 +391,5 @@ func loseServer(t *testing.T, killWriter bool) {
 	if len(l.at) < len(samples) {
 		t.Errorf("%d decisions were made durable, %d are in the log", len(samples), len(l.at))
 	}
+	c.onRecord(samples, through.client)
 }

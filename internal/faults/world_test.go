@@ -188,6 +188,7 @@ type caller struct {
 type acknowledged struct {
 	epoch, number uint64
 	at            time.Time
+	id            string
 }
 
 // crowd is the callers of a test.
@@ -235,7 +236,7 @@ func (v *caller) revoke(ctx context.Context, c *authority.Client) (*authority.De
 	v.asked.Store(true)
 	d, err := c.DecideOnce(ctx, "revoke "+v.sid, v.request())
 	if err == nil && d.Durable {
-		v.denied.CompareAndSwap(nil, &acknowledged{d.Epoch, d.Number, time.Now()})
+		v.denied.CompareAndSwap(nil, &acknowledged{d.Epoch, d.Number, time.Now(), d.ID})
 	}
 	return d, err
 }

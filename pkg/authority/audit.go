@@ -100,7 +100,7 @@ type AuditRecord struct {
 	Recovered bool `json:"recovered,omitempty"`
 	// Pending is set when the log had not said, when the record was made, that
 	// it has stored the decision; Duplicate when it had been taken before under
-	// the same idempotency key.
+	// the same idempotency key, or recorded before from the log.
 	Pending   bool `json:"pending,omitempty"`
 	Duplicate bool `json:"duplicate,omitempty"`
 	Drill     bool `json:"drill,omitempty"`
