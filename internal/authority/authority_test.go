@@ -373,24 +373,30 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-// Two authorities on one store take decisions, share the roster, and each knows
-// where the other's decisions are in force.
-func TestTwoAuthoritiesOnOneStore(t *testing.T) {
-	dir := t.TempDir()
-	a := start(t, Options{DataDir: filepath.Join(dir, "a")})
-	if err := os.CopyFS(filepath.Join(dir, "b", KeysDir), os.DirFS(filepath.Join(dir, "a", KeysDir))); err != nil {
-		t.Fatal(err)
+// second starts another authority, with the same keys, on the bus of f's.
+func (f *fixture) second() *fixture {
+	f.Helper()
+	dir := filepath.Join(f.TempDir(), "second")
+	if err := os.CopyFS(filepath.Join(dir, KeysDir), os.DirFS(filepath.Join(f.a.o.DataDir, KeysDir))); err != nil {
+		f.Fatal(err)
 	}
 	// Copies are made with the umask; keys must be their owner's alone.
-	if err := filepath.WalkDir(filepath.Join(dir, "b"), func(path string, d fs.DirEntry, err error) error {
+	if err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
 			err = os.Chmod(path, 0o600)
 		}
 		return err
 	}); err != nil {
-		t.Fatal(err)
+		f.Fatal(err)
 	}
-	b := start(t, Options{DataDir: filepath.Join(dir, "b"), NATSURL: "nats://" + a.a.NATSAddr()})
+	return start(f.TB, Options{DataDir: dir, NATSURL: "nats://" + f.a.NATSAddr(), Issuers: f.a.o.Issuers, Access: f.a.o.Access})
+}
+
+// Two authorities on one store take decisions, share the roster, and each knows
+// where the other's decisions are in force.
+func TestTwoAuthoritiesOnOneStore(t *testing.T) {
+	a := start(t, Options{})
+	b := a.second()
 	e := a.enforcer("tools", enforce.Options{})
 	b.until(func() bool {
 		list := b.a.enforcers()
