@@ -1,12 +1,15 @@
 package authority
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/registry"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
@@ -76,4 +79,64 @@ func BenchmarkRegistryAPI(b *testing.B) {
 			b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
 		})
 	}
+}
+
+// BenchmarkDecide measures how long a decision takes until it is durable, on a disk
+// that is synced with every write: in the log alone, and in the log and the audit,
+// as everybody waits for it.
+func BenchmarkDecide(b *testing.B) {
+	for _, at := range []int{1, 16} {
+		for _, audited := range []bool{false, true} {
+			b.Run(fmt.Sprintf("audit=%t/at once=%d", audited, at), func(b *testing.B) { benchmarkDecide(b, at, audited) })
+		}
+	}
+}
+
+func benchmarkDecide(b *testing.B, at int, audited bool) {
+	a, err := Open(b.Context(), Options{DataDir: b.TempDir(), Issuers: []string{issuer}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		if err := a.Close(); err != nil {
+			b.Error(err)
+		}
+	}()
+	ctx := access.With(b.Context(), access.NewPrincipal("bench", access.MeansSocket, access.Grant{Role: access.Commander, Tenants: []string{access.Everywhere}}))
+	decide := func(i int) error {
+		r := authority.Request{Operation: authority.Revoke, Reason: "anomaly", Targets: one("session", fmt.Sprint("s-", i)), Commit: true}
+		if audited {
+			d, err := a.Decide(ctx, fmt.Sprint(i), r)
+			if err == nil && !d.Durable {
+				err = errors.New("not durable")
+			}
+			return err
+		}
+		d, err := a.decide(ctx, a.planner(access.From(ctx)), fmt.Sprint(i), r)
+		if err == nil && !d.Durable {
+			err = errors.New("not durable")
+		}
+		return err
+	}
+	took := make([]time.Duration, b.N)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	b.ResetTimer()
+	for range at {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
+				began := time.Now()
+				if err := decide(int(i)); err != nil {
+					b.Error(err)
+					return
+				}
+				took[i] = time.Since(began)
+			}
+		})
+	}
+	wg.Wait()
+	b.StopTimer()
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
 }
