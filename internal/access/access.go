@@ -201,6 +201,7 @@ const (
 	MeansToken     Means = "token"     // a token of an issuer
 	MeansCert      Means = "cert"      // a client certificate
 	MeansClient    Means = "client"    // an OAuth client's secret
+	MeansEmergency Means = "emergency" // an order that an emergency key signed
 )
 
 // Everywhere is all tenants, those to come included, as a tenant of a Grant.

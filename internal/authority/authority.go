@@ -255,6 +255,9 @@ func (a *Authority) open(ctx context.Context) error {
 	a.hub = newHub(func(id session.TenantID) string { return a.store.KeySet().TenantName(id) })
 	a.tracker = roster.NewTracker((*logView)(a), a.accepted)
 	a.hub.tracker, a.hub.list = a.tracker, a.enforcers
+	if _, err := a.nc.Subscribe(natsfeed.OrderSubjects, func(m *nats.Msg) { a.hearOrder(m.Data, "the bus", true) }); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
 	// The log is heard before anything can be decided.
 	if _, err := a.nc.Subscribe(natsfeed.LogSubject, a.onBatch); err != nil {
 		return fmt.Errorf("authority: %w", err)
@@ -321,7 +324,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if a.broker != nil {
 		a.done.Go(func() { a.tendStore(run) })
 	}
-	a.done.Go(func() { a.tendOrders(run) })
+	a.done.Go(func() { a.tendOrders(run, js) })
 	if o.Tokens != nil {
 		t, err := a.newTokens(o.Tokens)
 		if err != nil {
@@ -703,6 +706,9 @@ func busUsers(list []roster.Enforcer) []broker.Enforcer {
 
 // accepted takes what a believed receipt says of the log itself.
 func (a *Authority) accepted(r *session.Receipt) {
+	for _, frame := range r.Orders {
+		a.hearOrder(frame, "enforcer "+r.Enforcer, true)
+	}
 	if r.Confirmed != r.Number || a.seq == nil {
 		return // its head is not one that it knows to be in the log
 	}

@@ -189,6 +189,9 @@ func linesOf(entries []session.Entry, tenant func(session.TenantID) string) (lin
 	index := map[authority.EntryLine]int{}
 	for i := range entries {
 		e := &entries[i]
+		if e.Key.Tenant == session.FabricTenant {
+			continue // the fabric's own books
+		}
 		l := authority.EntryLine{
 			Operation: "set", Effect: e.Effect.String(), On: e.Key.Shape.String(), Tenant: tenant(e.Key.Tenant),
 			Reason: e.Reason.String(), Incident: e.Incident, Drill: e.Drill,

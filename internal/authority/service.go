@@ -288,6 +288,9 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 	if _, ok := ks.AuditKey(); !ok {
 		warn("there is no key to seal the audit and the enforcers' reports to: session-authority keys rotate --audit")
 	}
+	if scope.All() {
+		a.warnOfOrders(warn)
+	}
 	au := a.audit.Status()
 	if scope.All() {
 		s.Audit.Number, s.Audit.Waiting = au.Number, au.Waiting

@@ -989,7 +989,8 @@ func (t *tally) add(entries []session.Entry) error {
 		e := &entries[i]
 		s := slot{e.Key, e.Effect, e.Drill}
 		// Wide kills have a reserve: they are few, and must always be possible.
-		if e.Op != session.OpSet || e.Key.Shape <= session.Shape(session.KindTenant) {
+		// The fabric's own books have none: the root has counted what is in them.
+		if e.Op != session.OpSet || e.Key.Shape <= session.Shape(session.KindTenant) || e.Key.Tenant == session.FabricTenant {
 			continue
 		}
 		if _, ok := t.fresh[s]; ok || slices.ContainsFunc(t.set.Lookup(e.Key), func(r session.Record) bool {
