@@ -612,6 +612,15 @@ func TestAPIRefusesWhatIsBad(t *testing.T) {
 				d.refused("a header twice", o.Method, path, twice, body, 400)
 			}
 		}
+		if o.Raw["requestBody"] != nil && o.Body == nil {
+			form := http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
+			for what, b := range map[string]string{
+				"no token": "", "an empty one": "token=", "two": "token=a&token=b", "malformed": "token=%zz", "a semicolon": "token=a;token=b",
+			} {
+				d.refused(what, o.Method, path, form, []byte(b), 400)
+			}
+			d.refused("too large", o.Method, path, form, []byte("token="+strings.Repeat("a", authority.MaxBody)), 413)
+		}
 		if o.Body == nil {
 			d.refused("a body", o.Method, path, jsonBody, []byte("{}"), 400)
 			continue
@@ -705,6 +714,7 @@ func FuzzAPI(f *testing.F) {
 	}
 	for i, o := range d.doc.Operations {
 		f.Add(uint8(i), "1", "", "", "", []byte(nil))
+		f.Add(uint8(i), "1", "", "application/x-www-form-urlencoded", "", []byte("token=x&token_type_hint=access_token"))
 		for _, s := range o.Samples {
 			f.Add(uint8(i), "x", "", "application/json", "key", s.JSON(time.Now()))
 		}
