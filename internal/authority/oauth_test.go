@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -398,8 +399,36 @@ func TestIntrospectionIsTheIdentity(t *testing.T) {
 		})
 	}
 
-	// What cannot be shown to be fresh is not called active, nor inactive.
+	// Whoever has decided reads that in the next answer, though the enforcer is yet
+	// to hear of it.
 	deaf := s.a.tokens.now.enforcer
+	late, _, err := s.a.store.Enroll("late", []string{"acme"}, []string{"nats://127.0.0.1"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	feed := &lateFeed{mute: mute{natsfeed.NewAuthority(s.a.nc, "late")}}
+	behind, err := enforce.Open(s.ctx, feed, &enforce.Options{Enrollment: late})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.a.tokens.now.enforcer = behind
+	feed.late.Store(true)
+	if !s.active(token) {
+		t.Error("not active to begin with")
+	}
+	s.decide(authority.Request{Operation: authority.Suspend, Targets: []authority.Target{authority.One("acme", "session", issuer, "s1")}, Reason: "anomaly", Incident: "INC-2"})
+	p, err := behind.Prepare(want)
+	if err != nil || behind.Check(p, session.Call{}) != nil {
+		t.Errorf("the enforcer has heard of it, or is stale: %v, %v", err, behind.Check(p, session.Call{}))
+	}
+	if s.active(token) {
+		t.Error("what was acknowledged does not count")
+	}
+	if err := behind.Close(); err != nil {
+		t.Error(err)
+	}
+
+	// What cannot be shown to be fresh is not called active, nor inactive.
 	en, _, err := s.a.store.Enroll("deaf", nil, []string{"nats://127.0.0.1"}, "")
 	if err != nil {
 		t.Fatal(err)
@@ -420,6 +449,35 @@ func TestIntrospectionIsTheIdentity(t *testing.T) {
 		if code, _, body := s.post("idp", endpoint, "token=opaque-2"); code != 503 || !strings.Contains(body, `"temporarily_unavailable"`) {
 			t.Errorf("%s while the issuer cannot be asked: %d %s", endpoint, code, body)
 		}
+	}
+}
+
+// lateFeed withholds batches while it is late.
+type lateFeed struct {
+	mute
+	late atomic.Bool
+}
+
+func (f *lateFeed) Start(ctx context.Context, sink enforce.Sink) error {
+	return f.Feed.Start(ctx, lateSink{sink, f})
+}
+
+func (f *lateFeed) Log(ctx context.Context, from uint64, fn func(uint64, []byte) error) (uint64, error) {
+	if f.late.Load() {
+		<-ctx.Done()
+		return from, ctx.Err()
+	}
+	return f.Feed.Log(ctx, from, fn)
+}
+
+type lateSink struct {
+	enforce.Sink
+	f *lateFeed
+}
+
+func (s lateSink) Batch(frame []byte) {
+	if !s.f.late.Load() {
+		s.Sink.Batch(frame)
 	}
 }
 
