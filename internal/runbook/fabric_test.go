@@ -309,6 +309,7 @@ func (f *fabric) manage(host string, args []string) error {
 //	call TOKEN HOST     a caller has a call running through that enforcer
 //	get TOKEN HOST      a caller makes a call
 //	later-release       a later release writes to the log what this one does not know
+//	admitted KEYFILE    fails until the bus lets the holder of that emergency key in
 //	steal USER          somebody with the signing key suspends a user, behind the authority's back
 //	certificate DIR     the deployment's CA issues another certificate for the authority
 //	kill UNIT HOST      a process is killed
@@ -341,6 +342,16 @@ func (f *fabric) happen(args []string) error {
 		return nil
 	case "later-release":
 		return f.laterRelease()
+	case "admitted":
+		key, err := trust.LoadEmergencyKey(f.path("home", args[1]))
+		if err != nil {
+			return err
+		}
+		nc, err := f.dial(key.NATS.NKeySeed)
+		if err == nil {
+			nc.Close()
+		}
+		return err
 	case "steal":
 		return f.steal(args[1])
 	case "certificate":
@@ -423,21 +434,26 @@ func (f *fabric) write(body func(*session.Batch, *trust.Store) ([]byte, error)) 
 	if err != nil {
 		return err
 	}
-	kp, err := nkeys.FromSeed([]byte(store.AuthoritySeed()))
-	if err != nil {
-		return err
-	}
-	public, err := kp.PublicKey()
-	if err != nil {
-		return err
-	}
-	nc, err := nats.Connect("tls://"+f.busAddr[""], nats.Nkey(public, kp.Sign), nats.RootCAs(f.path("tls", "ca.pem")))
+	nc, err := f.dial(store.AuthoritySeed())
 	if err != nil {
 		return err
 	}
 	defer nc.Close()
 	_, err = nc.Request(natsfeed.LogSubject, frame, patience)
 	return err
+}
+
+// dial connects to the bus as who has a seed.
+func (f *fabric) dial(seed string) (*nats.Conn, error) {
+	kp, err := nkeys.FromSeed([]byte(seed))
+	if err != nil {
+		return nil, err
+	}
+	public, err := kp.PublicKey()
+	if err != nil {
+		return nil, err
+	}
+	return nats.Connect("tls://"+f.busAddr[""], nats.Nkey(public, kp.Sign), nats.RootCAs(f.path("tls", "ca.pem")))
 }
 
 // message is what systemctl and world ask of the test, which is where the

@@ -57,7 +57,7 @@ func TestRunbooks(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"incident.md", "drill.md", "lost-key.md", "key-rotation.md", "restore.md", "two-commanders.md", "upgrade.md"} {
+	for _, name := range []string{"incident.md", "drill.md", "lost-key.md", "key-rotation.md", "offline-kill.md", "restore.md", "two-commanders.md", "upgrade.md"} {
 		if pages[name] == nil {
 			t.Errorf("there is no runbook %s", name)
 		}
