@@ -483,6 +483,8 @@ func TestWhoMayDoWhat(t *testing.T) {
 		{"GET /v1/proposals", "", "", 200, roles{r, c, a}, false},
 		{"POST /v1/proposals", "", decision("suspend", "", `{"kind":"tenant","value":"acme"}`), 201, roles{c}, false},
 		{"POST /v1/proposals", "", decision("kill", "", `{"kind":"global"}`), 201, roles{c}, true},
+		{"GET /v1/restores", "", "", 200, roles{r, c, a}, false},
+		{"POST /v1/restores/{id}/abort", "/v1/restores/STAGED/abort", "", 200, roles{c}, false},
 		{"GET /v1/exemptions", "", "", 200, roles{r, c, a}, false},
 		{"POST /v1/exemptions", "", `{"target":{"tenant":"acme","terms":[{"kind":"role","value":"NEW"}]},"owner":"o","reason":"r"}`, 201, roles{c}, false},
 		{"POST /v1/exemptions", "", `{"target":{"tenant":"acme","terms":[{"kind":"role","value":"NEW"}]},"global":true,"owner":"o","reason":"r"}`, 201, roles{c}, true},
@@ -509,8 +511,10 @@ func TestWhoMayDoWhat(t *testing.T) {
 					path = strings.Replace(path, "ID", s.propose(s.as(name, "commander-all"), "suspend", "acme").ID, 1)
 				}
 				path = strings.Replace(path, "EXEMPT", s.exemption(path, name), 1)
+				path = strings.Replace(path, "STAGED", s.staged(path), 1)
 				code, _, got := s.do(s.as("p", string(role)+"-"+where), method, path, body)
 				s.noExemptions()
+				s.noRestores()
 				may := slices.Contains(e.may, role) && (where == "all" || !e.everywhere)
 				what := fmt.Sprintf("%s of %s: %s %s %s", role, where, method, path, body)
 				switch {
@@ -826,6 +830,43 @@ func (s *served) exemption(path, name string) string {
 		s.Fatalf("exempt: %d %s", code, got)
 	}
 	return x.ID
+}
+
+// staged begins a staged restore of a kill for a path that names one, and returns
+// its id.
+func (s *served) staged(path string) string {
+	s.Helper()
+	if !strings.Contains(path, "STAGED") {
+		return ""
+	}
+	acme := []authority.Target{authority.One("", "tenant", "", "acme")}
+	if _, err := s.op.Decide(s.Context(), authority.Request{Operation: authority.Kill, Targets: acme, Reason: "anomaly", Incident: "INC-1", Commit: true}); err != nil {
+		s.Fatal(err)
+	}
+	d, err := s.op.Decide(s.Context(), authority.Request{
+		Operation: authority.Restore, Targets: acme, Stages: []string{"1%", "100%"}, Hold: authority.Duration(time.Hour), Incident: "INC-1", Commit: true,
+	})
+	if err != nil || d.Restore == nil {
+		s.Fatalf("%+v, %v", d, err)
+	}
+	return d.Restore.ID
+}
+
+// noRestores aborts all.
+func (s *served) noRestores() {
+	s.Helper()
+	list, err := s.op.Restores(s.Context())
+	if err != nil {
+		s.Fatal(err)
+	}
+	for _, x := range list {
+		if x.State != authority.RestoreRunning {
+			continue
+		}
+		if _, err := s.op.AbortRestore(s.Context(), x.ID); err != nil {
+			s.Fatal(err)
+		}
+	}
 }
 
 // noExemptions removes all.

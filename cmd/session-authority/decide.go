@@ -23,7 +23,9 @@ type decisionFlags struct {
 	issuedBefore, until, share                         string
 	exceptList                                         []string
 	forTime, wait                                      time.Duration
-	drill, commit, credentials, noExemptions           bool
+	drill, commit, credentials, noExemptions, abort    bool
+	stages                                             []string
+	hold                                               time.Duration
 }
 
 type verb struct {
@@ -60,10 +62,17 @@ is restored. With --credentials, what was issued before the restoring stays dead
   session-authority kill global --offline --key emergency.json --reason "agents run wild" --incident INC-143 --commit`, "except credentials"},
 	{authority.Restore, "restore TARGET", "Lift a kill, or a revocation", "restored", `Lifts a kill, in stages if wanted; or the revocation of what can be restored,
 which leaves everything issued before now dead. A session, token, credential or
-key that was revoked never comes back.`,
+key that was revoked never comes back.
+
+With --staged the authority takes the stages by itself, and holds each for --hold:
+shares of the sessions, and of a global kill also tenants. session-authority
+restores shows what to watch meanwhile, and --abort kills again.`,
 		`  session-authority restore global --share 10% --incident INC-143 --commit
   session-authority restore global --incident INC-143 --commit
-  session-authority restore user alice --incident INC-142 --commit`, "share"},
+  session-authority restore global --staged 1%,10%,50%,100% --hold 5m --incident INC-143 --commit
+  session-authority restore global --staged acme,10%,100% --hold 5m --incident INC-143 --commit
+  session-authority restore global --abort
+  session-authority restore user alice --incident INC-142 --commit`, "share staged"},
 }
 
 func newDecisionCommands(g *globals) []*cobra.Command {
@@ -132,6 +141,10 @@ what is missing. What a target is: session-authority help targets.
 			f.StringVar(&d.effect, name, "", "lift only suspended, step_up or reduced")
 		case "share":
 			f.StringVar(&d.share, name, "", "set this part of the sessions free, as in 25%")
+		case "staged":
+			f.StringSliceVar(&d.stages, name, nil, "lift a kill step by step, as in 1%,10%,100%; of a global one tenants too, as in acme,100%")
+			f.DurationVar(&d.hold, "hold", 0, "how long each stage is held (5m where there are stages)")
+			f.BoolVar(&d.abort, "abort", false, "kill again what the staged restore of the target has set free")
 		case "credentials":
 			f.BoolVar(&d.credentials, name, false, "revoke the credentials there are: they stay dead after restoring")
 		}
@@ -214,7 +227,7 @@ func parseShare(s string) (float64, error) {
 func (d *decisionFlags) request(op authority.Operation, args []string, now time.Time) (authority.Request, error) {
 	r := authority.Request{
 		Operation: op, Effect: d.effect, For: authority.Duration(d.forTime), Reason: d.reason, Incident: d.incident,
-		ACR: d.acr, Credentials: d.credentials, NoExemptions: d.noExemptions, Drill: d.drill, Commit: d.commit, BreakGlass: d.glass,
+		ACR: d.acr, Credentials: d.credentials, NoExemptions: d.noExemptions, Stages: d.stages, Hold: authority.Duration(d.hold), Drill: d.drill, Commit: d.commit, BreakGlass: d.glass,
 	}
 	target, err := parseTarget(args, d.tenant, d.issuer)
 	if err != nil {
@@ -228,6 +241,9 @@ func (d *decisionFlags) request(op authority.Operation, args []string, now time.
 		if r.Expires, err = time.Parse(time.RFC3339Nano, d.until); err != nil {
 			return r, cli.Usagef("--until %.64q is not a time: give one like 2026-11-22T09:00:00Z, or use --for 30m", d.until)
 		}
+	}
+	if len(r.Stages) > 0 && r.Hold == 0 {
+		r.Hold = authority.Duration(defaultHold)
 	}
 	if d.forTime < 0 {
 		return r, cli.Usagef("--for %s is in the past: give a time to come", d.forTime)
@@ -274,6 +290,9 @@ func decide(cmd *cobra.Command, g *globals, v verb, d *decisionFlags, args []str
 		return err
 	}
 	defer c.Close()
+	if d.abort {
+		return abort(cmd, g, c, v, d, &r)
+	}
 	if d.key == "" {
 		d.key = rand.Text()
 	}

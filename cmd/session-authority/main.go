@@ -109,7 +109,7 @@ running.
 	f.StringVar(&g.clientCert, "client-cert", os.Getenv("INTERLOCK_CLIENT_CERT"), "client certificate for --url, PEM, in place of a token (INTERLOCK_CLIENT_CERT)")
 	f.StringVar(&g.clientKey, "client-key", os.Getenv("INTERLOCK_CLIENT_KEY"), "its key, PEM (INTERLOCK_CLIENT_KEY)")
 	f.BoolVar(&g.json, "json", false, "print JSON")
-	cli.AddGroup(root, "Respond", append(newDecisionCommands(g), newProposalsCommand(g), newExemptionsCommand(g))...)
+	cli.AddGroup(root, "Respond", append(newDecisionCommands(g), newProposalsCommand(g), newExemptionsCommand(g), newRestoresCommand(g))...)
 	cli.AddGroup(root, "Look", newStatusCommand(g), newWatchCommand(g), newExplainCommand(g), newDecisionsCommand(g), newTrailCommand(g), newAuditCommand(g), newReceiptsCommand(g), newIncidentCommand(g), newAgentsCommand(g), newSessionsCommand(g), newEnforcersCommand(g))
 	cli.AddGroup(root, "Run", newDemoCommand(), newServeCommand(g), newInitCommand(g), newKeysCommand(g), newEpochCommand(g), newEnrollCommand(g), newRetireCommand(g), cli.NewVersionCommand(&g.json))
 	root.AddCommand(&cobra.Command{Use: "targets", Short: "What a decision can name", Long: helpTargets})

@@ -38,6 +38,9 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 	}
 	var parts []string
 	done := v.done
+	if s := d.Restore; s != nil && d.Operation == authority.Restore && s.Taken > 0 {
+		done += " " + s.Stages[s.Taken-1]
+	}
 	if r.Share > 0 && r.Share < 100 {
 		done += fmt.Sprintf(" %g%%", r.Share)
 	}
@@ -58,7 +61,11 @@ func (o *outcome) text(v verb, r *authority.Request, now time.Time) string {
 	if !o.durable() {
 		parts = append(parts, "not durable yet")
 	}
-	return strings.Join(parts, "; ") + "\n"
+	text := strings.Join(parts, "; ") + "\n"
+	if d.Restore != nil {
+		text += restoreText(d.Restore, now)
+	}
+	return text
 }
 
 // sparedText says whom a decision does not touch, one line each.

@@ -129,6 +129,9 @@ func statusText(s *authority.Status) string {
 			fmt.Fprintf(&b, "  %s: %d exempt, with %s\n", k.Target, k.Exempt, count(sessions, "live session"))
 		}
 	}
+	for i := range s.Restores {
+		b.WriteString(restoreText(&s.Restores[i], s.Time))
+	}
 	for _, w := range s.Warnings {
 		fmt.Fprintf(&b, "warning: %s\n", cli.OneLine(w))
 	}

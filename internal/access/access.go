@@ -168,6 +168,8 @@ var endpoints = map[string]Operation{
 	"GET /v1/proposals":                           ListProposals,
 	"POST /v1/proposals/{id}/approve":             Approve,
 	"POST /v1/proposals/{id}/withdraw":            Withdraw,
+	"GET /v1/restores":                            ListProposals,
+	"POST /v1/restores/{id}/abort":                DecideAll,
 	"GET /v1/exemptions":                          ListExemptions,
 	"POST /v1/exemptions":                         DeclareExemptions,
 	"POST /v1/exemptions/{id}/approve":            DeclareExemptions,

@@ -105,6 +105,9 @@ type Service interface {
 	Proposals(ctx context.Context) ([]authority.Proposal, error)
 	Approve(ctx context.Context, id string) (*authority.Decision, error)
 	Withdraw(ctx context.Context, id string) (*authority.Proposal, error)
+	// Restores are the staged ones; AbortRestore kills again what one has set free.
+	Restores(ctx context.Context) ([]authority.StagedRestore, error)
+	AbortRestore(ctx context.Context, id string) (*authority.Decision, error)
 	// DeclareExemption declares a caller that kills do not touch.
 	DeclareExemption(ctx context.Context, r authority.ExemptionRequest) (*authority.Exemption, error)
 	Exemptions(ctx context.Context) ([]authority.Exemption, error)
@@ -515,6 +518,8 @@ func (s *Server) endpoints() map[string]endpoint {
 		"GET /v1/proposals":                           {s.proposals, nothing},
 		"POST /v1/proposals/{id}/approve":             {s.approve, nothing},
 		"POST /v1/proposals/{id}/withdraw":            {s.withdraw, nothing},
+		"GET /v1/restores":                            {s.restores, nothing},
+		"POST /v1/restores/{id}/abort":                {s.abortRestore, nothing},
 		"GET /v1/exemptions":                          {s.exemptions, nothing},
 		"POST /v1/exemptions":                         {s.declareExemption, body},
 		"POST /v1/exemptions/{id}/approve":            {s.approveExemption, nothing},

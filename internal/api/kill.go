@@ -44,3 +44,21 @@ func (s *Server) removeExemption(w http.ResponseWriter, r *http.Request) error {
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
+
+func (s *Server) restores(w http.ResponseWriter, r *http.Request) error {
+	list, err := s.svc.Restores(r.Context())
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, map[string]any{"restores": list})
+	return nil
+}
+
+func (s *Server) abortRestore(w http.ResponseWriter, r *http.Request) error {
+	d, err := s.svc.AbortRestore(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	writeDecision(w, d)
+	return nil
+}

@@ -197,6 +197,9 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 	if d != nil && len(d.Exempted) > 0 {
 		say("exempted: %s", strings.Join(d.Exempted, ", "))
 	}
+	if len(r.Stages) > 0 {
+		say("in stages: %s", strings.Join(r.Stages, ", "))
+	}
 	if r.Share != 0 {
 		say("share %g%%", r.Share)
 	}
@@ -297,6 +300,9 @@ func (a *Authority) auditReport(seq uint64, r *session.Report, hash session.Hash
 	if content != nil {
 		content.Sightings = nil // they are not recorded
 		foreign = report.Own(r.Enforcer, content, a.serves)
+		if t := content.Totals; t.Calls >= t.Denied {
+			a.flow.allowed(r.Enforcer, r.Boot, t.Calls-t.Denied)
+		}
 	}
 	if foreign > 0 {
 		rec.Detail = fmt.Sprintf("%d calls of tenants for which it is not enrolled are left out", foreign)

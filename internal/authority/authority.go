@@ -157,6 +157,7 @@ type Options struct {
 	// state is written.
 	Hooks       sequencer.Hooks
 	beforeState func() error
+	beforeStage func() // before a planned stage of a restore is taken
 	// recoverAfter replaces the constant, for tests.
 	recoverAfter time.Duration
 }
@@ -195,6 +196,11 @@ type Authority struct {
 
 	once422 dedupe
 	claims  claims
+	flow    flow
+	// killings are what was killed lately.
+	killings killings
+	// staging is held by who takes a stage of a restore, or aborts it.
+	staging sync.Mutex
 	secrets secretCache
 }
 
@@ -318,6 +324,7 @@ func (a *Authority) open(ctx context.Context) error {
 	a.done.Go(func() { a.reports.Follow(run) })
 	a.done.Go(func() { a.discovered.read(run, a.store.Sealing, a.serves) })
 	a.done.Go(func() { a.hub.run(run) })
+	a.done.Go(func() { a.tendRestores(run) })
 	if o.CanaryEvery > 0 {
 		a.done.Go(func() { a.sendCanaries(run, o.CanaryEvery) })
 	}
@@ -682,6 +689,7 @@ func (a *Authority) onBatch(m *nats.Msg) {
 	if !b.IsCanary() && len(b.Entries) > 0 {
 		a.watched.heard(place{b.Epoch, b.Number})
 	}
+	a.killings.heard(b)
 	a.hub.heard(b)
 }
 
@@ -709,6 +717,7 @@ func (a *Authority) accepted(r *session.Receipt) {
 	for _, frame := range r.Orders {
 		a.hearOrder(frame, "enforcer "+r.Enforcer, true)
 	}
+	a.flow.denied(r.Enforcer, r.Boot, r.Denied)
 	if r.Confirmed != r.Number || a.seq == nil {
 		return // its head is not one that it knows to be in the log
 	}

@@ -76,6 +76,8 @@ type planner struct {
 	// what counted at declaredBy applies.
 	exemptions func() ([]declared, error)
 	declaredBy time.Time
+	// all are the tenants that there are, also where their keys are not here.
+	all []session.Tenant
 	// own is set for what the authority decides by itself, and not a person.
 	own bool
 }
@@ -91,6 +93,8 @@ type plan struct {
 	// spared are those of except that the declared exemptions, or the request,
 	// name.
 	spared []spared
+	// restore is the staged restore that is planned; nil for all others.
+	restore *restore
 	// touched are what the targets ask of whoever decides, each once.
 	touched []touched
 }
@@ -257,6 +261,8 @@ func fits(r *authority.Request) error {
 		{"no_exemptions", r.NoExemptions, []authority.Operation{authority.Revoke, authority.Suspend, authority.StepUp, authority.Reduce, authority.Kill},
 			"leave it out: a lift has none"},
 		{"share", r.Share != 0, []authority.Operation{authority.Resume, authority.Restore}, "leave it out: only resume and restore are done in stages"},
+		{"stages", len(r.Stages) > 0, []authority.Operation{authority.Restore}, "leave them out: only a kill is restored in stages that are held"},
+		{"hold", r.Hold != 0, []authority.Operation{authority.Restore}, "leave it out: only a kill is restored in stages that are held"},
 		{"credentials", r.Credentials, []authority.Operation{authority.Kill}, "leave it out: only kill takes it"},
 	} {
 		if f.given && !slices.Contains(f.on, op) {
@@ -266,6 +272,8 @@ func fits(r *authority.Request) error {
 	switch {
 	case !r.Expires.IsZero() && r.For != 0:
 		return invalid("give one of them", "both expires and for are given")
+	case r.Hold != 0 && len(r.Stages) == 0:
+		return invalid("give the stages, as in 1%,10%,100%", "hold is of stages, and there are none")
 	case r.For < 0:
 		return invalid("give a time to come", "for is negative")
 	case r.Share < 0 || r.Share > 100 || r.Share != 0 && r.Share < 0.01 || math.IsNaN(r.Share):
@@ -478,6 +486,8 @@ func (p *planner) apply(out *plan, r *authority.Request, n named, base session.E
 
 	case authority.Restore:
 		switch {
+		case len(r.Stages) > 0:
+			return p.stage(out, r, &n)
 		case n.shape.Terminal() && !r.Drill:
 			return authority.NewProblem(authority.ProblemTerminal, fmt.Sprintf("a revoked %s never comes back", n.shape), "have the caller sign in again for a new one")
 		case n.everything():
@@ -548,6 +558,8 @@ func describe(r *authority.Request, n named, e session.Entry) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s", strings.ReplaceAll(string(r.Operation), "_", "-"), n.text)
 	switch {
+	case len(r.Stages) > 0:
+		fmt.Fprintf(&b, " in %d stages: %s, each held for %s", len(r.Stages), strings.Join(r.Stages, ", "), time.Duration(r.Hold))
 	case r.Operation.Lifts() && r.Share > 0 && r.Share < 100:
 		fmt.Fprintf(&b, " for %g%% of its sessions", r.Share)
 	case r.Operation.Lifts():

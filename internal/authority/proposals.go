@@ -90,6 +90,9 @@ func (a *Authority) propose(ctx context.Context, r *authority.Request) (*authori
 	if !pl.everything() || r.Drill || r.BreakGlass != "" {
 		return nil, invalid("decide it: POST /v1/decisions", "only what needs two persons is proposed")
 	}
+	if pl.restore != nil && pl.restore.nothing != nil {
+		return nil, pl.restore.nothing
+	}
 	for _, t := range orAll(pl.tenants()) {
 		if err := p.CheckIn(access.Propose, t); err != nil {
 			return nil, err

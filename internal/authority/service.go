@@ -32,6 +32,7 @@ func (a *Authority) planner(p *access.Principal) *planner {
 	now := time.Now()
 	return &planner{
 		tenants: t.within(p.Visible()), issuers: a.o.Issuers, state: a.seq.State(), now: now,
+		all:        a.store.KeySet().Tenants,
 		exemptions: sync.OnceValues(func() ([]declared, error) { return a.exemptions(now) }), declaredBy: now,
 	}
 }
@@ -133,6 +134,13 @@ func (a *Authority) commit(ctx context.Context, idempotencyKey string, r *author
 		a.log.Warn("NO EXEMPTIONS: decided without sparing those that are declared", "by", access.From(ctx).Name, "incident", r.Incident)
 	}
 	a.once422.add(idempotencyKey, content)
+	if pl.restore != nil {
+		d, err := a.beginRestore(ctx, id, pl)
+		if d != nil {
+			d.Warnings = append(pl.warnings, d.Warnings...)
+		}
+		return d, err
+	}
 	res, err := a.seq.Decide(ctx, sequencer.Decision{ID: id, Entries: pl.entries})
 	if err != nil {
 		return nil, &undecided{decideProblem(err), id}
@@ -370,6 +378,9 @@ func (a *Authority) status(scope access.Scope) *authority.Status {
 		}
 	}
 	s.KillsInForce = a.kills(scope)
+	if list, err := a.restoresIn(scope); err == nil {
+		s.Restores = slices.DeleteFunc(list, func(r authority.StagedRestore) bool { return r.State != authority.RestoreRunning })
+	}
 	for _, k := range s.KillsInForce {
 		if !slices.Contains(s.Kills, k.Target) { // with its credentials and without
 			s.Kills = append(s.Kills, k.Target)

@@ -39,7 +39,7 @@ const (
 
 	// MaxNotes bounds the notes, and MaxNote the content of one, in bytes.
 	MaxNotes = 4096
-	MaxNote  = 16 << 10
+	MaxNote  = 64 << 10
 
 	// MaxUnit bounds the sessions that are registered together, all or none.
 	MaxUnit = 1000

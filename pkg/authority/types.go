@@ -132,6 +132,11 @@ type Request struct {
 	// Share is the percentage, above 0 and up to 100, of the sessions that
 	// Restore (of a kill) or Resume sets free now; zero is all of them.
 	Share float64 `json:"share,omitzero"`
+	// Stages makes Restore (of one kill) lift it step by step, each of which is held
+	// for Hold, MinHold to MaxHold: shares that grow to "100%", as in "1%", and of a
+	// global kill also names of its tenants; at most MaxStages. See StagedRestore.
+	Stages []string `json:"stages,omitempty"`
+	Hold   Duration `json:"hold,omitzero"`
 	// Credentials makes Kill revoke the credentials there are: when it is
 	// restored, credentials from before stay dead.
 	Credentials bool `json:"credentials,omitempty"`
@@ -172,6 +177,8 @@ type Decision struct {
 	Exempted []string `json:"exempted,omitempty"`
 	Warnings []string `json:"warnings,omitempty"`
 	Preview  *Preview `json:"preview,omitempty"`
+	// Restore is the staged restore of which this is the first stage.
+	Restore *StagedRestore `json:"restore,omitempty"`
 }
 
 // Preview is what a wide decision would do.
@@ -385,6 +392,8 @@ type Status struct {
 	Kills []string `json:"kills,omitempty"`
 	// KillsInForce says more of each.
 	KillsInForce []KillInForce `json:"kills_in_force,omitempty"`
+	// Restores are the staged restores under way.
+	Restores []StagedRestore `json:"restores,omitempty"`
 	// Warnings are what an operator should mend.
 	Warnings []string `json:"warnings,omitempty"`
 }
