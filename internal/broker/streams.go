@@ -31,9 +31,10 @@ const (
 	MaxReports   = 256
 	maxReportAll = 128 << 20
 	// MaxOrdersOfKey bounds the orders of one emergency key that are stored; the
-	// oldest of its own give way. It may sign half as many.
+	// oldest of its own give way. It may sign half as many. maxOrdersAll is what a
+	// hundred hostile ones could fill; it is taken from the disk at once.
 	MaxOrdersOfKey = 2 * session.MaxOrders
-	maxOrdersAll   = 64 << 20
+	maxOrdersAll   = 16 << 20
 	// MaxAuditLen bounds a batch of audit records.
 	MaxAuditLen = 640 << 10
 	// duplicates is the window in which the server remembers message ids. The
