@@ -37,7 +37,7 @@ pinned here. Whoever may read it in some tenants sees what is about those.`,
 // auditFlags are the filters of list and export.
 func auditFlags(cmd *cobra.Command, q *authority.AuditQuery, since *string) {
 	f := cmd.Flags()
-	f.StringVar(&q.Kind, "kind", "", "only decision, proposal, sign-in, access, config, roster, registry, keys, authority, report, receipts, coverage or retention")
+	f.StringVar(&q.Kind, "kind", "", "only decision, proposal, sign-in, access, config, roster, registry, exemption, keys, authority, report, receipts, coverage or retention")
 	f.StringVar(&q.Tenant, "tenant", "", "about callers of this tenant")
 	f.StringVar(&q.Agent, "agent", "", "about this agent")
 	f.StringVar(&q.User, "user", "", "about this user")

@@ -13,7 +13,7 @@ import (
 
 func newExemptionsCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "exemptions", Short: "Declare whom kills do not touch", Args: cli.NoArgs,
+		Use: "exemptions", Short: "Declare whom kills do not touch", RunE: cli.Subcommands,
 		Long: `A kill, and whatever else is decided on a whole tenant or on everything, spares the
 callers that were declared before: the responders' own tooling, and agents that must
 come to a safe state by themselves. One entry of the log names eight: that many can

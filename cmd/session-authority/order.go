@@ -56,7 +56,7 @@ func (o *offlineFlags) check(cmd *cobra.Command) error {
 		}
 		return nil
 	}
-	for _, name := range []string{"idempotency-key", "drill", "break-glass", "wait", "except", "no-exemptions", "credentials", "issuer"} {
+	for _, name := range []string{"idempotency-key", "drill", "break-glass", "wait", "except", "no-exemptions", "credentials", "issuer", "tenant"} {
 		if cmd.Flags().Changed(name) {
 			return cli.Usagef("--%s does not go with --offline: an order kills, and nothing else", name)
 		}

@@ -33,7 +33,7 @@ func propose(cmd *cobra.Command, g *globals, c *authority.Client, r authority.Re
 
 func newProposalsCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "proposals", Short: "Approve what takes two commanders", Args: cli.NoArgs,
+		Use: "proposals", Short: "Approve what takes two commanders", RunE: cli.Subcommands,
 		Long: `A kill, and whatever else is decided on a whole tenant or on everything, takes two
 commanders where principals are configured: one proposes it with kill, restore, …
 and another approves it before it expires.`,

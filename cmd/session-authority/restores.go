@@ -23,28 +23,25 @@ which stage is held, until when, and what enforcers have denied and allowed sinc
 What no stage has set free is killed, whatever happens to the authorities.`,
 		Example: "  session-authority restores\n  session-authority restore global --abort",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := g.client()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			list, err := c.Restores(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if g.json {
-				return cli.PrintJSON(cmd.OutOrStdout(), map[string]any{"restores": list})
-			}
-			if len(list) == 0 {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), "no staged restores")
-				return err
-			}
-			for i := range list {
-				if _, err := fmt.Fprint(cmd.OutOrStdout(), restoreText(&list[i], time.Now())); err != nil {
+			return g.with(func(c *authority.Client) error {
+				list, err := c.Restores(cmd.Context())
+				if err != nil {
 					return err
 				}
-			}
-			return nil
+				if g.json {
+					return cli.PrintJSON(cmd.OutOrStdout(), map[string]any{"restores": list})
+				}
+				if len(list) == 0 {
+					_, err = fmt.Fprintln(cmd.OutOrStdout(), "no staged restores")
+					return err
+				}
+				for i := range list {
+					if _, err := fmt.Fprint(cmd.OutOrStdout(), restoreText(&list[i], time.Now())); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
 		},
 	}
 }
@@ -79,8 +76,10 @@ func restoreText(r *authority.StagedRestore, now time.Time) string {
 
 // abort ends the staged restore of a target, and kills again.
 func abort(cmd *cobra.Command, g *globals, c *authority.Client, v verb, d *decisionFlags, r *authority.Request) error {
-	if len(d.stages) > 0 || d.share != "" {
-		return cli.Usagef("--abort with stages: leave one of them out")
+	for _, name := range []string{"staged", "share", "hold", "drill", "break-glass", "except", "no-exemptions"} {
+		if f := cmd.Flags().Lookup(name); f != nil && f.Changed {
+			return cli.Usagef("--abort kills again as the kill was: leave --%s out", name)
+		}
 	}
 	list, err := c.Restores(cmd.Context())
 	if err != nil {

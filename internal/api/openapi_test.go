@@ -13,6 +13,7 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/interlock-fabric/interlock/internal/access"
 	"github.com/interlock-fabric/interlock/internal/api"
 	"github.com/interlock-fabric/interlock/internal/api/apitest"
 	"github.com/interlock-fabric/interlock/pkg/authority"
@@ -264,6 +265,10 @@ func TestNamesAreTheCodes(t *testing.T) {
 		{"Kind", "", kinds},
 		{"Reason", "", authority.Reasons()},
 		{"Problem", "type", authority.ProblemTypes()},
+		{"AuditPrincipal", "means", []string{
+			string(access.MeansSocket), string(access.MeansBootstrap), string(access.MeansToken), string(access.MeansCert),
+			string(access.MeansClient), string(access.MeansEmergency), "authority", "enforcer", "unknown",
+		}},
 	} {
 		if got := names(c.component, c.property); !slices.Equal(got, slices.Sorted(slices.Values(c.want))) {
 			t.Errorf("%s: %s has %q, and the code %q", apitest.File, c.component, got, c.want)

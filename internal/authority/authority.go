@@ -1,10 +1,11 @@
 // Package authority is the Session Authority: the bus, the keys, the sequencer,
-// the roster and the API, put together.
+// the roster, the registry, the audit and the API, put together.
 //
 // Open starts everything in the order of who needs whom, and Close stops it in
-// the reverse one. What the authority decides, and how it maps what is asked for
-// to entries of the log, is in this package too; how the log is written is the
-// sequencer's.
+// the reverse one. What the authority decides is in this package too: how what is
+// asked for becomes entries of the log, exemptions, proposals, staged restores, the
+// adoption of emergency orders, what standard protocols ask for, and the record of
+// each. How the log is written is the sequencer's.
 package authority
 
 import (

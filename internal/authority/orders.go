@@ -192,12 +192,11 @@ func (a *Authority) adoptOrders(ctx context.Context) {
 
 // adoptOrder takes the decision that adopts an order.
 func (a *Authority) adoptOrder(ctx context.Context, p pendingOrder) error {
-	target := authority.Target{Terms: []authority.Term{{Kind: session.KindGlobal.String()}}}
+	tenant := ""
 	if p.Tenant != 0 {
-		name := a.store.KeySet().TenantName(p.Tenant)
-		target.Terms[0] = authority.Term{Kind: session.KindTenant.String(), Value: name}
+		tenant = a.store.KeySet().TenantName(p.Tenant)
 	}
-	r := authority.Request{Operation: authority.Kill, Targets: []authority.Target{target}, Incident: p.Incident, Commit: true}
+	r := authority.Request{Operation: authority.Kill, Targets: []authority.Target{wholeTarget(tenant)}, Incident: p.Incident, Commit: true}
 	ctx, cancel := context.WithTimeout(access.With(ctx, access.NewPrincipal("emergency-key:"+p.ID.Key.String(), access.MeansEmergency)), ordersLimit)
 	defer cancel()
 	id := adoption(p.ID)

@@ -69,6 +69,7 @@ func (a *Authority) reload(ctx context.Context, r Reloaded) (changes []string, e
 		return nil, err
 	}
 	a.access.Store(r.Access)
+	a.noteAccess("reload")
 	if r.Access != nil {
 		a.wide.set(r.Access.WidePerMinute)
 	}

@@ -431,7 +431,7 @@ func (a *Authority) takeStage(ctx context.Context, x *restore) (*authority.Decis
 // overrun takes again what was killed anew between what a stage was planned on and
 // the stage itself, which has lifted it; why is empty where nothing was.
 func (a *Authority) overrun(ctx context.Context, x *restore, held []heldKill, after, number uint64) (why string, err error) {
-	kills := a.killings.between(ctx, after, number)
+	kills, all := a.killings.between(ctx, after, number)
 	var again []session.Entry
 	for _, h := range held {
 		for _, k := range kills {
@@ -440,6 +440,12 @@ func (a *Authority) overrun(ctx context.Context, x *restore, held []heldKill, af
 				why = fmt.Sprintf("it was killed anew at seq %d", k.number)
 			}
 		}
+	}
+	if again == nil && !all {
+		for i := range held {
+			again = append(again, setKill(&held[i], x.KillIncident))
+		}
+		why = "it could not be told whether it was killed anew meanwhile: it is killed again"
 	}
 	if again == nil {
 		return "", nil
@@ -491,8 +497,8 @@ func (k *killings) heard(b *session.Batch) {
 }
 
 // between returns the kills of batches after one and up to another, when that has
-// been heard, or is not for too long.
-func (k *killings) between(ctx context.Context, after, upTo uint64) (out []killing) {
+// been heard. It has not been for too long where all is not set: there may be more.
+func (k *killings) between(ctx context.Context, after, upTo uint64) (out []killing, all bool) {
 	ctx, cancel := context.WithTimeout(ctx, hearTimeout)
 	defer cancel()
 	tick := time.NewTicker(time.Millisecond)
@@ -514,7 +520,7 @@ func (k *killings) between(ctx context.Context, after, upTo uint64) (out []killi
 			out = append(out, x)
 		}
 	}
-	return out
+	return out, k.upTo >= upTo
 }
 
 // stopRestore keeps that a restore does not go on, and returns why as a Problem.
@@ -556,7 +562,7 @@ func (a *Authority) takeDue(ctx context.Context) error {
 	}
 	a.flow.keep(all)
 	st := a.seq.Status()
-	if writes := st.Writer && st.Halted == nil; !writes {
+	if !st.Writer || st.Halted != nil {
 		return nil
 	}
 	var errs []error
@@ -569,10 +575,7 @@ func (a *Authority) takeDue(ctx context.Context) error {
 		if x.Taken == 0 {
 			due = time.Since(x.Begun) > stageLimit // whoever began it takes the first
 		}
-		if !due && x.Taken > 0 && a.planner(nil).undone(x) == "" {
-			continue
-		}
-		if !due && x.Taken == 0 {
+		if !due && (x.Taken == 0 || a.planner(nil).undone(x) == "") {
 			continue
 		}
 		step, cancel := context.WithTimeout(ctx, stageLimit)
@@ -601,11 +604,14 @@ func (a *Authority) stageRecord(x *restore, d *authority.Decision, err error) au
 	return rec
 }
 
-func (x *restore) target() authority.Target {
-	if x.Tenant == "" {
+func (x *restore) target() authority.Target { return wholeTarget(x.Tenant) }
+
+// wholeTarget is a whole tenant, or everything where the name is empty.
+func wholeTarget(tenant string) authority.Target {
+	if tenant == "" {
 		return authority.One("", session.KindGlobal.String(), "", "")
 	}
-	return authority.One("", session.KindTenant.String(), "", x.Tenant)
+	return authority.One("", session.KindTenant.String(), "", tenant)
 }
 
 // Restores returns what p may see of the staged restores; it is the API's.

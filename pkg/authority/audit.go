@@ -124,8 +124,8 @@ type AuditRecord struct {
 }
 
 // AuditPrincipal is who asked: a name, as far as it is known, and by what means
-// it was established: "socket", "bootstrap", "token", "cert", "client", "authority"
-// for the authority itself, "enforcer", or "unknown".
+// it was established: "socket", "bootstrap", "token", "cert", "client", "emergency"
+// for an order that an emergency key signed, "authority" for the authority itself, "enforcer", or "unknown".
 type AuditPrincipal struct {
 	Name  string `json:"name"`
 	Means string `json:"means"`

@@ -18,6 +18,12 @@
 // that has no verified state yet, the zero Enforcer, and a closed one. It acts
 // only on what a key that the pinned root vouches for has signed, in the chain.
 //
+// An emergency order (session.Order), from the bus or as a file in
+// Options.OrdersDir, denies in every mode that denies, until the log has adopted it
+// or the root withdraws its key; neither silence nor a restart lifts it. With
+// Options.Agents callers are held against the authority's registry: agents that are
+// not registered, and code other than theirs, are denied.
+//
 // # Limits
 //
 // Check answers for revocation, expiry and freshness. Whether the credential is

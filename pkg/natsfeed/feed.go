@@ -68,9 +68,9 @@ func New(nc *nats.Conn, enforcer string) *Feed {
 	return &Feed{nc: nc, name: enforcer, prefix: InboxPrefix(enforcer), done: make(chan struct{})}
 }
 
-// NewAuthority is New for an enforcer inside an authority, over the authority's own
-// connection. Its name need not be in the roster, and is not to be: it is by what
-// the writer tells those apart who ask for its clock.
+// NewAuthority is New for an enforcer that runs inside an authority, over the
+// authority's own connection; hosts use Dial or New. The name must not be that of
+// an enrolled enforcer: the writer tells by it who asks for its clock.
 func NewAuthority(nc *nats.Conn, name string) *Feed {
 	f := New(nc, name)
 	f.prefix = nats.InboxPrefix + name // the only inboxes that an authority hears
