@@ -590,9 +590,10 @@ type standing struct {
 
 type standingKey struct{}
 
-// urgent reports whether a request may be a kill, or the approval of one.
+// urgent reports whether a request may be a kill, or the approval of one, or the
+// abort of a restore, which kills again.
 func urgent(r *http.Request) bool {
-	return r.Method == http.MethodPost && (r.URL.Path == "/v1/decisions" || strings.HasPrefix(r.URL.Path, "/v1/proposals"))
+	return r.Method == http.MethodPost && (r.URL.Path == "/v1/decisions" || strings.HasPrefix(r.URL.Path, "/v1/proposals") || strings.HasPrefix(r.URL.Path, "/v1/restores/"))
 }
 
 // permit lets through who may use the endpoint. What they may do there in

@@ -158,7 +158,10 @@ type Options struct {
 	// state is written.
 	Hooks       sequencer.Hooks
 	beforeState func() error
-	beforeStage func() // before a planned stage of a restore is taken
+	// beforeStage is called before a planned stage of a restore is taken, afterStage
+	// when it has been; an error is as if the authority had died there.
+	beforeStage func()
+	afterStage  func() error
 	// recoverAfter replaces the constant, for tests.
 	recoverAfter time.Duration
 }
@@ -198,8 +201,6 @@ type Authority struct {
 	once422 dedupe
 	claims  claims
 	flow    flow
-	// killings are what was killed lately.
-	killings killings
 	// staging is held by who takes a stage of a restore, or aborts it.
 	staging sync.Mutex
 	secrets secretCache
@@ -690,7 +691,6 @@ func (a *Authority) onBatch(m *nats.Msg) {
 	if !b.IsCanary() && len(b.Entries) > 0 {
 		a.watched.heard(place{b.Epoch, b.Number})
 	}
-	a.killings.heard(b)
 	a.hub.heard(b)
 }
 

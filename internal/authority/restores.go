@@ -3,6 +3,7 @@ package authority
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -11,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/access"
@@ -38,9 +38,11 @@ type stage struct {
 }
 
 // parseStages reads the stages of a restore of everything, where tenants are its
-// tenants, or of one tenant. The error is a Problem.
+// tenants, or of one tenant. Tenants come first: the first stage gives the others
+// kills of their own, and no kill is set and lifted in one batch, where the lift
+// could not tell it from another's. The error is a Problem.
 func parseStages(list []string, tenants func(string) bool) ([]stage, error) {
-	const mend = `give shares that grow, as in 1%,10%,100%; of a global kill, tenants as well, as in acme,50%,100%`
+	const mend = `give shares that grow, as in 1%,10%,100%; of a global kill, tenants before them, as in acme,50%,100%`
 	if len(list) > authority.MaxStages {
 		return nil, invalid(fmt.Sprintf("give at most %d", authority.MaxStages), "%d stages", len(list))
 	}
@@ -57,7 +59,10 @@ func parseStages(list []string, tenants func(string) bool) ([]stage, error) {
 			out = append(out, stage{share: share})
 			continue
 		}
-		if tenants == nil || !tenants(text) || slices.Contains(out, stage{tenant: text}) || last == session.ShareUnit {
+		if tenants != nil && last != 0 {
+			return nil, invalid(mend, "tenant %.64q comes after a share: name tenants first", text)
+		}
+		if tenants == nil || !tenants(text) || slices.Contains(out, stage{tenant: text}) {
 			return nil, invalid(mend, "%.64q is not a stage: neither a share nor another tenant", text)
 		}
 		out = append(out, stage{tenant: text})
@@ -84,8 +89,8 @@ type restore struct {
 	// Whole is the kill that was found.
 	Whole heldKill `json:"whole"`
 	// Parts are the tenants of which each gets a kill of its own, in place of the
-	// global one, with the first stage: where a stage is a tenant. SplitAt is when
-	// they got them.
+	// global one, with the first stage: where a stage is a tenant. The first stage's
+	// tenant gets none. SplitAt is when they got them.
 	Parts   []string        `json:"parts,omitempty"`
 	SplitAt session.Instant `json:"split_at,omitempty"`
 	// KillIncident is the incident of the kill.
@@ -105,11 +110,12 @@ func (s stage) restores(h *heldKill) bool {
 	return s.share == session.ShareUnit || s.tenant != "" && s.tenant == h.Tenant
 }
 
-// killed returns the suspension by which a key is killed.
-func (p *planner) killed(k session.Key) (session.Record, bool) {
+// suspension returns the suspension of a key, whoever decided it: a kill and a
+// suspension that is none share one record.
+func (p *planner) suspension(k session.Key) (session.Record, bool) {
 	records := p.state.Lookup(k)
 	i := slices.IndexFunc(records, func(r session.Record) bool {
-		return r.Effect == session.EffectSuspended && r.Reason == session.ReasonKill && !r.Drill
+		return r.Effect == session.EffectSuspended && !r.Drill
 	})
 	if i < 0 {
 		return session.Record{}, false
@@ -133,9 +139,9 @@ func (p *planner) stage(out *plan, r *authority.Request, n *named) error {
 			return invalid("restore it at once", "%s was killed with its credentials: they stay dead, so there is nothing to stage", n.text)
 		}
 	}
-	record, ok := p.killed(n.key)
+	record, ok := p.suspension(n.key)
 	var nothing error
-	if !ok {
+	if !ok || record.Reason != session.ReasonKill {
 		nothing = authority.NewProblem(authority.ProblemConflict, n.text+" is not killed", "see session-authority status")
 		if !r.Commit {
 			out.warnings = append(out.warnings, n.text+" is not killed: there would be nothing to restore in stages")
@@ -164,14 +170,26 @@ func (p *planner) stage(out *plan, r *authority.Request, n *named) error {
 	if slices.ContainsFunc(stages, func(s stage) bool { return s.tenant != "" }) {
 		x.Parts = []string{}
 		for _, t := range p.all {
-			if _, own := p.killed(session.TenantKey(t.ID)); own {
-				out.warnings = append(out.warnings, "tenant "+t.Name+" is killed by itself, and stays so")
+			if own, ok := p.suspension(session.TenantKey(t.ID)); ok {
+				verb := "suspended"
+				if own.Reason == session.ReasonKill {
+					verb = "killed"
+				}
+				out.warnings = append(out.warnings, "tenant "+t.Name+" is "+verb+" by itself, and stays so")
 				continue
 			}
 			x.Parts = append(x.Parts, t.Name)
 		}
 		if len(x.Parts) == 0 {
-			return invalid("restore the tenants, or global at once", "every tenant is killed by itself")
+			return invalid("restore the tenants, or global at once", "every tenant is killed or suspended by itself")
+		}
+		if record.Share != 0 {
+			return invalid("leave the tenants out, or kill anew first", "global is restored in part: it goes on by shares alone")
+		}
+		for _, h := range p.parts(x) {
+			if len(h.Except) > session.MaxExcept {
+				return invalid("leave the tenants out", "the kill spares %d callers of tenant %s, at most %d in a kill that takes its place", len(h.Except)-1, h.Tenant, session.MaxExcept-1)
+			}
 		}
 	}
 	out.restore = x
@@ -179,15 +197,35 @@ func (p *planner) stage(out *plan, r *authority.Request, n *named) error {
 	return nil
 }
 
-func liftKill(k session.Key, share uint16, incident string) session.Entry {
+// liftKill lifts a kill, or a share of it, and nothing that was decided since: the
+// log itself leaves that alone.
+func liftKill(h *heldKill, share uint16, incident string) session.Entry {
 	if share == session.ShareUnit {
 		share = 0
 	}
-	return session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Reason: session.ReasonRestored, Key: k, Share: share, Incident: incident}
+	return session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Reason: session.ReasonRestored, Key: h.Key, IssuedBefore: h.Since, Share: share, Incident: incident}
 }
 
 func setKill(h *heldKill, incident string) session.Entry {
 	return session.Entry{Op: session.OpSet, Effect: session.EffectSuspended, Reason: session.ReasonKill, Key: h.Key, Except: h.Except, Incident: incident}
+}
+
+// mark is an exemption of nobody that the kills of single tenants have. What else
+// is set on such a tenant, before or after, has it not, and so neither has what
+// becomes of the two: who finds it knows that nobody else has decided.
+func (x *restore) mark() session.Key {
+	sum := sha256.Sum256([]byte("interlock restore part 1\x00" + x.ID))
+	return session.Key{Tenant: session.FabricTenant, Shape: session.Shape(session.KindCredential), Digest: session.Digest(sum[:16])}
+}
+
+// exempt counts the callers that a record spares.
+func exempt(r *session.Record) (n int) {
+	for _, k := range r.Except {
+		if k.Tenant != session.FabricTenant {
+			n++
+		}
+	}
+	return n
 }
 
 // parts are the kills of single tenants that take the place of a global one.
@@ -196,15 +234,22 @@ func (p *planner) parts(x *restore) (out []heldKill) {
 		if !slices.Contains(x.Parts, t.Name) {
 			continue
 		}
-		h := heldKill{Tenant: t.Name, Key: session.TenantKey(t.ID), Since: x.SplitAt, Share: x.Whole.Share}
+		h := heldKill{Tenant: t.Name, Key: session.TenantKey(t.ID), Since: x.SplitAt}
 		for _, k := range x.Whole.Except {
 			if k.Tenant == t.ID {
 				h.Except = append(h.Except, k)
 			}
 		}
+		h.Except = append(h.Except, x.mark()) // the last in order: no tenant has its number
 		out = append(out, h)
 	}
 	return out
+}
+
+// own reports whether a record is what the restore found, or made, and of nobody
+// else.
+func (x *restore) own(h *heldKill, r *session.Record) bool {
+	return r.Reason == session.ReasonKill && r.Since == h.Since && (h.Tenant == x.Tenant || slices.Contains(r.Except, x.mark()))
 }
 
 // held are the kills that the restore has yet to lift.
@@ -218,44 +263,64 @@ func (p *planner) held(x *restore) []heldKill {
 	})
 }
 
+// splits reports whether the next stage gives tenants kills of their own.
+func (x *restore) splits() bool { return x.Parts != nil && x.Taken == 0 }
+
 // stageEntries are the entries of the next stage.
 func (p *planner) stageEntries(x *restore) (out []session.Entry) {
-	held := p.held(x)
-	if x.Parts != nil && x.Taken == 0 {
-		held = p.parts(x)
-		for i := range held {
-			out = append(out, setKill(&held[i], x.KillIncident))
-			if s := held[i].Share; s != 0 {
-				out = append(out, liftKill(held[i].Key, s, x.Incident))
+	s := x.next()
+	if x.splits() {
+		for _, h := range p.parts(x) {
+			if !s.restores(&h) {
+				out = append(out, setKill(&h, x.KillIncident))
 			}
 		}
 		// What is set is in force when this is lifted: it is one batch.
-		out = append(out, liftKill(session.GlobalKey(), 0, x.Incident))
+		return append(out, liftKill(&x.Whole, 0, x.Incident))
 	}
-	s := x.next()
-	for i := range held {
-		if s.tenant == "" || s.restores(&held[i]) {
-			out = append(out, liftKill(held[i].Key, s.share, x.Incident))
+	for _, h := range p.held(x) {
+		if s.tenant == "" || s.restores(&h) {
+			out = append(out, liftKill(&h, s.share, x.Incident))
 		}
 	}
 	return out
 }
 
+// anew says that something else is in force than what a restore has found or made.
+func (h *heldKill) anew(r *session.Record) string {
+	name := "global"
+	if h.Tenant != "" {
+		name = "tenant " + h.Tenant
+	}
+	if r == nil {
+		return name + " was restored by somebody else"
+	}
+	if r.Reason != session.ReasonKill {
+		return fmt.Sprintf("%s was suspended at seq %d", name, r.Seq)
+	}
+	return fmt.Sprintf("%s was killed anew at seq %d", name, r.Seq)
+}
+
 // undone says why a restore does not go on: something else is in force than it
 // has left. Nothing else is touched then.
 func (p *planner) undone(x *restore) string {
+	split := p.hasParts(x)
 	for _, h := range p.held(x) {
-		name := "global"
-		if h.Tenant != "" {
-			name = "tenant " + h.Tenant
+		switch r, ok := p.suspension(h.Key); {
+		case ok && !x.own(&h, &r):
+			return h.anew(&r)
+		case ok && x.splits() && r.Share != 0:
+			return "global was restored in part by somebody else"
+		case !ok && !split && (x.splits() || !x.next().restores(&h)):
+			return h.anew(nil)
 		}
-		switch record, ok := p.killed(h.Key); {
-		case ok && record.Since != h.Since:
-			return fmt.Sprintf("%s was killed anew at seq %d", name, record.Seq)
-		case ok, x.next().restores(&h), p.hasParts(x):
-			// The stage was taken, perhaps, and its author died before saying so.
-		default:
-			return name + " was restored by somebody else"
+		// The stage was taken, perhaps, and its author died before saying so.
+	}
+	if x.splits() && !split {
+		for _, h := range p.parts(x) {
+			if r, ok := p.suspension(h.Key); ok {
+				return h.anew(&r)
+			}
 		}
 	}
 	return ""
@@ -264,20 +329,45 @@ func (p *planner) undone(x *restore) string {
 // hasParts reports whether the first stage has made the kills of single tenants,
 // and the restore does not say so yet.
 func (p *planner) hasParts(x *restore) bool {
-	if x.Parts == nil || x.Taken > 0 {
+	if _, whole := p.suspension(x.Whole.Key); whole || !x.splits() {
 		return false
 	}
-	at := session.Instant(0)
 	for _, h := range p.parts(x) {
-		r, ok := p.killed(h.Key)
-		switch {
-		case !ok && !x.next().restores(&h), ok && r.Since <= x.Whole.Since, ok && at != 0 && r.Since != at:
+		if r, ok := p.suspension(h.Key); !x.next().restores(&h) && (!ok || !slices.Contains(r.Except, x.mark())) {
 			return false
-		case ok:
-			at = r.Since
 		}
 	}
 	return true
+}
+
+// ended are the kills of which the next stage leaves nothing.
+func (p *planner) ended(x *restore) (out []heldKill) {
+	held := p.held(x)
+	if x.splits() {
+		out, held = held, p.parts(x)
+	}
+	for _, h := range held {
+		if x.next().restores(&h) {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+// overtaken says what somebody else decided before a stage that has just been
+// taken, which has left it alone. ended are those of which it was to leave nothing.
+func (p *planner) overtaken(x *restore, ended []heldKill) string {
+	for _, h := range ended {
+		if r, ok := p.suspension(h.Key); ok {
+			return h.anew(&r)
+		}
+	}
+	for _, h := range p.held(x) {
+		if r, ok := p.suspension(h.Key); ok && !x.own(&h, &r) {
+			return h.anew(&r)
+		}
+	}
+	return ""
 }
 
 // restores returns the staged restores, the newest first. The error is a Problem.
@@ -350,12 +440,12 @@ func (a *Authority) putRestore(ctx context.Context, x *restore, now time.Time) e
 // under the same idempotency key, it goes on from where it is.
 func (a *Authority) beginRestore(ctx context.Context, id session.DecisionID, pl *plan) (*authority.Decision, error) {
 	x, p, now := pl.restore, access.From(ctx), time.Now().UTC()
-	x.ID, x.By, x.Begun = "r-"+hex.EncodeToString(id[:4]), p.Name, now
+	x.ID, x.By, x.Begun = "r-"+hex.EncodeToString(id[:8]), p.Name, now
 	all, err := a.restores()
 	if err != nil {
 		return nil, err
 	}
-	if i := slices.IndexFunc(all, func(o restore) bool { return o.ID == x.ID }); i >= 0 {
+	if i := slices.IndexFunc(all, func(o restore) bool { return o.ID == x.ID && o.Tenant == x.Tenant }); i >= 0 {
 		x = &all[i]
 	} else if x.nothing != nil {
 		return nil, x.nothing
@@ -392,8 +482,7 @@ func (a *Authority) takeStage(ctx context.Context, x *restore) (*authority.Decis
 	if why := p.undone(x); why != "" {
 		return nil, a.stopRestore(ctx, x, why)
 	}
-	epoch, head, _ := a.seq.Head()
-	held, entries := p.held(x), p.stageEntries(x)
+	ended, entries := p.ended(x), p.stageEntries(x)
 	if h := a.o.beforeStage; h != nil {
 		h()
 	}
@@ -404,10 +493,17 @@ func (a *Authority) takeStage(ctx context.Context, x *restore) (*authority.Decis
 	if err != nil {
 		return nil, err
 	}
-	if d.Epoch == epoch {
-		if why, err := a.overrun(ctx, x, held, head, d.Number); err != nil || why != "" {
-			return nil, cmp.Or(err, a.stopRestore(ctx, x, why))
+	if h := a.o.afterStage; h != nil {
+		if err := h(); err != nil {
+			return nil, err
 		}
+	}
+	if !a.stored(ctx, d.Epoch, d.Number) {
+		// It is taken again, which finds it taken, and then marked.
+		shown := x.StagedRestore
+		d.Restore = &shown
+		d.Warnings = append(d.Warnings, "the stage is not known to be stored yet; when it is, the restore goes on")
+		return d, nil
 	}
 	stage := x.Stages[x.Taken]
 	if x.Taken == 0 {
@@ -415,6 +511,9 @@ func (a *Authority) takeStage(ctx context.Context, x *restore) (*authority.Decis
 	}
 	x.Taken++
 	x.At, x.Epoch, x.Number = d.At.UTC(), d.Epoch, d.Number
+	if why := a.planner(nil).overtaken(x, ended); why != "" {
+		return nil, a.stopRestore(ctx, x, why)
+	}
 	if x.Next = x.At.Add(time.Duration(x.Hold)); x.Taken == len(x.stages) {
 		x.State, x.Next = authority.RestoreDone, time.Time{}
 	}
@@ -428,99 +527,25 @@ func (a *Authority) takeStage(ctx context.Context, x *restore) (*authority.Decis
 	return d, nil
 }
 
-// overrun takes again what was killed anew between what a stage was planned on and
-// the stage itself, which has lifted it; why is empty where nothing was.
-func (a *Authority) overrun(ctx context.Context, x *restore, held []heldKill, after, number uint64) (why string, err error) {
-	kills, all := a.killings.between(ctx, after, number)
-	var again []session.Entry
-	for _, h := range held {
-		for _, k := range kills {
-			if k.entry.Key == h.Key {
-				again = append(again, k.entry)
-				why = fmt.Sprintf("it was killed anew at seq %d", k.number)
-			}
-		}
-	}
-	if again == nil && !all {
-		for i := range held {
-			again = append(again, setKill(&held[i], x.KillIncident))
-		}
-		why = "it could not be told whether it was killed anew meanwhile: it is killed again"
-	}
-	if again == nil {
-		return "", nil
-	}
-	id, err := x.stageID(fmt.Sprint("overrun ", x.Taken))
-	if err != nil {
-		return "", err
-	}
-	_, err = a.enter(ctx, id, authority.Kill, again)
-	return why, err
-}
+// storeTimeout is how long it is waited for a stage to be stored.
+const storeTimeout = 2 * time.Second
 
-// killings are the newest kills that were heard on the log, oldest first. The zero
-// value has none. It is safe for concurrent use.
-type killings struct {
-	mu    sync.Mutex
-	list  []killing
-	epoch uint64
-	upTo  uint64 // of the batches heard
-}
-
-type killing struct {
-	number uint64
-	entry  session.Entry
-}
-
-// maxKillings bounds those that are kept, hearTimeout how long one is waited for.
-const (
-	maxKillings = 4096
-	hearTimeout = 2 * time.Second
-)
-
-// heard takes a batch.
-func (k *killings) heard(b *session.Batch) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if b.Epoch != k.epoch {
-		k.epoch, k.list = b.Epoch, nil
-	}
-	for _, e := range b.Entries {
-		if e.Op == session.OpSet && e.Reason == session.ReasonKill && !e.Drill {
-			k.list = append(k.list, killing{b.Number, e})
-		}
-	}
-	if n := len(k.list) - maxKillings; n > 0 {
-		k.list = slices.Delete(k.list, 0, n)
-	}
-	k.upTo = b.Number
-}
-
-// between returns the kills of batches after one and up to another, when that has
-// been heard. It has not been for too long where all is not set: there may be more.
-func (k *killings) between(ctx context.Context, after, upTo uint64) (out []killing, all bool) {
-	ctx, cancel := context.WithTimeout(ctx, hearTimeout)
+// stored waits until the state here has a batch, and reports whether it has.
+func (a *Authority) stored(ctx context.Context, epoch, number uint64) bool {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
-		k.mu.Lock()
-		if k.upTo >= upTo || ctx.Err() != nil {
-			break
+		if e, n, _ := a.seq.Head(); e > epoch || e == epoch && n >= number {
+			return true
 		}
-		k.mu.Unlock()
 		select {
 		case <-ctx.Done():
+			return false
 		case <-tick.C:
 		}
 	}
-	defer k.mu.Unlock()
-	for _, x := range k.list {
-		if x.number > after && x.number <= upTo {
-			out = append(out, x)
-		}
-	}
-	return out, k.upTo >= upTo
 }
 
 // stopRestore keeps that a restore does not go on, and returns why as a Problem.
@@ -581,6 +606,9 @@ func (a *Authority) takeDue(ctx context.Context) error {
 		step, cancel := context.WithTimeout(ctx, stageLimit)
 		d, err := a.takeStage(step, x)
 		cancel()
+		if d != nil && d.Number != x.Number {
+			continue // not stored yet
+		}
 		rec := a.stageRecord(x, d, err)
 		if d != nil || rec.Outcome == authority.OutcomeRefused {
 			a.note(rec)
@@ -676,19 +704,31 @@ func (a *Authority) abortRestore(ctx context.Context, id string) (*restore, *aut
 	if err := p.CheckIn(access.DecideAll, x.Tenant); err != nil {
 		return nil, nil, err
 	}
+	kill := "kill anew: session-authority kill " + x.Target
 	if x.State != authority.RestoreRunning && x.State != authority.RestoreAborted {
-		return x, nil, authority.NewProblem(authority.ProblemConflict, "the restore is "+string(x.State), "kill anew: session-authority kill "+x.Target)
+		return x, nil, authority.NewProblem(authority.ProblemConflict, "the restore is "+string(x.State), kill)
 	}
 	decision, err := x.stageID("abort")
 	if err != nil {
 		return x, nil, err
 	}
+	if x.State == authority.RestoreAborted {
+		if time.Since(x.At) > keepRestore {
+			return x, nil, authority.NewProblem(authority.ProblemConflict, "the restore was aborted at "+x.At.Format(time.RFC3339), kill)
+		}
+		shown := x.StagedRestore
+		return x, &authority.Decision{
+			ID: hex.EncodeToString(decision[:]), Operation: authority.Kill, Committed: true, Durable: true, Duplicate: true,
+			Epoch: x.Epoch, Number: x.Number, At: x.At, Restore: &shown,
+			Warnings: []string{"it was aborted then; see session-authority status for what is in force"},
+		}, nil
+	}
 	entries := []session.Entry{setKill(&x.Whole, x.KillIncident)}
 	planner := a.planner(nil)
 	for _, h := range planner.held(x) {
 		// One that was killed anew since stays so.
-		if r, ok := planner.killed(h.Key); ok && r.Since == h.Since && h.Tenant != x.Tenant {
-			entries = append(entries, liftKill(h.Key, 0, x.KillIncident))
+		if r, ok := planner.suspension(h.Key); ok && x.own(&h, &r) && h.Tenant != x.Tenant {
+			entries = append(entries, liftKill(&h, 0, x.KillIncident))
 		}
 	}
 	d, err := a.enter(ctx, decision, authority.Kill, entries)
@@ -696,6 +736,7 @@ func (a *Authority) abortRestore(ctx context.Context, id string) (*restore, *aut
 		return x, nil, err
 	}
 	x.State, x.Next, x.Why = authority.RestoreAborted, time.Time{}, "aborted by "+p.Name
+	x.At, x.Epoch, x.Number = d.At.UTC(), d.Epoch, d.Number
 	if err := a.putRestore(ctx, x, time.Now()); err != nil && !d.Duplicate {
 		d.Warnings = append(d.Warnings, "the abort is in force, and not marked yet: "+err.Error())
 	}

@@ -5,14 +5,19 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/interlock-fabric/interlock/internal/access"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
 	"github.com/interlock-fabric/interlock/pkg/session"
 )
+
+// patient is how long a store may take on a busy machine.
+const patient = 10 * time.Second
 
 // crowd are callers of many sessions, of each tenant as many.
 func (f *fixture) crowd(e *enforce.Enforcer, tenants ...string) map[string][]*session.Prepared {
@@ -77,7 +82,7 @@ func (f *fixture) kill(targets []authority.Target) {
 // of the stage before among them, and nothing beyond.
 func TestAKillIsRestoredByShares(t *testing.T) {
 	dir := t.TempDir()
-	f := start(t, Options{DataDir: dir})
+	f := start(t, Options{DataDir: dir, AckWait: patient})
 	addr := f.a.NATSAddr()
 	e := f.enforcer("e", enforce.Options{})
 	crowd := f.crowd(e, "default")["default"]
@@ -126,7 +131,7 @@ func TestAKillIsRestoredByShares(t *testing.T) {
 	if now := free(e, crowd); !slices.Equal(now, first) {
 		t.Errorf("while the authority is away: %d, and then %d", len(first), len(now))
 	}
-	f = start(t, Options{DataDir: dir, NATSListen: addr})
+	f = start(t, Options{DataDir: dir, NATSListen: addr, AckWait: patient})
 	if x := f.due(id); x.Taken != 2 || x.State != authority.RestoreRunning {
 		t.Fatalf("%+v", x)
 	}
@@ -161,7 +166,7 @@ func TestAKillIsRestoredByShares(t *testing.T) {
 // A global kill is lifted tenant by tenant, and by share of the others. One that is
 // killed by itself stays so; who is exempt goes on; abort kills everything again.
 func TestAGlobalKillIsRestoredByTenant(t *testing.T) {
-	f := start(t, Options{Tenants: []string{"acme", "beta", "gamma", "delta"}, Issuers: []string{issuer}})
+	f := start(t, Options{AckWait: patient, Tenants: []string{"acme", "beta", "gamma", "delta"}, Issuers: []string{issuer}})
 	e := f.enforcer("e", enforce.Options{})
 	crowd := f.crowd(e, "acme", "beta", "gamma", "delta")
 	valve := f.as(e, "beta", "u0", "spiffe://corp/valve")
@@ -245,7 +250,7 @@ func TestAGlobalKillIsRestoredByTenant(t *testing.T) {
 func TestAStageIsTakenOnce(t *testing.T) {
 	for name, stages := range map[string][]string{"shares": {"10%", "50%", "100%"}, "tenants": {"acme", "beta", "50%", "100%"}, "all at once": {"100%"}} {
 		t.Run(name, func(t *testing.T) {
-			f := start(t, Options{Tenants: []string{"acme", "beta", "gamma"}, Issuers: []string{issuer}})
+			f := start(t, Options{AckWait: patient, Tenants: []string{"acme", "beta", "gamma"}, Issuers: []string{issuer}})
 			f.kill(everything())
 			d := f.decide(stagedRequest(everything(), stages...))
 			id := d.Restore.ID
@@ -284,7 +289,7 @@ func TestAStageIsTakenOnce(t *testing.T) {
 // Two persons decide on the restore as a whole; one ends it. Who has one tenant
 // sees and ends no other's.
 func TestAStagedRestoreTakesTwoOnce(t *testing.T) {
-	f := start(t, Options{Tenants: []string{"acme", "beta"}, Issuers: []string{issuer}, Access: &access.Config{ProposalFor: time.Minute, Local: access.On, TwoPerson: access.On}})
+	f := start(t, Options{AckWait: patient, Tenants: []string{"acme", "beta"}, Issuers: []string{issuer}, Access: &access.Config{ProposalFor: time.Minute, Local: access.On, TwoPerson: access.On}})
 	f.kill(tenantTarget("acme"))
 	alice, bob, other := f.commander("alice"), f.commander("bob", "acme"), f.commander("dora", "beta")
 	r := stagedRequest(tenantTarget("acme"), "1%", "2%", "100%")
@@ -333,7 +338,8 @@ func TestStagesThatAreRefused(t *testing.T) {
 		{"101%", nil, "not a stage"},
 		{"NaN%", nil, "not a stage"},
 		{"1%,50%", nil, "end with 100%"},
-		{"100%,beta", nil, "not a stage"},
+		{"100%,beta", nil, "name tenants first"},
+		{"10%,beta,100%", nil, "name tenants first"},
 		{"beta,beta,100%", nil, "not a stage"},
 		{"nobody,100%", nil, "not a stage"},
 		{strings.Repeat("1%,", 32) + "100%", nil, "at most 32"},
@@ -367,7 +373,7 @@ func TestStagesThatAreRefused(t *testing.T) {
 func TestAStageDoesNotLiftALaterKill(t *testing.T) {
 	var f *fixture
 	again := false
-	f = start(t, Options{beforeStage: func() {
+	f = start(t, Options{AckWait: patient, beforeStage: func() {
 		if again {
 			again = false
 			f.decide(authority.Request{Operation: authority.Kill, Targets: everything(), Reason: "compromised", Incident: "INC-2"})
@@ -391,5 +397,224 @@ func TestAStageDoesNotLiftALaterKill(t *testing.T) {
 		}
 		f.settle(f.decide(authority.Request{Operation: authority.Restore, Targets: everything(), Incident: "INC-2"}))
 		f.until(func() bool { return len(free(e, crowd)) == len(crowd) })
+	}
+}
+
+// between are what a test does before a stage is taken, once, and whether the
+// authority dies after that, once.
+type between struct {
+	then atomic.Pointer[func()]
+	dies atomic.Bool
+}
+
+func (b *between) options(o Options) Options {
+	o.AckWait = patient
+	o.beforeStage = func() {
+		if f := b.then.Swap(nil); f != nil {
+			(*f)()
+		}
+	}
+	o.afterStage = func() error {
+		if b.dies.Swap(false) {
+			return errors.New("died")
+		}
+		return nil
+	}
+	return o
+}
+
+// suspended is the suspension of a tenant, or of everything.
+func (f *fixture) suspended(tenant string) (session.Record, bool) {
+	f.Helper()
+	p := f.a.planner(nil)
+	k := session.GlobalKey()
+	if tenant != "" {
+		i := slices.IndexFunc(p.all, func(t session.Tenant) bool { return t.Name == tenant })
+		k = session.TenantKey(p.all[i].ID)
+	}
+	return p.suspension(k)
+}
+
+// stands fails unless a decision on a tenant, or everything, is in force as it was
+// taken.
+func (f *fixture) stands(tenant string, d *authority.Decision, reason session.Reason) {
+	f.Helper()
+	if r, ok := f.suspended(tenant); !ok || r.Seq != d.Number || r.Reason != reason || r.Share != 0 {
+		f.Errorf("%q: %+v, %t; decided at %d", tenant, r, ok, d.Number)
+	}
+}
+
+func (f *fixture) stopped(id, why string) {
+	f.Helper()
+	f.until(func() bool { return f.restore(id).State != authority.RestoreRunning })
+	if x := f.restore(id); x.State != authority.RestoreStopped || !strings.Contains(x.Why, why) {
+		f.Errorf("%+v", x)
+	}
+}
+
+// free lifts what a test has left.
+func (f *fixture) free() {
+	f.Helper()
+	for tenant, t := range map[string][]authority.Target{"": everything(), "acme": tenantTarget("acme"), "beta": tenantTarget("beta")} {
+		if _, ok := f.suspended(tenant); ok {
+			f.settle(f.decide(authority.Request{Operation: authority.Restore, Targets: t, Incident: "INC-1"}))
+		}
+	}
+}
+
+func suspendRequest(tenant string) authority.Request {
+	return authority.Request{Operation: authority.Suspend, Targets: tenantTarget(tenant), Reason: "maintenance", Incident: "INC-3"}
+}
+
+func killRequest(targets []authority.Target) authority.Request {
+	return authority.Request{Operation: authority.Kill, Targets: targets, Reason: "compromised", Incident: "INC-2"}
+}
+
+// What somebody else has decided on a tenant, or on everything, stands, whenever it
+// was decided: also where the authority's clock stands still.
+func TestARestoreLiftsNothingOfOthers(t *testing.T) {
+	var b between
+	frozen := time.Now()
+	f := start(t, b.options(Options{
+		Tenants: []string{"acme", "beta"}, Issuers: []string{issuer}, Hooks: sequencer.Hooks{Now: func() time.Time { return frozen }},
+	}))
+	var other *authority.Decision
+	decides := func(r authority.Request) {
+		then := func() {
+			other = f.decide(r)
+			f.settle(other)
+		}
+		b.then.Store(&then)
+	}
+	refused := func(r authority.Request, why string) {
+		t.Helper()
+		var problem *authority.Problem
+		if _, err := f.c.Decide(f.ctx, r); !errors.As(err, &problem) || problem.Type != authority.ProblemConflict || !strings.Contains(err.Error(), why) {
+			t.Error(err)
+		}
+	}
+
+	// A tenant was suspended before everything was killed.
+	d := f.decide(suspendRequest("acme"))
+	f.kill(everything())
+	r := f.decide(stagedRequest(everything(), "acme", "100%"))
+	if !strings.Contains(strings.Join(r.Warnings, ";"), "tenant acme is suspended by itself, and stays so") {
+		t.Errorf("%q", r.Warnings)
+	}
+	f.stands("acme", d, session.ReasonMaintenance)
+	if x := f.due(r.Restore.ID); x.State != authority.RestoreDone {
+		t.Errorf("%+v", x)
+	}
+	f.stands("acme", d, session.ReasonMaintenance)
+	if _, ok := f.suspended("beta"); ok {
+		t.Error("beta is not restored")
+	}
+	f.free()
+
+	// It is suspended while a stage is held.
+	f.kill(tenantTarget("acme"))
+	r = f.decide(stagedRequest(tenantTarget("acme"), "50%", "100%"))
+	d = f.decide(suspendRequest("acme"))
+	f.stopped(r.Restore.ID, "tenant acme was suspended at seq")
+	f.stands("acme", d, session.ReasonMaintenance)
+	f.free()
+
+	// Or while the stage is on its way.
+	for _, dies := range []bool{false, true} {
+		for _, stages := range [][]string{{"50%", "100%"}, {"20%", "50%", "100%"}} {
+			for _, request := range []authority.Request{suspendRequest("acme"), killRequest(tenantTarget("acme"))} {
+				f.kill(tenantTarget("acme"))
+				r = f.decide(stagedRequest(tenantTarget("acme"), stages...))
+				decides(request)
+				b.dies.Store(dies)
+				f.due(r.Restore.ID)
+				f.stopped(r.Restore.ID, "tenant acme was")
+				reason := session.ReasonMaintenance
+				if request.Operation == authority.Kill {
+					reason = session.ReasonKill
+				}
+				f.stands("acme", other, reason)
+				f.free()
+			}
+		}
+	}
+
+	// A tenant that the first stage frees, or holds, or everything, is killed or
+	// suspended between its plan and itself.
+	for _, c := range []struct {
+		r      authority.Request
+		tenant string
+		reason session.Reason
+	}{
+		{killRequest(tenantTarget("acme")), "acme", session.ReasonKill},
+		{suspendRequest("acme"), "acme", session.ReasonMaintenance},
+		{suspendRequest("beta"), "beta", session.ReasonMaintenance},
+		{killRequest(tenantTarget("beta")), "beta", session.ReasonKill},
+		{killRequest(everything()), "", session.ReasonKill},
+	} {
+		f.kill(everything())
+		decides(c.r)
+		refused(stagedRequest(everything(), "acme", "100%"), "the restore stopped")
+		f.stands(c.tenant, other, c.reason)
+		if _, ok := f.suspended("beta"); !ok { // what is left is as it was
+			t.Error("beta is free")
+		}
+		f.free()
+	}
+}
+
+// What is decided on a tenant between the request and its first stage ends the
+// restore before that is taken.
+func TestAPartThatIsKilledByItself(t *testing.T) {
+	kill := session.Entry{Op: session.OpSet, Effect: session.EffectSuspended, Reason: session.ReasonKill, Key: session.GlobalKey()}
+	p := newPlanner(t, kill)
+	p.all = []session.Tenant{{ID: 1, Name: "acme"}, {ID: 2, Name: "beta"}}
+	pl, err := p.plan(&authority.Request{Operation: authority.Restore, Targets: everything(), Stages: []string{"acme", "100%"}, Hold: authority.Duration(time.Minute)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := pl.restore
+	if why := p.undone(x); why != "" {
+		t.Error(why)
+	}
+	for _, tenant := range []session.TenantID{1, 2} {
+		for _, reason := range []session.Reason{session.ReasonKill, session.ReasonMaintenance} {
+			own := kill
+			own.Key, own.Reason = session.TenantKey(tenant), reason
+			q := *p
+			q.state = p.state.Apply(&session.Batch{Epoch: 1, Number: 2, Time: session.InstantOf(now), Entries: []session.Entry{own}}, nil)
+			if why := q.undone(x); !strings.Contains(why, "at seq 2") {
+				t.Errorf("tenant %d, %s: %q", tenant, reason, why)
+			}
+		}
+	}
+}
+
+// An abort is decided once, and is not a kill that one person takes anew.
+func TestAnAbortIsNotRepeated(t *testing.T) {
+	f := start(t, Options{AckWait: patient})
+	f.kill(everything())
+	id := f.decide(stagedRequest(everything(), "50%", "100%")).Restore.ID
+	d, err := f.c.AbortRestore(f.ctx, id)
+	if err != nil || d.Duplicate {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	f.settle(d)
+	f.settle(f.decide(authority.Request{Operation: authority.Restore, Targets: everything(), Incident: "INC-1"}))
+	again, err := f.c.AbortRestore(f.ctx, id)
+	if err != nil || !again.Duplicate || again.ID != d.ID || again.Number != d.Number || !again.At.Equal(d.At) || !strings.Contains(strings.Join(again.Warnings, ";"), "it was aborted then") {
+		t.Errorf("%+v, %v", again, err)
+	}
+	x := f.restore(id)
+	x.At = x.At.Add(-keepRestore)
+	if err := f.a.putRestore(f.ctx, &x, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	var problem *authority.Problem
+	if _, err := f.c.AbortRestore(f.ctx, id); !errors.As(err, &problem) || problem.Type != authority.ProblemConflict || !strings.Contains(err.Error(), "kill anew") {
+		t.Error(err)
+	}
+	if r, ok := f.suspended(""); ok {
+		t.Errorf("%+v", r)
 	}
 }

@@ -381,8 +381,11 @@ func (w *writer) appendBatch(now time.Time) {
 		Epoch: w.epoch, Number: number + 1, Prev: head, Time: max(wall, at),
 		Horizon: max(hz, w.expiry.next),
 	}
-	b.Deadline = b.Time.Add(session.BatchTTL)
 	reqs := w.pack(b, set, may)
+	if slices.ContainsFunc(b.Entries, suspendsAll) {
+		b.Time = max(b.Time, at+1)
+	}
+	b.Deadline = b.Time.Add(session.BatchTTL)
 	if len(b.Decisions) == 0 && !w.proof {
 		return
 	}
@@ -429,6 +432,13 @@ func (w *writer) appendBatch(now time.Time) {
 			d.announce(res)
 		}
 	}
+}
+
+// suspendsAll reports whether an entry suspends a tenant, or everything. Its time is
+// after that of all that was decided before, so that a restore that lifts what it
+// has seen, by its time, cannot mean this one: also where the clock stands still.
+func suspendsAll(e session.Entry) bool {
+	return e.Op == session.OpSet && e.Effect == session.EffectSuspended && e.Key.Shape <= session.Shape(session.KindTenant)
 }
 
 // pack moves what fits from pending into the batch. What the quotas do not

@@ -79,6 +79,8 @@ func (m *model) state() map[slot]modelRecord {
 			}
 			out[at] = r
 		case !there:
+		case x.e.Effect != session.EffectRevoked && x.e.IssuedBefore != 0 && have.since > x.e.IssuedBefore:
+			// It was decided anew after what is to be lifted.
 		case x.e.Drill:
 			delete(out, at)
 		case x.e.Effect == session.EffectRevoked:

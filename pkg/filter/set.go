@@ -750,7 +750,8 @@ func (w *edit) store(k *session.Key, records []packed) {
 // Step is the rule of the vocabulary for one effect on one key: given the
 // record in force, if any, what is in force after the entry. A set never
 // weakens what is there; a lift of a terminal revocation does nothing; a lift
-// of any other revocation leaves its issued-before behind.
+// of any other revocation leaves its issued-before behind; a lift of anything else
+// that has an issued-before leaves alone what was decided after it.
 func Step(have *session.Record, e *session.Entry, b *session.Batch) (next session.Record, keep bool) {
 	fresh := session.Record{
 		Effect: e.Effect, Reason: e.Reason, Drill: e.Drill, IssuedBefore: e.IssuedBefore,
@@ -765,6 +766,9 @@ func Step(have *session.Record, e *session.Entry, b *session.Batch) (next sessio
 	switch {
 	case have == nil:
 		return session.Record{}, false
+	case e.Effect != session.EffectRevoked && e.IssuedBefore != 0 && have.Since > e.IssuedBefore:
+		// Decided anew since: the lift is of what was before.
+		return *have, true
 	case e.Drill:
 		return session.Record{}, false
 	case e.Effect == session.EffectRevoked && e.Key.Shape.Terminal():

@@ -95,6 +95,12 @@ func TestStep(t *testing.T) {
 			session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Key: userKey, Share: 1000}, &session.Record{Effect: session.EffectSuspended, Share: 3000}},
 		{"the last stage", &session.Record{Effect: session.EffectSuspended, Share: 3000},
 			session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Key: userKey, Share: session.ShareUnit}, nil},
+		{"a lift of what was before leaves what was decided since", &session.Record{Effect: session.EffectSuspended, Since: 600, Seq: 1},
+			session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Key: userKey, IssuedBefore: 599}, &session.Record{Effect: session.EffectSuspended, Since: 600, Seq: 1}},
+		{"and so does a stage", &session.Record{Effect: session.EffectSuspended, Since: 600, Seq: 1},
+			session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Key: userKey, IssuedBefore: 599, Share: 1000}, &session.Record{Effect: session.EffectSuspended, Since: 600, Seq: 1}},
+		{"and lifts what was before", &session.Record{Effect: session.EffectSuspended, Since: 600, Seq: 1},
+			session.Entry{Op: session.OpLift, Effect: session.EffectSuspended, Key: userKey, IssuedBefore: 600}, nil},
 		{"a drill ends, whatever it is of", &session.Record{Effect: session.EffectRevoked, Drill: true},
 			session.Entry{Op: session.OpLift, Effect: session.EffectRevoked, Key: terminal, Drill: true}, nil},
 	}

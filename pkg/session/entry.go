@@ -38,7 +38,8 @@ type Entry struct {
 	Key    Key
 	// IssuedBefore, when set, restricts the entry to identities from before
 	// that instant. On a lift of EffectRevoked it is required, and is what
-	// stays behind.
+	// stays behind. A lift of any other effect that has one lifts nothing that
+	// was decided after it.
 	IssuedBefore Instant
 	// Expires is when the entry has nothing left to match, and for an effect
 	// other than EffectRevoked also when it ends by itself. Zero stands until
