@@ -142,7 +142,7 @@ what is missing. What a target is: session-authority help targets.
 		case "share":
 			f.StringVar(&d.share, name, "", "set this part of the sessions free, as in 25%")
 		case "staged":
-			f.StringSliceVar(&d.stages, name, nil, "lift a kill step by step, as in 1%,10%,100%; of a global one tenants too, as in acme,100%")
+			f.StringSliceVar(&d.stages, name, nil, "lift a kill step by step, as in 1%,10%,100%; of a global one tenants before that, as in acme,100%")
 			f.DurationVar(&d.hold, "hold", 0, "how long each stage is held (5m where there are stages)")
 			f.BoolVar(&d.abort, "abort", false, "kill again what the staged restore of the target has set free")
 		case "credentials":

@@ -595,6 +595,9 @@ func TestAnAbortIsNotRepeated(t *testing.T) {
 	f := start(t, Options{AckWait: patient})
 	f.kill(everything())
 	id := f.decide(stagedRequest(everything(), "50%", "100%")).Restore.ID
+	if len(id) != len("r-5f0c1a2290d3be71") {
+		t.Errorf("%q can be met by chance", id)
+	}
 	d, err := f.c.AbortRestore(f.ctx, id)
 	if err != nil || d.Duplicate {
 		t.Fatalf("%+v, %v", d, err)
