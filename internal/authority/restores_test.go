@@ -590,6 +590,29 @@ func TestAPartThatIsKilledByItself(t *testing.T) {
 	}
 }
 
+// The kills of single tenants can take neither another's share nor, beside all that
+// it spares, the mark.
+func TestPartsThatCannotBe(t *testing.T) {
+	kill := session.Entry{Op: session.OpSet, Effect: session.EffectSuspended, Reason: session.ReasonKill, Key: session.GlobalKey()}
+	share := liftKill(&heldKill{Key: session.GlobalKey(), Since: session.InstantOf(now)}, 1000, "")
+	spares := kill
+	for i := range session.MaxExcept {
+		spares.Except = append(spares.Except, session.Key{Tenant: 1, Shape: session.Shape(session.KindAgent), Digest: session.Digest{byte(i + 1)}})
+	}
+	for want, entries := range map[string][]session.Entry{"by shares alone": {kill, share}, "spares 8 callers of tenant acme": {spares}} {
+		p := newPlanner(t, entries...)
+		p.all = []session.Tenant{{ID: 1, Name: "acme"}, {ID: 2, Name: "beta"}}
+		r := &authority.Request{Operation: authority.Restore, Targets: everything(), Stages: []string{"beta", "100%"}, Hold: authority.Duration(time.Minute)}
+		if _, err := p.plan(r); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+		r.Stages = []string{"50%", "100%"}
+		if _, err := p.plan(r); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // An abort is decided once, and is not a kill that one person takes anew.
 func TestAnAbortIsNotRepeated(t *testing.T) {
 	f := start(t, Options{AckWait: patient})
