@@ -606,7 +606,7 @@ func (a *Authority) takeDue(ctx context.Context) error {
 		step, cancel := context.WithTimeout(ctx, stageLimit)
 		d, err := a.takeStage(step, x)
 		cancel()
-		if d != nil && d.Number != x.Number {
+		if err == nil && d.Number != x.Number {
 			continue // not stored yet
 		}
 		rec := a.stageRecord(x, d, err)
