@@ -586,9 +586,8 @@ func (a *Authority) takeDue(ctx context.Context) error {
 		return err
 	}
 	a.flow.keep(all)
-	st := a.seq.Status()
-	if !st.Writer || st.Halted != nil {
-		return nil
+	if st := a.seq.Status(); !st.Writer || st.Halted != nil {
+		return nil //nolint:nilerr // the status says so itself
 	}
 	var errs []error
 	for i := range all {

@@ -577,6 +577,14 @@ func TestAPartThatIsKilledByItself(t *testing.T) {
 	if why := p.undone(x); why != "" {
 		t.Error(why)
 	}
+	// Where both were of one millisecond, the reason tells.
+	other := kill
+	other.Reason = session.ReasonMaintenance
+	q := *p
+	q.state = p.state.Apply(&session.Batch{Epoch: 1, Number: 2, Time: x.Whole.Since, Entries: []session.Entry{other}}, nil)
+	if why := q.undone(x); why != "global was suspended at seq 2" {
+		t.Errorf("%q", why)
+	}
 	for _, tenant := range []session.TenantID{1, 2} {
 		for _, reason := range []session.Reason{session.ReasonKill, session.ReasonMaintenance} {
 			own := kill
