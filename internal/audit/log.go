@@ -484,9 +484,14 @@ func (l *Log) build(items []*item) ([]byte, *statement, error) {
 	l.mu.Lock()
 	at, walked := l.at, l.walked
 	done := make([]bool, len(items))
+	here := map[string]bool{}
 	for i, it := range items {
+		known := l.seen.has(it.decision) || here[it.decision]
+		if it.decision != "" {
+			here[it.decision] = true
+		}
 		switch {
-		case !l.seen.has(it.decision):
+		case !known:
 		case it.recovers != Place{}:
 			done[i] = true
 		default:

@@ -114,3 +114,29 @@ func TestRecoveredTooLate(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Of two records of one decision in one batch, one counts: the first; that of who
+// took it says who asked all the same.
+func TestRecoveredInTheBatchOfItsAuthor(t *testing.T) {
+	l := newStore(t).open()
+	made := func(r authority.AuditRecord, at Place) *item {
+		body, err := encode(r)
+		must(t, err)
+		return &item{body: body, decision: decisionOf(&r), record: r, recovers: at}
+	}
+	again := recovered(3)
+	again.Record.Recovered = true
+	size := func(items ...*item) uint64 {
+		_, st, err := l.build(items)
+		must(t, err)
+		return st.Number - st.First + 1
+	}
+	own := made(decision(3), Place{})
+	if n := size(own, made(again.Record, again.At)); n != 1 || own.record.Duplicate {
+		t.Errorf("behind it: %d records, %+v", n, own.record)
+	}
+	own = made(decision(3), Place{})
+	if n := size(made(again.Record, again.At), own); n != 2 || !own.record.Duplicate {
+		t.Errorf("before it: %d records, %+v", n, own.record)
+	}
+}

@@ -171,8 +171,9 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 		rec.Decision = hex.EncodeToString(u.id[:])
 	}
 	tenant := ""
-	if t, _ := a.tenants(); len(t.list) == 1 {
-		tenant = t.list[0].Name()
+	tenants, _ := a.tenants()
+	if len(tenants.list) == 1 {
+		tenant = tenants.list[0].Name()
 	}
 	of := func(t authority.Target) authority.AuditCaller {
 		c := callerOf(t, tenant)
@@ -199,6 +200,14 @@ func (a *Authority) decisionRecord(r *authority.Request, d *authority.Decision, 
 	}
 	if len(r.Stages) > 0 {
 		say("in stages: %s", strings.Join(r.Stages, ", "))
+	}
+	if len(more) > 0 && slices.Contains(rec.Tenants, authority.AuditAny) {
+		// What is said of everything may name callers of any tenant, and tenants.
+		for _, t := range tenants.list {
+			if name := t.Name(); !slices.Contains(rec.Tenants, name) {
+				rec.Tenants = append(rec.Tenants, name)
+			}
+		}
 	}
 	if r.Share != 0 {
 		say("share %g%%", r.Share)

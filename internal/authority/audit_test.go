@@ -718,6 +718,15 @@ func TestAuditOfOneTenant(t *testing.T) {
 	}
 	kill.Incident, kill.Reason = "INC-G", "compromised"
 	f.decide(kill)
+	// Whom a kill spares by what was declared is not everybody's to know.
+	if _, err := f.c.DeclareExemption(f.ctx, authority.ExemptionRequest{
+		Target: authority.One("umbrella", "agent", "", "spiffe://umbrella/valve"), Owner: "plant", Reason: "closes by itself", Global: true,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if d := f.decide(authority.Request{Operation: authority.Kill, Targets: everything(), Incident: "INC-H", Reason: "compromised"}); len(d.Exempted) != 1 {
+		t.Fatalf("%+v", d)
+	}
 	// Somebody of acme names another tenant: that stays theirs.
 	mallory := access.With(f.ctx, access.NewPrincipal("mallory", access.MeansToken, access.Grant{Role: access.Responder, Tenants: []string{"acme"}}))
 	if _, err := f.a.Decide(mallory, "k", authority.Request{Operation: authority.Revoke, Reason: "anomaly", Incident: "INC-M", Targets: []authority.Target{target("umbrella", "ursula")}, Commit: true}); problemOf(err) != "tenant" {
@@ -730,7 +739,7 @@ func TestAuditOfOneTenant(t *testing.T) {
 		return len(f.audited(authority.AuditQuery{Kind: authority.AuditCoverage})) >= 3 && len(f.audited(authority.AuditQuery{Kind: authority.AuditReport})) == 4
 	})
 	for tenant, c := range map[string]struct{ sees, not []string }{
-		"acme":     {[]string{"alice", "anna", "acme/agent", "allan", "aki", "amy", "INC-A", "INC-B", "INC-G", "acme-1", "both-1", "mallory"}, []string{"umbrella-", "umbrella/", "uma", "ute", "undine", "ulla", "INC-U", "INC-P", "forged", "v9"}},
+		"acme":     {[]string{"alice", "anna", "acme/agent", "allan", "aki", "amy", "INC-A", "INC-B", "INC-G", "INC-H", "acme-1", "both-1", "mallory"}, []string{"umbrella-", "umbrella/", "uma", "ute", "undine", "ulla", "INC-U", "INC-P", "forged", "v9"}},
 		"umbrella": {[]string{"uma", "ute", "umbrella/agent", "ulla", "INC-U", "INC-B", "INC-G", "umbrella-1", "both-1"}, []string{"acme", "alice", "anna", "allan", "aki", "amy", "INC-A", "mallory", "ursula", "INC-P", "forged", "v9"}},
 	} {
 		ctx := auditor(tenant)

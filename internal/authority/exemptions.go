@@ -400,27 +400,27 @@ func (a *Authority) approveExemption(ctx context.Context, id string) (*authority
 // RemoveExemption ends an exemption for decisions to come; it is the API's. One
 // commander does, since nothing is weakened by it.
 func (a *Authority) RemoveExemption(ctx context.Context, id string) error {
-	target, err := a.removeExemption(ctx, id)
+	x, err := a.removeExemption(ctx, id)
 	rec := authority.AuditRecord{Kind: authority.AuditExemption, Action: "remove", Detail: "exemption " + clip(id)}
-	if target != "" {
-		rec.Targets = []string{target}
+	if x != nil {
+		rec.Targets, rec.Tenants = []string{x.Target.String()}, []string{x.Target.Tenant}
 	}
 	a.recordOutcome(ctx, rec, err)
 	return err
 }
 
-// removeExemption returns the target of what it removed.
-func (a *Authority) removeExemption(ctx context.Context, id string) (target string, err error) {
+// removeExemption returns what it removed, and what it tried to.
+func (a *Authority) removeExemption(ctx context.Context, id string) (*declared, error) {
 	p := access.From(ctx)
 	x, err := a.findExemption(p, id, time.Now())
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, registerWait)
 	defer cancel()
 	if _, err := a.registry.PutNote(ctx, registry.Note{Kind: exemptionNotes, ID: x.ID, Revision: x.revision}, nil); err != nil {
-		return "", exemptionProblem(err)
+		return x, exemptionProblem(err)
 	}
 	a.log.Warn("exemption removed", "exemption", x.ID, "by", p.Name)
-	return x.Target.String(), nil
+	return x, nil
 }
