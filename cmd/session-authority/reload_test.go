@@ -142,18 +142,26 @@ func TestWhoMayIsReadAgain(t *testing.T) {
 	}
 
 	// It is in the audit what changed, and that the bad files did not.
-	page, err := s.op.Audit(t.Context(), authority.AuditQuery{Kind: authority.AuditAuthority})
-	if err != nil {
-		t.Fatal(err)
-	}
 	var done, refused int
-	for _, r := range page.Records {
-		switch all := strings.Join(r.Targets, "\n"); {
-		case r.Action != "reload":
-		case r.Outcome == authority.OutcomeRefused && r.Error != "":
-			refused++
-		case strings.Contains(all, "withdrawn: commander in * to certificate uri:spiffe://corp/ops/alice") && strings.Contains(all, "granted: viewer in acme to groups lookers-acme"):
-			done++
+	var page *authority.AuditPage
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		var err error
+		if page, err = s.op.Audit(t.Context(), authority.AuditQuery{Kind: authority.AuditAuthority}); err != nil {
+			t.Fatal(err)
+		}
+		done, refused = 0, 0
+		for _, r := range page.Records {
+			switch all := strings.Join(r.Targets, "\n"); {
+			case r.Action != "reload":
+			case r.Outcome == authority.OutcomeRefused && r.Error != "":
+				refused++
+			case strings.Contains(all, "withdrawn: commander in * to certificate uri:spiffe://corp/ops/alice") && strings.Contains(all, "granted: viewer in acme to groups lookers-acme"):
+				done++
+			}
+		}
+		// The authority does not wait for its own records to be stored.
+		if done >= 1 && refused >= 2 || time.Now().After(deadline) {
+			break
 		}
 	}
 	if done != 1 || refused != 2 {

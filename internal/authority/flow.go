@@ -1,7 +1,6 @@
 package authority
 
 import (
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -10,24 +9,39 @@ import (
 	"github.com/interlock-fabric/interlock/pkg/authority"
 )
 
-// maxFlow bounds the totals that are kept.
-const maxFlow = 1 << 14
+// maxFlow bounds the enforcers that are counted.
+const maxFlow = 1 << 16
 
 // flow counts the calls that enforcers allowed and denied, over their restarts, and
 // what there was when each stage of a restore began. The zero value has counted
 // nothing. It is safe for concurrent use.
 type flow struct {
-	mu sync.Mutex
-	// of are the enforcers' newest totals, and sums what they come to.
-	of   map[string]totals
-	sums map[string]totals
+	mu   sync.Mutex
+	of   map[string]*calls    // by enforcer
 	from map[string]stageMark // by restore
 }
 
-type totals struct {
-	boot            [16]byte
-	denied, allowed uint64
+type calls struct{ denied, allowed counter }
+
+// counter sums a total that begins anew with each boot. What there was when it was
+// first heard of does not count.
+type counter struct {
+	known     bool
+	boot      [16]byte
+	last, sum uint64
 }
+
+func (c *counter) add(boot [16]byte, n uint64) {
+	switch {
+	case c.known && c.boot == boot && n >= c.last:
+		c.sum += n - c.last
+	case c.known && c.boot != boot:
+		c.sum += n
+	}
+	c.known, c.boot, c.last = true, boot, n
+}
+
+type totals struct{ denied, allowed uint64 }
 
 type stageMark struct {
 	taken int
@@ -38,32 +52,41 @@ type stageMark struct {
 // denied takes an enforcer's total of denied checks, and allowed one of allowed
 // calls, of a boot.
 func (f *flow) denied(name string, boot [16]byte, n uint64) {
-	f.add("d "+name, boot, n, func(t *totals) *uint64 { return &t.denied }, name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if c := f.calls(name); c != nil {
+		c.denied.add(boot, n)
+	}
 }
 
 func (f *flow) allowed(name string, boot [16]byte, n uint64) {
-	f.add("a "+name, boot, n, func(t *totals) *uint64 { return &t.allowed }, name)
-}
-
-func (f *flow) add(key string, boot [16]byte, n uint64, which func(*totals) *uint64, name string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.of == nil {
-		f.of, f.sums, f.from = map[string]totals{}, map[string]totals{}, map[string]stageMark{}
+	if c := f.calls(name); c != nil {
+		c.allowed.add(boot, n)
 	}
-	have, known := f.of[key]
-	now, sum := totals{boot: boot}, f.sums[name]
-	*which(&now) = n
-	switch before := *which(&have); {
-	case known && have.boot == boot && n >= before:
-		*which(&sum) += n - before
-	case known && have.boot != boot:
-		*which(&sum) += n
+}
+
+// calls returns an enforcer's counts; nil when there are too many. f.mu is held.
+func (f *flow) calls(name string) *calls {
+	c := f.of[name]
+	if c == nil && len(f.of) < maxFlow {
+		if f.of == nil {
+			f.of = map[string]*calls{}
+		}
+		c = &calls{}
+		f.of[name] = c
 	}
-	if len(f.of) >= maxFlow {
-		clear(f.of)
+	return c
+}
+
+// sums returns what has been counted. f.mu is held.
+func (f *flow) sums() map[string]totals {
+	out := make(map[string]totals, len(f.of))
+	for name, c := range f.of {
+		out[name] = totals{c.denied.sum, c.allowed.sum}
 	}
-	f.of[key], f.sums[name] = now, sum
+	return out
 }
 
 // keep marks the stages that have begun, and forgets the restores that have ended.
@@ -71,15 +94,12 @@ func (f *flow) keep(all []restore) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.from == nil {
-		if len(all) == 0 {
-			return
-		}
-		f.of, f.sums, f.from = map[string]totals{}, map[string]totals{}, map[string]stageMark{}
+		f.from = map[string]stageMark{}
 	}
 	for i := range all {
 		x := &all[i]
 		if m, ok := f.from[x.ID]; x.State == authority.RestoreRunning && (!ok || m.taken != x.Taken) {
-			f.from[x.ID] = stageMark{x.Taken, time.Now().UTC(), maps.Clone(f.sums)}
+			f.from[x.ID] = stageMark{x.Taken, time.Now().UTC(), f.sums()}
 		} else if x.State != authority.RestoreRunning {
 			delete(f.from, x.ID)
 		}
@@ -90,7 +110,7 @@ func (f *flow) keep(all []restore) {
 func (a *Authority) figures(x *restore, scope access.Scope) *authority.RestoreFigures {
 	a.flow.keep([]restore{*x})
 	a.flow.mu.Lock()
-	m, sums := a.flow.from[x.ID], maps.Clone(a.flow.sums)
+	m, sums := a.flow.from[x.ID], a.flow.sums()
 	a.flow.mu.Unlock()
 	out := &authority.RestoreFigures{Since: m.since}
 	view := a.view(scope)

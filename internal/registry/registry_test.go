@@ -440,7 +440,8 @@ func TestAKeyThatIsAwayStopsIt(t *testing.T) {
 	w.register(r, ses(1))
 	blind := &sealing{ks: w.keys.ks, private: w.keys.private, away: true}
 	b := w.open(Options{Keys: blind})
-	if st := b.Status(); !is(st.Err, ErrKey) || st.Number != 0 || st.Refused != 0 {
+	w.until("stopped", func() bool { return is(b.Status().Err, ErrKey) })
+	if st := b.Status(); st.Number != 0 || st.Refused != 0 {
 		t.Errorf("%+v", st)
 	}
 }
