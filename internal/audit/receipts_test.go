@@ -114,6 +114,7 @@ func TestReceipts(t *testing.T) {
 // Every single-byte change is found, as is every line that is missing, moved or
 // there twice, and every truncation.
 func TestEveryByteOfReceiptsCounts(t *testing.T) {
+	t.Parallel()
 	s, x, _ := evidence(t)
 	file := s.writeReceipts(x)
 	root := s.keys.Root()

@@ -70,12 +70,14 @@ var numbered = regexp.MustCompile(`^\{"n":(\d+),`)
 // Every single-byte change of an export is found, and so is which record it is
 // in. It fails without the check of the spelling, of the links, or of the sum.
 func TestEveryByteCounts(t *testing.T) {
+	t.Parallel()
 	s, file := sample(t)
 	everyByteCounts(t, file, s.keys.Root(), nil, 1)
 }
 
 // So does it in an export for those who may see a part of it.
 func TestEveryByteOfAViewCounts(t *testing.T) {
+	t.Parallel()
 	s, _ := sample(t)
 	var b bytes.Buffer
 	n := 0
