@@ -625,7 +625,7 @@ func (a *Authority) takeDue(ctx context.Context) error {
 
 // stageRecord is the audit's record of a stage that the authority took by itself.
 func (a *Authority) stageRecord(x *restore, d *authority.Decision, err error) authority.AuditRecord {
-	r := &authority.Request{Operation: authority.Restore, Incident: x.Incident, Targets: []authority.Target{x.target()}}
+	r := &authority.Request{Operation: authority.Restore, Incident: x.Incident, Targets: []authority.Target{x.target()}, Stages: x.Stages}
 	rec := a.decisionRecord(r, d, err)
 	rec.Detail = fmt.Sprintf("restore %s of %s: %d of %d stages taken (%s)", x.ID, x.By, x.Taken, len(x.Stages), strings.Join(x.Stages, ", "))
 	return rec
@@ -658,7 +658,10 @@ func (a *Authority) restoresIn(scope access.Scope) ([]authority.StagedRestore, e
 			continue
 		}
 		r := x.StagedRestore
-		if !scope.All() { // the stages name tenants
+		if !scope.All() { // the stages name tenants, and so may the reason
+			if x.Tenant == "" {
+				r.Why = ""
+			}
 			for i, s := range x.stages {
 				if s.tenant != "" && !scope.Has(s.tenant) {
 					r.Stages = slices.Clone(r.Stages)
