@@ -32,9 +32,6 @@ const (
 	// behindLimit is how long heartbeats go on naming a table of which it is not
 	// known that it is what the registry says.
 	behindLimit = 5 * time.Second
-	// maxAhead is how far ahead of this clock the version of a published table may
-	// be and still be gone on from.
-	maxAhead = time.Hour
 	// putLimit bounds one write.
 	putLimit = 5 * time.Second
 )
@@ -124,6 +121,9 @@ type published struct {
 	mark  agentMark // of the registry that it is made of
 	set   uint64    // version of the key set
 	seq   uint64    // of the index in its stream; what the next must come after
+	// signer signed the index: when that key is withdrawn, enforcers let go of
+	// what it signed.
+	signer session.KeyID
 }
 
 // Run publishes until ctx ends.
@@ -195,7 +195,17 @@ func (p *Publisher) Run(ctx context.Context) {
 // keys of now.
 func (p *Publisher) current(have *published, mark agentMark) bool {
 	ks := p.o.Keys.Trust().KeySet()
-	return have.mark == mark && have.set == ks.Version && have.index.Epoch == ks.Epoch
+	signer, _, err := p.signer()
+	return err == nil && have.signer == signer && have.mark == mark && have.set == ks.Version && have.index.Epoch == ks.Epoch
+}
+
+// signer returns the key that signs now.
+func (p *Publisher) signer() (session.KeyID, ed25519.PrivateKey, error) {
+	key, err := p.o.Keys.Signer(session.InstantOf(time.Now()))
+	if err != nil {
+		return session.KeyID{}, nil, err
+	}
+	return session.KeyIDOf(key.Public().(ed25519.PublicKey)), key, nil
 }
 
 // publish brings what is published to what the registry says. Of what is in the
@@ -203,7 +213,7 @@ func (p *Publisher) current(have *published, mark agentMark) bool {
 // became the writer.
 func (p *Publisher) publish(ctx context.Context, have *published, mark agentMark) (*published, error) {
 	now := session.InstantOf(time.Now())
-	key, err := p.o.Keys.Signer(now)
+	signer, key, err := p.signer()
 	if err != nil {
 		return nil, err
 	}
@@ -224,8 +234,10 @@ func (p *Publisher) publish(ctx context.Context, have *published, mark agentMark
 			return nil, err
 		}
 	}
-	next := &published{mark: mark, set: ks.Version}
-	if have.index != nil && have.index.Parts == index.Parts && have.index.Epoch == ks.Epoch {
+	next := &published{mark: mark, set: ks.Version, signer: signer}
+	// Another key signs the same anew, so that the withdrawal of the one before
+	// takes nothing from anybody.
+	if have.index != nil && have.signer == signer && have.index.Parts == index.Parts && have.index.Epoch == ks.Epoch {
 		next.index, next.ref, next.seq = have.index, have.ref, have.seq
 		return next, nil
 	}
@@ -241,9 +253,6 @@ func (p *Publisher) publish(ctx context.Context, have *published, mark agentMark
 		}
 	}
 	index.Epoch, index.Version, index.Time = ks.Epoch, max(uint64(now), last.ref.Version+1), now
-	if last.ref.Version > uint64(now.Add(maxAhead)) {
-		index.Version = uint64(now) // of a clock that was wrong
-	}
 	frame, err := session.Seal(session.TypeAgents, index.MarshalBody(), key)
 	if err != nil {
 		return nil, fmt.Errorf("registry: %w", err)
@@ -346,7 +355,7 @@ func (p *Publisher) stored(ctx context.Context) (*published, error) {
 		return out, nil
 	}
 	if out.index, err = session.UnmarshalAgentIndex(f.Body); err == nil {
-		out.ref = session.AgentsRef{Version: out.index.Version, Sum: f.Hash()}
+		out.ref, out.signer = session.AgentsRef{Version: out.index.Version, Sum: f.Hash()}, f.Key
 	}
 	return out, nil
 }

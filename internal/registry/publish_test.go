@@ -58,6 +58,17 @@ func (k *publishing) rotate(t testing.TB, mod func(*session.KeySet)) {
 	k.signer.Store(&key)
 }
 
+// withdraw brings a key set in which key i signs nothing any more.
+func (k *publishing) withdraw(t testing.TB, i int) {
+	t.Helper()
+	signer := k.signer.Load()
+	k.rotate(t, func(ks *session.KeySet) {
+		ks.Keys = ks.Keys[:len(ks.Keys)-1]
+		ks.Keys[i].Withdrawn, ks.Keys[i].LastEpoch = true, 1
+	})
+	k.signer.Store(signer)
+}
+
 func (k *publishing) Trust() *session.Trust { return k.trust }
 func (k *publishing) Signer(session.Instant) (ed25519.PrivateKey, error) {
 	return *k.signer.Load(), nil
@@ -163,9 +174,33 @@ func TestTableIsNamedWhileItIsRight(t *testing.T) {
 		return w.named(p) == 20 && p.Status().Err == nil && p.Ref().Version > first.Version
 	})
 
+	// Another key signs the same index anew, and when the one before is withdrawn
+	// then, nothing has to change. The parts stay.
+	stream, err := w.js.Stream(w.ctx, natsfeed.AgentStream)
+	must(t, err)
+	parts := func() (last uint64) {
+		for i := range session.AgentParts {
+			if m, err := stream.GetLastMsgForSubject(w.ctx, natsfeed.AgentPartSubject(byte(i))); err == nil {
+				last = max(last, m.Sequence)
+			}
+		}
+		return last
+	}
+	before, stored := p.Ref(), parts()
+	k.rotate(t, nil)
+	w.until("the key of now signs it", func() bool { return p.Ref() != before && w.named(p) == 20 })
+	before = p.Ref()
+	k.withdraw(t, 0)
+	mark, err := r.agentMark()
+	must(t, err)
+	x, err := p.publish(w.ctx, nil, mark) // what it does under the new key set
+	must(t, err)
+	if x.ref != before || w.named(p) != 20 || parts() != stored {
+		t.Errorf("%v after the withdrawal of a key that has signed nothing of it, %v before; parts up to %d, %d", x.ref, before, parts(), stored)
+	}
+
 	// A key that is withdrawn vouches for nothing: the same is published anew.
-	before := p.Ref()
-	k.rotate(t, func(ks *session.KeySet) { ks.Keys[0].Withdrawn, ks.Keys[0].LastEpoch = true, 1 })
+	k.rotate(t, func(ks *session.KeySet) { ks.Keys[1].Withdrawn, ks.Keys[1].LastEpoch = true, 1 })
 	w.until("another key signs it", func() bool { return p.Ref() != before && w.named(p) == 20 })
 
 	// Agents whose keys cannot be derived here would be denied as strangers.
@@ -233,6 +268,30 @@ func TestTwoPublishers(t *testing.T) {
 	p[1].ref.Store(&next.ref)
 	if n := w.named(p[1]); n != 2 || next.ref.Version <= third.ref.Version {
 		t.Errorf("%d agents, version %d after %d", n, next.ref.Version, third.ref.Version)
+	}
+}
+
+// TestVersionsGrow: enforcers take no lower version, so a clock that steps back, or
+// had been ahead by however much, lowers none.
+func TestVersionsGrow(t *testing.T) {
+	w := newWorld(t, true)
+	k := newPublishing(t)
+	r := w.open(Options{})
+	_, _, err := r.RegisterAgent(w.ctx, bot(1), 0)
+	must(t, err)
+	ahead := session.AgentIndex{Epoch: 1, Version: uint64(in(48 * time.Hour)), Time: in(48 * time.Hour)}
+	frame, err := session.Seal(session.TypeAgents, ahead.MarshalBody(), *k.signer.Load())
+	must(t, err)
+	_, err = w.js.Publish(w.ctx, natsfeed.AgentSubject, frame)
+	must(t, err)
+	p, err := NewPublisher(PublisherOptions{NC: w.nc, Registry: r, Keys: k, Published: func() {}, Writer: func() bool { return true }})
+	must(t, err)
+	mark, err := r.agentMark()
+	must(t, err)
+	next, err := p.publish(w.ctx, nil, mark)
+	must(t, err)
+	if next.ref.Version != ahead.Version+1 {
+		t.Errorf("version %d after %d", next.ref.Version, ahead.Version)
 	}
 }
 
