@@ -38,8 +38,8 @@ const (
 // any other, whose id follows from the order's, so that it is taken once.
 type orders struct {
 	// admitted is the version of the key set whose holders the bus lets in, and
-	// read the one under which the stream was read up to next. They are
-	// tendOrders'.
+	// read the one under which the stream was read up to next, and is read on from
+	// there. They are tendOrders'.
 	admitted, read, next uint64
 	failing              bool
 
@@ -58,6 +58,7 @@ type pendingOrder struct {
 	*session.SignedOrder
 	from string
 	why  string // it waits still
+	said bool   // its adoption is logged and recorded; the log does not have it yet
 }
 
 // hearOrder takes an order from wherever it came. What is stored is read anew at
@@ -130,7 +131,7 @@ func (a *Authority) admitHolders() {
 }
 
 // readOrders reads what has been stored since the last time, and everything again
-// under a new key set.
+// under a new key set. What it has no time for it leaves to the next time.
 func (a *Authority) readOrders(ctx context.Context, js jetstream.JetStream) error {
 	ctx, cancel := context.WithTimeout(ctx, ordersLimit)
 	defer cancel()
@@ -140,19 +141,21 @@ func (a *Authority) readOrders(ctx context.Context, js jetstream.JetStream) erro
 	}
 	o, state, version := &a.orders, s.CachedInfo().State, a.store.KeySet().Version
 	if version != o.read || state.LastSeq+1 < o.next {
-		o.next = 1
+		o.next, o.read = 1, version
 	}
-	for o.next = max(o.next, state.FirstSeq); o.next <= state.LastSeq; o.next++ {
-		m, err := s.GetMsg(ctx, o.next)
+	for began := o.next; o.next <= state.LastSeq; {
+		m, err := s.GetMsg(ctx, o.next, jetstream.WithGetMsgSubject(natsfeed.OrderSubjects))
 		switch {
 		case errors.Is(err, jetstream.ErrMsgNotFound):
+			return nil
+		case errors.Is(err, context.DeadlineExceeded) && o.next > began:
+			return nil
 		case err != nil:
 			return err
-		default:
-			a.hearOrder(m.Data, "the bus", false)
 		}
+		a.hearOrder(m.Data, "the bus", false)
+		o.next = m.Sequence + 1
 	}
-	o.read = version
 	return nil
 }
 
@@ -183,7 +186,7 @@ func (a *Authority) adoptOrders(ctx context.Context) {
 		}
 		o.mu.Lock()
 		if q, ok := o.pending[p.ID]; ok {
-			q.why = why
+			q.why, q.said = why, q.said || why == ""
 			o.pending[p.ID] = q
 		}
 		o.mu.Unlock()
@@ -203,6 +206,9 @@ func (a *Authority) adoptOrder(ctx context.Context, p pendingOrder) error {
 	res, err := a.seq.Decide(ctx, sequencer.Decision{ID: id, Entries: p.Adopted()})
 	if err != nil {
 		return err // it is tried again, and recorded from the log if it was taken
+	}
+	if res.Duplicate && p.said {
+		return nil // the store has not acknowledged it yet
 	}
 	a.hub.note(res.Epoch, res.Number, res.At.Time(), p.Adopted())
 	d := &authority.Decision{

@@ -7,12 +7,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nkeys"
 
 	"github.com/interlock-fabric/interlock/internal/broker"
+	"github.com/interlock-fabric/interlock/internal/sequencer"
 	"github.com/interlock-fabric/interlock/internal/trust"
 	"github.com/interlock-fabric/interlock/pkg/authority"
 	"github.com/interlock-fabric/interlock/pkg/enforce"
@@ -234,5 +236,49 @@ func TestOrderWithdrawn(t *testing.T) {
 	w.until(func() bool { return w.e.Check(w.caller, session.Call{}) == nil })
 	if s := w.status(); len(s.Kills) != 0 || s.Entries != 0 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestAdoptionIsSaidOnce: while the store does not acknowledge an adoption, it is
+// tried again and again, and is on record once.
+func TestAdoptionIsSaidOnce(t *testing.T) {
+	w := &orderWorld{t: t, data: t.TempDir()}
+	keys := filepath.Join(w.data, KeysDir)
+	now := session.InstantOf(time.Now())
+	store, err := trust.Init(trust.InitOptions{Dir: keys}, now)
+	must(t, err)
+	root, err := trust.LoadRoot(filepath.Join(keys, trust.RootFile))
+	must(t, err)
+	key, err := store.AddEmergency(root, trust.EmergencyOptions{Path: filepath.Join(w.data, "global"), Global: true, Orders: 1}, now)
+	must(t, err)
+	var outage atomic.Bool
+	w.fixture = start(t, Options{DataDir: w.data, AckWait: 50 * time.Millisecond, Hooks: sequencer.Hooks{DropAcks: outage.Load}})
+	w.until(func() bool { return w.a.seq.Status().Writer })
+	outage.Store(true)
+	w.a.hearOrder(w.signed(key, 1, 0, "INC-1"), "a test", true)
+	o := &w.a.orders
+	w.until(func() bool {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		for _, p := range o.pending {
+			return p.said
+		}
+		return false
+	})
+	for range 3 {
+		w.a.adoptOrders(w.ctx)
+	}
+	if n := len(w.adopted()); n != 1 {
+		t.Errorf("%d records of it in an outage of the store", n)
+	}
+	outage.Store(false)
+	w.until(func() bool {
+		w.a.adoptOrders(w.ctx)
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return len(o.pending) == 0
+	})
+	if n := len(w.adopted()); n != 1 {
+		t.Errorf("%d records of it", n)
 	}
 }
