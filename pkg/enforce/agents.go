@@ -201,13 +201,15 @@ type agentsKeeper struct {
 	want   session.AgentsRef
 	wantAt time.Duration
 
-	fetching  bool
-	fetchAt   time.Duration // not before
-	fetchWait time.Duration
-	saved     session.AgentsRef
-	saving    bool
-	saveAt    time.Duration // not before
-	failed    bool          // to save
+	fetching bool
+	fetchAt  time.Duration // not before
+	// fetchOrigin is wantAt as it was when the running fetch began.
+	fetchOrigin time.Duration
+	fetchWait   time.Duration
+	saved       session.AgentsRef
+	saving      bool
+	saveAt      time.Duration // not before
+	failed      bool          // to save
 }
 
 // sayAgents says why the table may be getting old.
@@ -266,7 +268,7 @@ func (f *follower) named(h *session.Heartbeat, origin time.Duration) {
 func (f *follower) tendAgents(ctx context.Context) {
 	a, now := &f.agents, f.now()
 	if a.want.Version > 0 && !a.fetching && now >= a.fetchAt {
-		a.fetching = true
+		a.fetching, a.fetchOrigin = true, a.wantAt
 		want, have, trust, wall := a.want, a.table, f.trust, f.wall()
 		if have == nil {
 			have = a.warm
@@ -288,7 +290,8 @@ func (f *follower) tendAgents(ctx context.Context) {
 func (f *follower) fetchedAgents(want session.AgentsRef, t *agentTable, err error) {
 	a := &f.agents
 	a.fetching = false
-	if want != a.want {
+	superseded := want != a.want
+	if superseded && (err != nil || a.want.Version <= want.Version) {
 		return // another is named since, which is read at once
 	}
 	newest := a.table
@@ -301,6 +304,17 @@ func (f *follower) fetchedAgents(want session.AgentsRef, t *agentTable, err erro
 	}
 	if err == nil && f.trust.KeySet().Revoked(t.signer, math.MaxUint64) {
 		err = session.ErrUntrusted
+	}
+	if superseded {
+		// It was named when the fetch began, and is newer than what is in force:
+		// where tables follow each other faster than they are read, none would
+		// come into force otherwise.
+		if err == nil {
+			next, at := a.want, a.wantAt
+			f.adoptAgents(t, a.fetchOrigin)
+			a.want, a.wantAt = next, at
+		}
+		return
 	}
 	if err != nil {
 		if errors.Is(err, session.ErrFrame) {
@@ -341,6 +355,30 @@ func (f *follower) distrustAgents(ks *session.KeySet) {
 	if t := a.warm; t != nil && ks.Revoked(t.signer, math.MaxUint64) {
 		a.warm = nil
 	}
+}
+
+// proveWarmAgents lets go of the table of an earlier run if nobody whom the key set
+// trusts signed its index: what has rotted in the file must not keep out what the
+// authority names.
+func (f *follower) proveWarmAgents() {
+	a := &f.agents
+	if a.warm == nil {
+		return
+	}
+	frame, _, err := readAgentIndex(a.warm.frame)
+	if err == nil {
+		_, err = f.trust.Writer(&frame, 0, true, f.wall())
+	}
+	if err != nil {
+		a.warm, a.saved = nil, session.AgentsRef{}
+		f.damagedAgents(err)
+	}
+}
+
+// damagedAgents says that what an earlier run has kept is of no use.
+func (f *follower) damagedAgents(err error) {
+	f.e.count.damaged.Add(1)
+	f.e.opts.Logger.Error("the table of registered agents of the last run cannot be used: reading it from the bus", "error", err)
 }
 
 // readAgentIndex verifies an index, but for the key.
@@ -490,8 +528,7 @@ func (f *follower) loadAgents() {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		f.e.count.damaged.Add(1)
-		o.Logger.Error("the table of registered agents of the last run cannot be used: reading it from the bus", "error", err)
+		f.damagedAgents(err)
 	default:
 		f.agents.warm, f.agents.saved = t, t.ref
 	}

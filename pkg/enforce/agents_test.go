@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -22,6 +23,10 @@ func (f *busFeed) AgentIndexes(context.Context) ([][]byte, error) {
 	if err := f.up(); err != nil {
 		return nil, err
 	}
+	f.b.mu.Lock()
+	delay := f.b.agentDelay
+	f.b.mu.Unlock()
+	time.Sleep(delay)
 	f.b.mu.Lock()
 	defer f.b.mu.Unlock()
 	return slices.Clone(f.b.agentIndexes), nil
@@ -463,6 +468,87 @@ func TestAgentsOfAWithdrawnKey(t *testing.T) {
 	})
 }
 
+// TestKeyRotationDeniesNobody: what another key has signed anew outlives the key
+// that had signed it before, is not read again, and cuts nothing.
+func TestKeyRotationDeniesNobody(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		agents := registered{"acme", worker, []string{code(1)}}
+		b.register(1, agents)
+		e, _ := b.open(guarded(AgentPolicy{}))
+		defer e.Close()
+		p := prepare(t, e, running(worker, code(1)))
+		work := mustBind(t, e, p, session.Call{})
+		reads := b.agentReads
+		b.newKeySet(func(ks *session.KeySet) {
+			ks.Keys = append(ks.Keys, session.SigningKey{Public: b.pub("b"), Use: session.UseWriter})
+		})
+		b.as(func(b *bus) { b.signer = b.keys["b"] })
+		b.register(2, agents)
+		mustAllow(t, e, p, session.Call{})
+		b.newKeySet(func(ks *session.KeySet) {
+			ks.Keys[0].Withdrawn, ks.Keys[0].LastEpoch, ks.Keys[0].LastNumber = true, 1, b.number
+		})
+		settle()
+		mustAllow(t, e, p, session.Call{})
+		mustRun(work, t)
+		b.with(func(b *bus) {
+			if b.agentReads != reads {
+				t.Errorf("%d parts read", b.agentReads-reads)
+			}
+		})
+	})
+}
+
+// TestAgentsFasterThanTheyAreRead: tables that follow each other faster than one is
+// read come into force one after the other, each as old as it is.
+func TestAgentsFasterThanTheyAreRead(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		b.register(1, registered{"acme", worker, nil})
+		e, _ := b.open(guarded(AgentPolicy{MaxAge: 4 * time.Second}))
+		defer e.Close()
+		p := prepare(t, e, running(worker))
+		b.with(func(b *bus) { b.agentDelay = 1500 * time.Millisecond })
+		for i := range 20 {
+			index, parts := b.table(uint64(i+2), b.signer, registered{"acme", worker, []string{code(i)}}, registered{"acme", worker + "x", nil})
+			b.storeTable(index, parts)
+			b.name(index)
+			for range 7 {
+				time.Sleep(100 * time.Millisecond)
+				if err := e.Check(p, session.Call{}); errors.Is(err, session.ErrStale) {
+					t.Fatalf("version %d: %v (%+v)", i+2, err, e.Status().Agents)
+				}
+			}
+			if s := e.Status().Agents; i > 5 && (s.Version < uint64(i-3) || s.Age < 700*time.Millisecond) {
+				t.Fatalf("version %d is named: %+v", i+2, s)
+			}
+		}
+	})
+}
+
+// TestAgentsNamedBeforeAJump: a table that was named before a clock jumped is not
+// fresh when it comes after that.
+func TestAgentsNamedBeforeAJump(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		h := newHost()
+		b.register(1, registered{"acme", worker, nil})
+		e, _ := b.open(func(o *Options) { o.Agents, o.clock = &AgentPolicy{MaxAge: time.Minute}, h.read })
+		defer e.Close()
+		p := prepare(t, e, running(worker))
+		b.with(func(b *bus) { b.agentDelay = 3 * time.Second })
+		index, parts := b.table(2, b.signer, registered{"acme", worker, []string{code(1)}}, registered{"acme", worker + "x", nil})
+		b.storeTable(index, parts)
+		b.name(index) // and is being read
+		b.name(nil)   // by nobody from now on, but for what the host has heard
+		h.set(time.Hour)
+		time.Sleep(5 * time.Second)
+		settle()
+		mustDeny(t, e, p, session.Call{}, session.ErrStale)
+		if s := e.Status(); s.Agents.Fresh || s.Jumps != 1 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 // TestAgentsAcrossARestart: the table of the last run serves from the first
 // heartbeat that names it, without being read again, keeps an older one out, and is
 // no loss when the file is damaged.
@@ -516,7 +602,13 @@ func TestAgentsAcrossARestart(t *testing.T) {
 		e.Close()
 
 		b.register(7, agents...)
-		for _, damage := range [][]byte{nil, kept[:len(kept)/2], bytes.Replace(kept, []byte("ILK"), []byte("ilk"), 1), append([]byte{0xff}, kept...)} {
+		version := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, 1), 5)
+		rotten := bytes.Clone(version)
+		rotten[9] ^= 1
+		if bytes.Count(kept, version) != 1 {
+			t.Fatal("where is the version?")
+		}
+		for _, damage := range [][]byte{bytes.Replace(kept, version, rotten, 1), nil, kept[:len(kept)/2], bytes.Replace(kept, []byte("ILK"), []byte("ilk"), 1), append([]byte{0xff}, kept...)} {
 			if err := os.WriteFile(path, damage, 0o600); err != nil {
 				t.Fatal(err)
 			}

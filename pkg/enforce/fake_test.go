@@ -55,6 +55,7 @@ type bus struct {
 	// and agentReads how often parts were asked for.
 	agentIndexes, agentParts [][]byte
 	agentReads               int
+	agentDelay               time.Duration // of reading the indexes
 	// noOrders: the stored orders cannot be read.
 	noOrders   bool
 	orderDelay time.Duration // of reading them

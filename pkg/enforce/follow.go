@@ -143,17 +143,17 @@ func newFollower(e *Enforcer, f floor) (*follower, error) {
 	if err != nil {
 		return nil, err
 	}
-	given, err := loadOrders(e.opts)
-	if err != nil {
-		return nil, err
-	}
-	e.trust = trust
-	return &follower{
-		keep: keeper{left: left}, orders: given, agents: agentsKeeper{origin: never},
+	out := &follower{
+		keep: keeper{left: left}, agents: agentsKeeper{origin: never, fetchOrigin: never},
 		e: e, trust: trust, chain: newChain(session.Hash{}, head{}), floor: f, unusable: "no key set yet",
 		events: make(chan func(), eventQueue), origin: never, fetched: never, rereadWait: rereadMin,
 		fetchAt: -1, anchorAt: -1, repairAt: -1,
-	}, nil
+	}
+	if err := loadOrders(e.opts, &out.orders); err != nil {
+		return nil, err
+	}
+	e.trust = trust
+	return out, nil
 }
 
 // sink hands what the feed delivers to run. It never blocks: what does not fit
@@ -191,7 +191,6 @@ func (s sink) frame(b []byte, take func([]byte)) {
 func (s sink) Batch(frame []byte)  { s.frame(frame, func(b []byte) { s.f.heard(b, false) }) }
 func (s sink) Beat(frame []byte)   { s.frame(frame, s.f.beat) }
 func (s sink) KeySet(frame []byte) { s.frame(frame, s.f.keySet) }
-func (s sink) Order(frame []byte)  { s.frame(frame, func(b []byte) { s.f.order(b, "the bus") }) }
 
 func (s sink) Connected(up bool) {
 	if f := s.f; up {
@@ -339,6 +338,8 @@ func (f *follower) tick(ctx context.Context) {
 		f.e.opts.Logger.Warn("the wall clock jumped against the monotonic one: denying until the authority's clock is anchored anew",
 			"by", time.Duration(now.wall-int64(now.mono)-f.skew))
 		f.anchor, f.previous, f.early, f.beats, f.origin, f.agents.origin = nil, nil, nil, nil, never, never
+		// Nor does a table count as fresh that was named before.
+		f.agents.want, f.agents.fetchOrigin = session.AgentsRef{}, never
 		f.publish()
 	}
 	if f.anchor == nil || now.mono-f.anchor.sent > reanchor {
@@ -446,6 +447,7 @@ func (f *follower) keySet(frame []byte) {
 	}
 	f.fetchWait = 0
 	f.distrustAgents(ks)
+	f.proveWarmAgents()
 	f.e.opts.Logger.Info("key set in force", "version", ks.Version, "epoch", ks.Epoch)
 	switch {
 	case before == nil || ks.Epoch > before.Epoch:

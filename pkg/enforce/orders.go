@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -37,7 +38,13 @@ type orders struct {
 	stale   bool
 
 	why    string        // the last refusal
-	saidAt time.Duration // when it was logged
+	saidAt time.Duration // when one was logged
+	dirWhy string        // why the directory cannot be read
+
+	// Of those heard on the bus, queued wait to be taken; lost is set when one was
+	// not. Both are the feed's goroutines', too.
+	queued atomic.Int64
+	lost   atomic.Bool
 
 	// asked is set once the feed has been asked for what it has stored: until then
 	// nobody is allowed, since an order may have been published while this
@@ -46,6 +53,10 @@ type orders struct {
 	asked, reading bool
 	readAt         time.Duration // not before; negative is never
 	wait           time.Duration // back-off
+	// lostWait is how long the reading waited that was due for what was lost, last
+	// at lostAt; againAt is when what is stored is read again while the state is
+	// old.
+	lostWait, lostAt, againAt time.Duration
 
 	unsaved, saving, failed bool
 	saveAt                  time.Duration // not before
@@ -71,7 +82,11 @@ const (
 	// maxOrdersFile bounds what is kept of orders: session.MaxKeySetOrders in
 	// base64.
 	maxOrdersFile = 2 << 20
-	// The stored orders are asked for again after a failure.
+	// maxOrdersQueued bounds the orders heard that wait to be taken: whoever holds a
+	// key's NKey can publish whatever it likes, and heartbeats wait in the same
+	// queue.
+	maxOrdersQueued = 64
+	// The stored orders are asked for again after a failure, or a loss.
 	orderWaitMin, orderWaitMax = time.Second, 30 * time.Second
 )
 
@@ -89,30 +104,49 @@ func (o *ordersJSON) sum() []byte {
 	return floorSum(append([]byte("orders\x00"), bytes.Join(o.Orders, []byte("/"))...))
 }
 
+// Order takes what is heard on the bus. What is lost is read from what is stored.
+func (s sink) Order(frame []byte) {
+	f := s.f
+	if len(frame) > session.MaxOrderLen {
+		f.e.count.refused.Add(1)
+		f.e.count.ordersRefused.Add(1)
+		return
+	}
+	o := &f.orders
+	if o.queued.Add(1) > maxOrdersQueued {
+		f.e.count.lost.Add(1)
+	} else if s.push(func() { o.queued.Add(-1); f.order(frame, "the bus") }) {
+		return
+	}
+	o.queued.Add(-1)
+	o.lost.Store(true)
+}
+
 // loadOrders reads what an earlier run has kept. Who signed it is judged anew
 // under the key set. A file that is damaged is an error: an order that came as a
 // file may be nowhere else.
-func loadOrders(o Options) (orders, error) {
-	s := orders{held: map[session.OrderID]*session.SignedOrder{}, files: map[string]orderedFile{}, readAt: -1}
+func loadOrders(o Options, s *orders) error {
+	s.held, s.files = map[session.OrderID]*session.SignedOrder{}, map[string]orderedFile{}
+	s.readAt, s.saidAt, s.lostAt = -1, never, never
 	if o.OrdersDir != "" {
 		info, err := os.Stat(o.OrdersDir)
 		if err == nil && !info.IsDir() {
 			err = errors.New("it is no directory")
 		}
 		if err != nil {
-			return s, fmt.Errorf("%w: OrdersDir: %w", session.ErrInvalid, err)
+			return fmt.Errorf("%w: OrdersDir: %w", session.ErrInvalid, err)
 		}
 	}
 	if o.StateDir == "" {
-		return s, nil
+		return nil
 	}
 	path := ordersPath(o)
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return s, nil
+		return nil
 	}
 	if err != nil {
-		return s, fmt.Errorf("%w: %w", ErrFloor, err)
+		return fmt.Errorf("%w: %w", ErrFloor, err)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxOrdersFile))
 	var in ordersJSON
@@ -123,11 +157,11 @@ func loadOrders(o Options) (orders, error) {
 		err = errors.New("the checksum does not match")
 	}
 	if err != nil {
-		return s, fmt.Errorf("%w: %s is damaged (%w), so which emergency orders are in force is not known: restore the file, or remove it and give the orders again",
+		return fmt.Errorf("%w: %s is damaged (%w), so which emergency orders are in force is not known: restore the file, or remove it and give the orders again",
 			ErrFloor, path, err)
 	}
 	s.early = in.Orders
-	return s, nil
+	return nil
 }
 
 // under returns what the orders deny beside the given sets, and which these are.
@@ -198,12 +232,12 @@ func (f *follower) order(b []byte, from string) {
 func (f *follower) refuseOrder(from string, err error) {
 	f.e.count.refused.Add(1)
 	f.e.count.ordersRefused.Add(1)
-	why := "order from " + from + ": " + err.Error()
-	if now := f.now(); f.orders.why != why || now-f.orders.saidAt >= complainEvery {
+	f.orders.why = "order from " + from + ": " + err.Error()
+	// By time alone: what the text is, the sender decides.
+	if now := f.now(); now-f.orders.saidAt >= complainEvery {
 		f.orders.saidAt = now
 		f.e.opts.Logger.Error("an emergency order is refused", "from", from, "error", err)
 	}
-	f.orders.why = why
 	f.publish()
 }
 
@@ -229,10 +263,27 @@ func (f *follower) retrustOrders() {
 // readOrders has the stored orders read when that is due.
 func (f *follower) readOrders(ctx context.Context) {
 	o, now := &f.orders, f.now()
-	if o.reading || o.readAt < 0 || now < o.readAt || f.trust.KeySet() == nil {
+	if o.reading || f.trust.KeySet() == nil {
+		return
+	}
+	switch {
+	case o.readAt >= 0:
+	case o.lost.Load():
+		if now-o.lostAt > 2*orderWaitMax {
+			o.lostWait = 0
+		}
+		o.lostWait = min(max(2*o.lostWait, orderWaitMin), orderWaitMax)
+		o.lostAt, o.readAt = now, now+jitter(o.lostWait)
+	case now >= o.againAt && now-f.origin > f.e.opts.MaxStale:
+		// Perhaps no authority adopts what this enforcer did not hear.
+		o.readAt = now
+	}
+	if o.readAt < 0 || now < o.readAt {
 		return
 	}
 	feed, ok := f.e.feed.(OrderFeed)
+	o.lost.Store(false)
+	o.againAt = now + jitter(orderWaitMax)
 	if o.readAt = -1; !ok {
 		o.asked = true
 		f.publish()
@@ -240,8 +291,15 @@ func (f *follower) readOrders(ctx context.Context) {
 	}
 	o.reading = true
 	f.job(ctx, jobLimit, func(jctx context.Context) func() {
+		// What is read waits here, as what is heard does.
+		room := make(chan struct{}, maxOrdersQueued)
 		err := feed.Orders(jctx, func(frame []byte) error {
-			if !f.post(jctx, func() { f.order(frame, "the bus") }) {
+			select {
+			case room <- struct{}{}:
+			case <-jctx.Done():
+				return jctx.Err()
+			}
+			if !f.post(jctx, func() { <-room; f.order(frame, "the bus") }) {
 				return jctx.Err()
 			}
 			return nil
@@ -345,8 +403,10 @@ func readOrder(path string) (orderedFile, []byte, error) {
 // has changed; one that is gone leaves its order in force.
 func (f *follower) foundOrders(found []foundOrder, err error) {
 	o := &f.orders
-	if err != nil && o.why != "orders directory: "+err.Error() {
-		o.why = "orders directory: " + err.Error()
+	if err == nil {
+		o.dirWhy = ""
+	} else if why := "orders directory: " + err.Error(); o.dirWhy != why {
+		o.why, o.dirWhy = why, why
 		f.e.opts.Logger.Error("the directory of emergency orders cannot be read", "error", err)
 		f.publish()
 	}

@@ -1,12 +1,15 @@
 package enforce
 
 import (
+	"context"
 	"crypto/ed25519"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -453,5 +456,74 @@ func TestAllowedBesideAnOrder(t *testing.T) {
 		}); n != 0 {
 			t.Errorf("%v allocations", n)
 		}
+	})
+}
+
+// countLines counts what is logged.
+type countLines struct {
+	slog.Handler
+	n *atomic.Int64
+}
+
+func (c countLines) Enabled(context.Context, slog.Level) bool { return true }
+
+func (c countLines) Handle(_ context.Context, r slog.Record) error {
+	if strings.Contains(r.Message, "order is refused") {
+		c.n.Add(1)
+	}
+	return nil
+}
+
+// TestOrdersUnderAFlood: who may publish orders and publishes anything else as fast
+// as it can takes heartbeats from nobody, fills no log, and hides no order.
+func TestOrdersUnderAFlood(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		k := b.emergencyKey(0)
+		var lines atomic.Int64
+		e, f := b.open(func(o *Options) { o.Logger = slog.New(countLines{n: &lines}) })
+		defer e.Close()
+		p := prepare(t, e, caller("s1"))
+		busy, stop := make(chan struct{}), make(chan struct{})
+		f.to().(sink).push(func() { close(busy); <-stop })
+		<-busy
+		before := e.Status()
+		for i := range 2 * eventQueue {
+			junk := b.order(k, 1, 1, func(o *session.Order) { o.Fabric[0] += byte(1 + i%200) }).Frame
+			f.to().Order(junk)
+		}
+		f.to().Order(make([]byte, session.MaxOrderLen+1))
+		if n := len(f.to().(sink).f.events); n > maxOrdersQueued+8 {
+			t.Errorf("%d events wait, heartbeats behind them", n)
+		}
+		b.publishOrder(b.order(k, 1, 1, nil).Frame) // is lost with the rest
+		close(stop)
+		settle()
+		mustAllow(t, e, p, session.Call{})
+		time.Sleep(2 * orderWaitMin)
+		settle()
+		mustDeny(t, e, p, session.Call{}, session.ErrSuspended)
+		s := e.Status()
+		if n := s.OrdersRefused - before.OrdersRefused; n != maxOrdersQueued+1 || lines.Load() != 1 || len(s.Orders) != 1 {
+			t.Errorf("%d refused, %d lines, %+v", n, lines.Load(), s.Orders)
+		}
+	})
+}
+
+// TestOrderThatWasNotHeard: while no authority is there to adopt it, an order that
+// was published and not heard is read.
+func TestOrderThatWasNotHeard(t *testing.T) {
+	within(t, func(t *testing.T, b *bus) {
+		k := b.emergencyKey(0)
+		e, _ := b.open(func(o *Options) { o.Mode = session.ModeBestEffort })
+		defer e.Close()
+		p := prepare(t, e, caller("s1"))
+		b.as(func(b *bus) { b.silent = true })
+		time.Sleep(time.Minute)
+		mustAllow(t, e, p, session.Call{})
+		b.with(func(b *bus) { b.mute = true })
+		b.publishOrder(b.order(k, 1, 1, nil).Frame)
+		time.Sleep(orderWaitMax + time.Second)
+		settle()
+		mustDeny(t, e, p, session.Call{}, session.ErrSuspended)
 	})
 }
