@@ -110,7 +110,8 @@ func (f *Feed) Stats() Stats {
 // subscriptions. An error leaves nothing behind and Start may be called again; it wraps ErrRights when
 // trying again is of no use. After success it must not be called again. The
 // sink's methods are each called by one goroutine at a time; a method of the sink
-// must not call Close.
+// must not call Close. A bus that refuses emergency orders alone is done without
+// them.
 func (f *Feed) Start(ctx context.Context, sink enforce.Sink) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -179,34 +180,13 @@ func (f *Feed) subscribe(ctx context.Context, sink enforce.Sink) error {
 	before := f.nc.LastError()
 	// What may wait for the sink before it is dropped: a batch is at most
 	// session.MaxFrameLen, a heartbeat some 300 bytes.
-	for _, s := range []struct {
-		subject         string
-		deliver         func([]byte)
-		messages, bytes int
-	}{
-		{LogSubject, sink.Batch, 4096, 32 << 20},
-		{BeatSubject, sink.Beat, 1024, 4 << 20},
-		{TrustSubject, sink.KeySet, 64, 32 << 20},
-		{OrderSubjects, sink.Order, 256, 1 << 20},
-	} {
-		sub, err := f.nc.Subscribe(s.subject, func(m *nats.Msg) {
-			if len(m.Data) > session.MaxFrameLen {
-				f.oversize.Add(1)
-				return
-			}
-			f.gate.RLock()
-			defer f.gate.RUnlock()
-			if f.open {
-				s.deliver(m.Data)
-			}
-		})
-		if err != nil {
-			return fmt.Errorf("natsfeed: subscribe: %w", err)
-		}
-		f.subs = append(f.subs, sub)
-		if err := sub.SetPendingLimits(s.messages, s.bytes); err != nil {
-			return fmt.Errorf("natsfeed: subscribe: %w", err)
-		}
+	err := errors.Join(
+		f.hear(LogSubject, sink.Batch, 4096, 32<<20),
+		f.hear(BeatSubject, sink.Beat, 1024, 4<<20),
+		f.hear(TrustSubject, sink.KeySet, 64, 32<<20),
+	)
+	if err != nil {
+		return err
 	}
 	// The inbox is subscribed to when it is needed; whether it may be shows now.
 	probe, err := f.nc.SubscribeSync(f.prefix + ".start")
@@ -222,6 +202,37 @@ func (f *Feed) subscribe(ctx context.Context, sink enforce.Sink) error {
 	// feed of the wrong name would be deaf without a word.
 	if err := f.nc.LastError(); err != nil && !errors.Is(err, before) && errors.Is(err, nats.ErrPermissionViolation) {
 		return fmt.Errorf("%w: %v", ErrRights, err)
+	}
+	// A bus whose accounts are from before there were orders refuses this one, and
+	// says so to the connection's error handler: the rest is of use without it.
+	if err := f.hear(OrderSubjects, sink.Order, 256, 1<<20); err != nil {
+		return err
+	}
+	if err := flush(ctx, f.nc); err != nil {
+		return fmt.Errorf("natsfeed: subscribe: %w", err)
+	}
+	return nil
+}
+
+// hear subscribes to a subject: of its messages so many, of so many bytes, may wait.
+func (f *Feed) hear(subject string, deliver func([]byte), messages, bytes int) error {
+	sub, err := f.nc.Subscribe(subject, func(m *nats.Msg) {
+		if len(m.Data) > session.MaxFrameLen {
+			f.oversize.Add(1)
+			return
+		}
+		f.gate.RLock()
+		defer f.gate.RUnlock()
+		if f.open {
+			deliver(m.Data)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("natsfeed: subscribe: %w", err)
+	}
+	f.subs = append(f.subs, sub)
+	if err := sub.SetPendingLimits(messages, bytes); err != nil {
+		return fmt.Errorf("natsfeed: subscribe: %w", err)
 	}
 	return nil
 }

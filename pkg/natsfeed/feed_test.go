@@ -92,6 +92,52 @@ func TestHostsConnectionOfAnotherEnforcer(t *testing.T) {
 	}
 }
 
+// TestBusOfOlderAccounts: a bus that knows neither emergency orders nor the table of
+// registered agents serves what it knows: they alone are missing.
+func TestBusOfOlderAccounts(t *testing.T) {
+	refused := make(chan error, 16)
+	nc := plainServer(t, &server.Options{Users: []*server.User{{
+		Username: "u", Password: "p",
+		Permissions: &server.Permissions{
+			Subscribe: &server.SubjectPermission{Allow: []string{natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject, "_INBOX_eu-3.>"}},
+			Publish:   &server.SubjectPermission{Allow: []string{natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject}}, // for the test
+		},
+	}}}, nats.UserInfo("u", "p"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { refused <- err }))
+	f := natsfeed.New(nc, "eu-3")
+	defer f.Close()
+	r := feedtest.NewRecorder()
+	must(t, f.Start(testContext(t), r))
+	for _, want := range []string{natsfeed.OrderSubjects, "DIRECT.GET." + natsfeed.OrderStream, "DIRECT.GET." + natsfeed.AgentStream} {
+		ctx, cancel := context.WithTimeout(testContext(t), 200*time.Millisecond)
+		switch want {
+		case natsfeed.OrderSubjects:
+		case "DIRECT.GET." + natsfeed.OrderStream:
+			if err := f.Orders(ctx, func([]byte) error { return nil }); err == nil {
+				t.Error("the orders are read without the right")
+			}
+		default:
+			if _, err := f.AgentIndexes(ctx); err == nil {
+				t.Error("the table is read without the right")
+			}
+		}
+		cancel()
+		select {
+		case err := <-refused:
+			if !errors.Is(err, nats.ErrPermissionViolation) || !strings.Contains(err.Error(), want) {
+				t.Errorf("said: %v, of %s", err, want)
+			}
+		case <-testContext(t).Done():
+			t.Fatalf("nobody says that %s is refused", want)
+		}
+	}
+	for _, subject := range []string{natsfeed.LogSubject, natsfeed.BeatSubject, natsfeed.TrustSubject} {
+		must(t, nc.Publish(subject, frame(1)))
+	}
+	r.Await(t, "what it may hear", func(batches, beats, keySets [][]byte, _ []bool) bool {
+		return len(batches) == 1 && len(beats) == 1 && len(keySets) == 1
+	})
+}
+
 // link is a wire between feed and bus that can be frozen: it stays open and
 // carries nothing, as a suspended server or a lost route does.
 type link struct {
