@@ -575,7 +575,7 @@ func describe(r *authority.Request, n named, e session.Entry) string {
 	if e.Expires != 0 && e.Effect != session.EffectRevoked {
 		fmt.Fprintf(&b, ", until %s", e.Expires)
 	}
-	if n := len(e.Except); n > 0 {
+	if n := exempt(e.Except); n > 0 {
 		fmt.Fprintf(&b, ", %d exempted", n)
 	}
 	if r.Drill {

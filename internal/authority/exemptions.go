@@ -159,7 +159,7 @@ func (a *Authority) kills(scope access.Scope) []authority.KillInForce {
 				continue
 			}
 			kill := authority.KillInForce{
-				Target: target, Number: r.Seq, Since: r.Since.Time(), Incident: r.Incident, Exempt: exempt(&r),
+				Target: target, Number: r.Seq, Since: r.Since.Time(), Incident: r.Incident, Exempt: exempt(r.Except),
 				Share: float64(r.Share) * 100 / session.ShareUnit,
 			}
 			var known []spared

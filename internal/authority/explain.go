@@ -104,7 +104,7 @@ func match(r *session.Record, shape session.Shape) authority.Match {
 	return authority.Match{
 		Effect: r.Effect.String(), On: shape.String(), Reason: r.Reason.String(), Incident: r.Incident,
 		Number: r.Seq, Since: r.Since.Time(), Expires: r.Expires.Time(), IssuedBefore: r.IssuedBefore.Time(),
-		ACR: r.ACR, Share: float64(r.Share) * 100 / session.ShareUnit, Drill: r.Drill, Exempt: exempt(r),
+		ACR: r.ACR, Share: float64(r.Share) * 100 / session.ShareUnit, Drill: r.Drill, Exempt: exempt(r.Except),
 	}
 }
 

@@ -218,9 +218,9 @@ func (x *restore) mark() session.Key {
 	return session.Key{Tenant: session.FabricTenant, Shape: session.Shape(session.KindCredential), Digest: session.Digest(sum[:16])}
 }
 
-// exempt counts the callers that a record spares.
-func exempt(r *session.Record) (n int) {
-	for _, k := range r.Except {
+// exempt counts the callers among what an entry spares.
+func exempt(except []session.Key) (n int) {
+	for _, k := range except {
 		if k.Tenant != session.FabricTenant {
 			n++
 		}
