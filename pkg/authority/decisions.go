@@ -59,32 +59,12 @@ func (q *DecisionsQuery) values() url.Values {
 // ParseDecisionsQuery is the inverse of the client's encoding. Errors are Problems.
 func ParseDecisionsQuery(v url.Values) (DecisionsQuery, error) {
 	var q DecisionsQuery
-	texts := q.texts()
-	bad := func(what string) (DecisionsQuery, error) {
-		return DecisionsQuery{}, NewProblem(ProblemInvalid, what, "see the API's description")
-	}
-	for name, values := range v {
-		if len(values) != 1 || len(values[0]) > session.MaxValueLen {
-			return bad("a parameter is repeated, or too long")
-		}
-		s := values[0]
-		var err error
-		switch p := texts[name]; {
-		case p != nil:
-			*p = s
-		case name == "since":
-			q.Since, err = time.Parse(time.RFC3339Nano, s)
-		case name == "limit":
-			q.Limit, err = strconv.Atoi(s)
-		default:
-			return bad("an unknown parameter")
-		}
-		if err != nil {
-			return bad(name + " is not valid")
-		}
+	const mend = "see the API's description"
+	if err := parseQuery(v, session.MaxValueLen, mend, q.texts(), &q.Since, &q.Limit); err != nil {
+		return DecisionsQuery{}, err
 	}
 	if q.Limit < 0 || q.Limit > MaxPage {
-		return bad("limit is not 1 to " + strconv.Itoa(MaxPage))
+		return DecisionsQuery{}, NewProblem(ProblemInvalid, "limit is not 1 to "+strconv.Itoa(MaxPage), mend)
 	}
 	return q, nil
 }

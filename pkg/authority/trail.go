@@ -61,28 +61,10 @@ func ParseTrailQuery(v url.Values) (TrailQuery, error) {
 		"enforcer": &q.Enforcer, "tenant": &q.Tenant, "user": &q.User, "agent": &q.Agent, "session": &q.Session, "client": &q.Client,
 		"tool": &q.Tool, "incident": &q.Incident, "trace": &q.Trace, "decision": &q.Decision,
 	}
-	bad := func(what string) (TrailQuery, error) {
-		return TrailQuery{}, NewProblem(ProblemInvalid, what, "see session-authority trail --help")
-	}
-	for name, values := range v {
-		if len(values) != 1 || len(values[0]) > 4096 {
-			return bad("a parameter is repeated, or too long")
-		}
-		s := values[0]
-		var err error
-		switch p := texts[name]; {
-		case p != nil:
-			*p = s
-		case name == "since":
-			q.Since, err = time.Parse(time.RFC3339Nano, s)
-		case name == "limit":
-			q.Limit, err = strconv.Atoi(s)
-		default:
-			return bad("an unknown parameter")
-		}
-		if err != nil {
-			return bad(name + " is not valid")
-		}
+	const mend = "see session-authority trail --help"
+	bad := func(what string) (TrailQuery, error) { return TrailQuery{}, NewProblem(ProblemInvalid, what, mend) }
+	if err := parseQuery(v, 4096, mend, texts, &q.Since, &q.Limit); err != nil {
+		return TrailQuery{}, err
 	}
 	switch {
 	case q.Limit < 0 || q.Limit > MaxTrail:
@@ -91,6 +73,33 @@ func ParseTrailQuery(v url.Values) (TrailQuery, error) {
 		return bad("a decision is allowed, denied or cut")
 	}
 	return q, nil
+}
+
+// parseQuery reads texts of at most maxLen bytes, since and limit from a query that
+// may have nothing else, and nothing twice. Errors are Problems with that mend.
+func parseQuery(v url.Values, maxLen int, mend string, texts map[string]*string, since *time.Time, limit *int) error {
+	bad := func(what string) error { return NewProblem(ProblemInvalid, what, mend) }
+	for name, values := range v {
+		if len(values) != 1 || len(values[0]) > maxLen {
+			return bad("a parameter is repeated, or too long")
+		}
+		s := values[0]
+		var err error
+		switch p := texts[name]; {
+		case p != nil:
+			*p = s
+		case name == "since":
+			*since, err = time.Parse(time.RFC3339Nano, s)
+		case name == "limit":
+			*limit, err = strconv.Atoi(s)
+		default:
+			return bad("an unknown parameter")
+		}
+		if err != nil {
+			return bad(name + " is not valid")
+		}
+	}
+	return nil
 }
 
 // Trail is what the enforcers reported, in the order in which it was stored.
